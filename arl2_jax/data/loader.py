@@ -1,0 +1,175 @@
+"""Batches of training and held-out clips, whatever their source."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from arl2_jax.config import Config, ConfigError
+from arl2_jax.data import sprites
+from arl2_jax.data.codec import Codec, make_codec
+from arl2_jax.data.latents import LatentSource
+from arl2_jax.data.text import embed_caption
+from arl2_jax.data.videos import VideoClips
+
+Example = Mapping[str, np.ndarray]
+
+
+class Clips(Protocol):
+    """Clips by index, cut from the training or from the held-out part of a source."""
+
+    def __len__(self) -> int:
+        """Training clips in an epoch."""
+        ...
+
+    def training(self, index: int, rng: np.random.Generator) -> Example:
+        """One training example; `rng` draws whatever is random about it."""
+        ...
+
+    def held_out(self, index: int) -> Example:
+        """One of the `data.held_out` examples that training never shows."""
+        ...
+
+
+class PixelClips(Protocol):
+    """Like `Clips`, as a video uint8 [F, H, W, 3] and its caption."""
+
+    def __len__(self) -> int: ...
+
+    def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """One training clip."""
+        ...
+
+    def held_out(self, index: int) -> tuple[np.ndarray, str]:
+        """One held-out clip."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedClips:
+    """Pixel clips, encoded: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
+
+    clips: PixelClips
+    codec: Codec
+    text_len: int
+    text_dim: int
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def training(self, index: int, rng: np.random.Generator) -> Example:
+        """Encodes a training clip."""
+        return self._encode(*self.clips.training(index, rng))
+
+    def held_out(self, index: int) -> Example:
+        """Encodes a held-out clip."""
+        return self._encode(*self.clips.held_out(index))
+
+    def _encode(self, video: np.ndarray, caption: str) -> Example:
+        pixels = video.astype(np.float32) / 127.5 - 1
+        latents = np.asarray(self.codec.encode(pixels[None])[0], np.float32)
+        return {"latents": latents, "text": embed_caption(caption, self.text_len, self.text_dim)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipData:
+    """The clips of a run.
+
+    Attributes:
+      codec: how their pixels became latents.
+      clips: the source.
+      config: the run's configuration.
+    """
+
+    codec: Codec
+    clips: Clips
+    config: Config
+
+    def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """Endless shuffled batches of training clips.
+
+        Args:
+          batch_size: clips in a batch over all processes; each process gets its share.
+          seed: seed of the order and of all that is random about a clip.
+
+        Returns:
+          An iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, text_len,
+          text_dim]} with b = batch_size / processes. `get_state()` is a JSON-serialisable dict;
+          after `set_state(state)` the next batch is the one that it would have been. A state is of
+          use with the same seed, batch size, number of processes and `data.workers` only.
+
+        Raises:
+          ConfigError: the processes cannot share the batch evenly.
+        """
+        process, processes = jax.process_index(), jax.process_count()
+        if batch_size % processes:
+            raise ConfigError(
+                f"batch_size={batch_size} must be a multiple of the {processes} processes"
+            )
+        seed %= 2**32
+        order = grain.MapDataset.range(len(self.clips)).seed(seed).shuffle().repeat()
+        examples = order.map_with_index(_Draw(self.clips, seed))
+        share = examples[process::processes].batch(batch_size // processes)
+        workers = self.config.data.workers
+        if not workers:
+            # One thread reads ahead while the device is busy.
+            ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            return iter(share.to_iter_dataset(ahead))
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside of app.run
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        return iter(share.to_iter_dataset(ahead).mp_prefetch(options))
+
+    def held_out(self, count: int) -> dict[str, np.ndarray]:
+        """The first `count` held-out clips as one batch (on every process); never trained on.
+
+        Raises:
+          ConfigError: more than `data.held_out`.
+        """
+        available = self.config.data.held_out
+        if count > available:
+            raise ConfigError(f"data.held_out={available} is fewer than {count} clips; raise it")
+        examples = [self.clips.held_out(index) for index in range(count)]
+        return {name: np.stack([e[name] for e in examples]) for name in ("latents", "text")}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """Makes a training example out of its place in the order and its index."""
+
+    clips: Clips
+    seed: int
+
+    def __call__(self, place: int, index: int) -> Example:
+        return self.clips.training(int(index), np.random.default_rng((self.seed, place)))
+
+
+def open_data(config: Config) -> ClipData:
+    """Opens the source that `config.data` names, after checking that it can give what is asked.
+
+    Raises:
+      ConfigError: one line naming the field or file and the remedy.
+    """
+    data, model = config.data, config.model
+    if config.evaluation.clips > data.held_out:
+        raise ConfigError(
+            f"evaluation.clips={config.evaluation.clips} is more than "
+            f"data.held_out={data.held_out}; lower it or hold out more"
+        )
+    codec = make_codec(config)
+    frames = codec.pixel_frames(data.frames)
+    match data.source:
+        case "synthetic":
+            sprites.check(config)
+            pixel_clips = sprites.SpriteClips(data, frames)
+        case "video":
+            pixel_clips = VideoClips(data, frames)
+        case "latents":
+            return ClipData(codec, LatentSource(config), config)
+    clips = EncodedClips(pixel_clips, codec, model.text_len, model.text_dim)
+    return ClipData(codec, clips, config)

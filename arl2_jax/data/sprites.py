@@ -1,0 +1,332 @@
+"""Procedural videos with known truth: sprites move, bounce, and pass behind occluders.
+
+What a sprite looks like cannot be told while it is hidden, and captions do not tell it: to draw it
+again when it comes out, a model must have remembered it.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from arl2_jax.config import Config, ConfigError, DataConfig, SpriteConfig
+
+COLORS = {
+    "red": (255, 0, 0),
+    "green": (0, 220, 0),
+    "blue": (0, 64, 255),
+    "yellow": (255, 240, 0),
+    "magenta": (255, 0, 255),
+    "cyan": (0, 240, 255),
+    "orange": (255, 128, 0),
+    "violet": (128, 0, 255),
+}
+SHAPES = ("square", "triangle", "cross", "disc", "box")
+# Names of their own: a caption must not hold a word that could stand for a sprite.
+BACKGROUNDS = {
+    "black": (8, 8, 8),
+    "navy": (8, 12, 48),
+    "maroon": (44, 8, 14),
+    "forest": (8, 36, 14),
+}
+OCCLUDER_COLOR = (128, 128, 128)
+# Training seeds lie below, held-out seeds from here on.
+HELD_OUT_SEED = 2**62
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+class SpriteClip(NamedTuple):
+    """A clip of F pixel frames with S sprites and O occluders, and the truth about it.
+
+    Attributes:
+      video: uint8 [F, H, W, 3].
+      positions: float32 [F, S, 2], row and column of the top left corner of each bounding box, as
+        drawn: whole pixels, never outside the frame.
+      colors: int64 [S], indices of `COLORS`.
+      shapes: int64 [S], indices of `SHAPES`.
+      visible: float32 [F, S], share of a sprite's own pixels that neither an occluder nor another
+        sprite hides.
+      occluders: int64 [O, 4], boxes (top, left, bottom, right), the last two exclusive.
+      caption: number of sprites and background; nothing that a model should remember.
+      background: index of `BACKGROUNDS`.
+    """
+
+    video: np.ndarray
+    positions: np.ndarray
+    colors: np.ndarray
+    shapes: np.ndarray
+    visible: np.ndarray
+    occluders: np.ndarray
+    caption: str
+    background: int
+
+
+class SpriteClips:
+    """The endless source of sprite clips: one for each seed, the training seeds below 2^62."""
+
+    def __init__(self, data: DataConfig, pixel_frames: int):
+        self._data = dataclasses.replace(data, frames=pixel_frames)
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """Video uint8 [F, H, W, 3] and caption of a clip that `rng` alone determines."""
+        del index
+        return self._clip(int(rng.integers(HELD_OUT_SEED)))
+
+    def held_out(self, index: int) -> tuple[np.ndarray, str]:
+        """The same of a held-out seed."""
+        return self._clip(HELD_OUT_SEED + index)
+
+    def _clip(self, seed: int) -> tuple[np.ndarray, str]:
+        clip = make_clip(self._data.sprites, self._data, seed)
+        return clip.video, clip.caption
+
+
+class Reveal(NamedTuple):
+    """A sprite comes out in frame block `block` and is fully seen again at pixel frame `frame`."""
+
+    block: int
+    sprite: int
+    frame: int
+
+
+def draw_sprite(shape: int, color: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a sprite.
+
+    Args:
+      shape: index of `SHAPES`.
+      color: index of `COLORS`.
+      size: side of the bounding box in pixels.
+
+    Returns:
+      rgb uint8 [size, size, 3], zero outside the sprite; mask bool [size, size].
+    """
+    mask = _mask(shape, size).copy()
+    return mask[..., None] * _palette(0)[color], mask
+
+
+def make_clip(sprites: SpriteConfig, data: DataConfig, seed: int) -> SpriteClip:
+    """Makes one clip of `data.frames` pixel frames; a pure function of its arguments.
+
+    Args:
+      sprites: what moves.
+      data: frames, height and width; nothing else is read.
+      seed: not negative.
+    """
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(sprites.count[0], sprites.count[1], endpoint=True))
+    shapes = rng.integers(sprites.shapes, size=count)
+    colors = rng.integers(sprites.colors, size=count)
+    background = int(rng.integers(len(BACKGROUNDS)))
+    occluders = _place_occluders(rng, sprites, data)
+    corners = _move(rng, sprites, data, count, occluders)
+    video, visible = _draw(corners, shapes, colors, occluders, background, sprites, data)
+    number = _NUMBERS[count - 1] if count <= len(_NUMBERS) else str(count)
+    tone = list(BACKGROUNDS)[background]
+    caption = f"{number} {'sprite' if count == 1 else 'sprites'} on a {tone} background"
+    positions = corners.astype(np.float32)
+    return SpriteClip(video, positions, colors, shapes, visible, occluders, caption, background)
+
+
+def reveals(clip: SpriteClip, frames_per_block: int) -> list[Reveal]:
+    """Finds the moments at which a model must draw a sprite from memory.
+
+    A sprite is revealed in frame block b (at least 2) if nothing of it is seen in any frame of
+    block b - 1, its hidden stretch there is longer than a frame block, it was fully seen in some
+    frame before, and it is fully seen in the last frame of block b.
+
+    Returns:
+      Reveals in the order of their blocks, then of their sprites.
+    """
+    f = frames_per_block
+    frames, count = clip.visible.shape
+    found = []
+    for block, sprite in itertools.product(range(2, frames // f), range(count)):
+        visible = clip.visible[:, sprite]
+        start, stop, last = (block - 1) * f, block * f, (block + 1) * f - 1
+        if visible[start:stop].any() or visible[last] < 1:
+            continue
+        while start > 0 and visible[start - 1] == 0:
+            start -= 1
+        while visible[stop] == 0:
+            stop += 1
+        if stop - start > f and (visible[:start] == 1).any():
+            found.append(Reveal(block, sprite, last))
+    return found
+
+
+def reveal_clips(config: Config, count: int) -> tuple[list[SpriteClip], list[Reveal]]:
+    """Held-out clips with a reveal each: the first `count` that have one, and their first reveal.
+
+    Raises:
+      ConfigError: the sprites do not fit, or reveals are too rare to find that many.
+    """
+    check(config)
+    clips, events = [], []
+    tries = 200 * count
+    for index in range(tries):
+        if len(clips) == count:
+            break
+        clip = make_clip(config.data.sprites, config.data, HELD_OUT_SEED + index)
+        found = reveals(clip, config.model.frames_per_block)
+        if found:
+            clips.append(clip)
+            events.append(found[0])
+    if len(clips) < count:
+        raise ConfigError(
+            f"data.sprites gives {len(clips)} clips with a reveal in {tries}, fewer than "
+            f"{count}; raise data.sprites.speed or data.frames, or set evaluation.recall_clips=0"
+        )
+    return clips, events
+
+
+def check(config: Config) -> None:
+    """Checks that sprites, lanes and occluders fit the frame and that occluders hide for long.
+
+    Raises:
+      ConfigError: one line naming the field and the remedy.
+    """
+    data, sprites = config.data, config.data.sprites
+    lane = data.height if sprites.vertical else data.height // sprites.count[1]
+    if sprites.size > lane:
+        raise ConfigError(
+            f"data.sprites.size={sprites.size} is taller than the {lane} rows that a sprite has; "
+            "lower data.sprites.size or data.sprites.count, or raise data.height"
+        )
+    if sprites.size > data.width:
+        raise ConfigError(
+            f"data.sprites.size={sprites.size} is wider than data.width={data.width}; lower it"
+        )
+    masks = [_mask(shape, sprites.size) for shape in range(sprites.shapes)]
+    if any(np.array_equal(a, b) for a, b in itertools.combinations(masks, 2)):
+        raise ConfigError(
+            f"data.sprites.size={sprites.size} draws two of the {sprites.shapes} shapes alike; "
+            "raise it to 5 or lower data.sprites.shapes"
+        )
+    if sprites.occluders:
+        _check_occluders(config)
+
+
+def _check_occluders(config: Config) -> None:
+    data, sprites = config.data, config.data.sprites
+    needed = sprites.occluders * (sprites.occluder_width + sprites.size) + sprites.size
+    if needed > data.width:
+        raise ConfigError(
+            f"data.sprites.occluder_width={sprites.occluder_width} with room for a sprite on each "
+            f"side needs {needed} columns, but data.width={data.width}; lower it or "
+            "data.sprites.occluders"
+        )
+    # A sprite is hidden at this many places in a row, and passes `speed` of them a frame.
+    places = max(sprites.occluder_width - sprites.size + 1, 0)
+    hidden, block = int(places / sprites.speed[1]), config.model.frames_per_block
+    if hidden <= block:
+        raise ConfigError(
+            f"data.sprites.occluder_width={sprites.occluder_width} hides the fastest sprite for "
+            f"{hidden} frames, not longer than model.frames_per_block={block}; raise it to at "
+            f"least {int(np.ceil((block + 1) * sprites.speed[1])) + sprites.size - 1} or lower "
+            "data.sprites.speed"
+        )
+
+
+def _place_occluders(
+    rng: np.random.Generator, sprites: SpriteConfig, data: DataConfig
+) -> np.ndarray:
+    """Boxes [O, 4] of full height, with room for a sprite beside and between them."""
+    pitch = sprites.occluder_width + sprites.size
+    slack = data.width - sprites.occluders * pitch - sprites.size
+    left = np.sort(rng.integers(slack, size=sprites.occluders, endpoint=True))
+    left += sprites.size + pitch * np.arange(sprites.occluders)
+    boxes = np.zeros((sprites.occluders, 4), np.int64)
+    boxes[:, 1], boxes[:, 2], boxes[:, 3] = left, data.height, left + sprites.occluder_width
+    return boxes
+
+
+def _move(
+    rng: np.random.Generator,
+    sprites: SpriteConfig,
+    data: DataConfig,
+    count: int,
+    occluders: np.ndarray,
+) -> np.ndarray:
+    """Top left corners [F, S, 2] in whole pixels; every sprite starts beside the occluders."""
+    low, high = sprites.speed
+    if float(low).is_integer() and float(high).is_integer():
+        speed = rng.integers(int(low), int(high), size=count, endpoint=True).astype(float)
+    else:
+        speed = rng.uniform(low, high, count)
+    room = np.array([data.height, data.width]) - sprites.size
+    columns = np.arange(room[1] + 1)[:, None]
+    beside = (columns + sprites.size <= occluders[:, 1]) | (columns >= occluders[:, 3])
+    start = np.empty((count, 2), np.int64)
+    start[:, 1] = rng.choice(columns[beside.all(1), 0], count)
+    if sprites.vertical:
+        start[:, 0] = rng.integers(room[0], size=count, endpoint=True)
+        angle = rng.uniform(0, 2 * np.pi, count)
+        velocity = speed[:, None] * np.stack([np.sin(angle), np.cos(angle)], -1)
+    else:
+        lane = data.height // sprites.count[1]
+        lanes = rng.permutation(sprites.count[1])[:count]
+        start[:, 0] = lanes * lane + rng.integers(lane - sprites.size, size=count, endpoint=True)
+        velocity = speed[:, None] * np.stack([np.zeros(count), rng.choice((-1, 1), count)], -1)
+    path = start + velocity * np.arange(data.frames)[:, None, None]
+    # Bouncing folds the straight path into [0, room].
+    return np.rint(room - np.abs(path % np.maximum(2 * room, 1) - room)).astype(np.int64)
+
+
+def _draw(
+    corners: np.ndarray,
+    shapes: np.ndarray,
+    colors: np.ndarray,
+    occluders: np.ndarray,
+    background: int,
+    sprites: SpriteConfig,
+    data: DataConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paints back to front; returns the video and each sprite's visible share [F, S]."""
+    count, frames = len(shapes), np.arange(len(corners))[:, None]
+    owner = np.full((len(corners), data.height, data.width), count, np.uint8)
+    pixels = []
+    for sprite, shape in enumerate(shapes):
+        rows, columns = np.nonzero(_mask(shape, sprites.size))
+        place = (frames, corners[:, sprite, :1] + rows, corners[:, sprite, 1:] + columns)
+        owner[place] = sprite
+        pixels.append(place)
+    for top, left, bottom, right in occluders:
+        owner[:, top:bottom, left:right] = count + 1
+    visible = [(owner[place] == sprite).mean(1) for sprite, place in enumerate(pixels)]
+    palette = _palette(background)
+    tones = palette[np.append(colors, (len(COLORS), len(COLORS) + 1))]
+    return tones[owner], np.stack(visible, 1).astype(np.float32)
+
+
+@functools.cache
+def _palette(background: int) -> np.ndarray:
+    """uint8 [8 + 2, 3]: the sprites' colours, the background, the occluder."""
+    tones = [*COLORS.values(), list(BACKGROUNDS.values())[background], OCCLUDER_COLOR]
+    return np.array(tones, np.uint8)
+
+
+@functools.cache
+def _mask(shape: int, size: int) -> np.ndarray:
+    """Bool [size, size]; every shape touches all four sides of its bounding box."""
+    half = size / 2
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    match SHAPES[shape]:
+        case "square":
+            mask = np.ones((size, size), bool)
+        case "triangle":
+            mask = abs(x) <= (y + half + 0.5) / 2
+        case "cross":
+            mask = np.minimum(abs(x), abs(y)) <= max(size / 10, 0.5)
+        case "disc":
+            mask = x**2 + y**2 <= half**2
+        case "box":
+            mask = np.maximum(abs(x), abs(y)) > half - max(size / 7, 1)
+        case name:
+            raise ValueError(f"no such shape: {name}")
+    mask.setflags(write=False)
+    return mask

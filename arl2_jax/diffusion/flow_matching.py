@@ -1,0 +1,35 @@
+"""Flow matching: the straight path between data and noise.
+
+x_s = (1 - s) x0 + s eps at noise level s in [0, 1]; the network predicts the flow
+v = eps - x0 and is told the timestep 1000 s. Source: arXiv 2210.02747, 2209.03003.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def warp(s, shift: float):
+    """Moves noise levels towards noise: shift s / (1 + (shift - 1) s)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def per_frame(s: Float[Array, "b t"]) -> Float[Array, "b t 1 1 1"]:
+    """Noise levels of frames, shaped to multiply latents."""
+    return s[..., None, None, None]
+
+
+def add_noise(x0, eps, s: Float[Array, "b t"]):
+    """x_s of latents [B, T, rows, columns, channels]."""
+    return (1 - per_frame(s)) * x0 + per_frame(s) * eps
+
+
+def predict_x0(x, flow, s: Float[Array, "b t"]):
+    """The clean latents that a predicted flow implies."""
+    return x - per_frame(s) * flow
+
+
+def draw_levels(key: Array, batch: int, blocks: int, frames_per_block: int, shift: float):
+    """Noise levels [B, T]: independent and uniform for each block, then warped."""
+    s = warp(jax.random.uniform(key, (batch, blocks)), shift)
+    return jnp.repeat(s, frames_per_block, axis=1)

@@ -1,0 +1,52 @@
+"""Samplers: from noise to clean latents, given a function that predicts the flow."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from arl2_jax.config import SamplerConfig
+from arl2_jax.diffusion.flow_matching import warp
+
+FlowFn = Callable[[Array, Array], Array]
+
+
+def noise_levels(sampler: SamplerConfig) -> np.ndarray:
+    """Noise levels at which the network is asked, falling from 1, float32 [steps]."""
+    if sampler.method == "few_step":
+        s = np.asarray(sampler.timesteps) / 1000
+    else:
+        s = np.linspace(1, 0, sampler.steps + 1)[:-1]
+    return warp(s, sampler.shift).astype(np.float32)
+
+
+def sample(
+    flow_fn: FlowFn, key: Array, shape: tuple[int, ...], sampler: SamplerConfig
+) -> Float[Array, "b f rows columns channels"]:
+    """Denoises one frame block.
+
+    Args:
+      flow_fn: (x, s) -> flow of the block, both like x; s is a float32 scalar.
+      key: random key of the block.
+      shape: shape of the block's latents.
+      sampler: few-step predicts x0 and re-noises it with fresh noise; Euler takes the step
+        x + (s' - s) v along the flow.
+    """
+    levels = noise_levels(sampler)
+    following = np.append(levels[1:], np.float32(0))
+    first, *fresh = jax.random.split(key, 1 + len(levels))
+
+    def few_step(x, step):
+        s, s_next, key = step
+        x0 = x - s * flow_fn(x, s)
+        return (1 - s_next) * x0 + s_next * jax.random.normal(key, shape), None
+
+    def euler(x, step):
+        s, s_next, _ = step
+        return x + (s_next - s) * flow_fn(x, s), None
+
+    body = few_step if sampler.method == "few_step" else euler
+    steps = (jnp.asarray(levels), jnp.asarray(following), jnp.stack(fresh))
+    return jax.lax.scan(body, jax.random.normal(first, shape), steps)[0]

@@ -1,0 +1,191 @@
+"""Generation block by block, as one scan: denoise a block, then write it to the memories."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from arl2_jax import models
+from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.diffusion import sample
+
+
+class RolloutState(NamedTuple):
+    """What generation carries from block to block.
+
+    Attributes:
+      memory: memories of all layers; with guidance, of the batch with and without text.
+      position: index of the next latent frame, int32.
+      key: random key.
+    """
+
+    memory: Any
+    position: Int[Array, ""]
+    key: Array
+
+
+class RolloutContext(NamedTuple):
+    """What stays the same over a rollout: stacked parameters and the encoded text."""
+
+    params: models.wan.StackedParams
+    text: tuple
+
+
+def start(
+    params, cfg: ModelConfig, sampler: SamplerConfig, text, key, *, frames, tokens_per_frame
+) -> tuple[RolloutContext, RolloutState]:
+    """Prepares a rollout.
+
+    Args:
+      params, cfg: the model.
+      sampler: with guidance above 1, the batch is doubled by its copy without text.
+      text: text embeddings [B, L, text_dim].
+      key: random key.
+      frames: latent frames that softmax layers have room for; hybrid layers need none.
+      tokens_per_frame: tokens of a latent frame.
+    """
+    if sampler.guidance > 1:
+        text = jnp.concatenate([text, jnp.zeros_like(text)])
+    stacked = models.stack_params(params, cfg)
+    context = RolloutContext(stacked, models.encode_text(stacked, cfg, text))
+    memory = models.init_memory(
+        cfg, batch=text.shape[0], frames=frames, tokens_per_frame=tokens_per_frame
+    )
+    return context, RolloutState(memory, jnp.int32(0), key)
+
+
+def write_block(context: RolloutContext, cfg: ModelConfig, state: RolloutState, block):
+    """Runs a clean block through the network at timestep 0 and remembers it."""
+    copies = context.text[0].k.shape[1] // block.shape[0]
+    tiled = jnp.tile(block, (copies, 1, 1, 1, 1))
+    _, memory = models.apply(
+        context.params,
+        cfg,
+        tiled,
+        jnp.zeros(tiled.shape[:2]),
+        context.text,
+        memory=state.memory,
+        position=state.position,
+        write=True,
+    )
+    return state._replace(memory=memory, position=state.position + block.shape[1])
+
+
+def denoise_block(
+    context: RolloutContext,
+    cfg: ModelConfig,
+    sampler: SamplerConfig,
+    state: RolloutState,
+    shape: tuple[int, ...],
+) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
+    """Makes the next block, of the given shape, from noise; it is not yet remembered."""
+    key, block_key = jax.random.split(state.key)
+
+    def flow_fn(x, s):
+        guided = sampler.guidance > 1
+        latents = jnp.concatenate([x, x]) if guided else x
+        timestep = jnp.full(latents.shape[:2], 1000 * s)
+        flow, _ = models.apply(
+            context.params,
+            cfg,
+            latents,
+            timestep,
+            context.text,
+            memory=state.memory,
+            position=state.position,
+        )
+        if not guided:
+            return flow
+        with_text, without = jnp.split(flow, 2)
+        return without + sampler.guidance * (with_text - without)
+
+    return state._replace(key=key), sample(flow_fn, block_key, shape, sampler)
+
+
+def generate_block(
+    context: RolloutContext,
+    cfg: ModelConfig,
+    sampler: SamplerConfig,
+    state: RolloutState,
+    shape: tuple[int, ...],
+) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
+    """Denoises the next block and remembers it."""
+    state, block = denoise_block(context, cfg, sampler, state, shape)
+    return write_block(context, cfg, state, block), block
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sampler", "blocks", "shape"))
+def rollout(
+    params,
+    cfg: ModelConfig,
+    sampler: SamplerConfig,
+    text: Float[Array, "b l text_dim"],
+    key: Array,
+    *,
+    blocks: int,
+    shape: tuple[int, int, int],
+    past: Float[Array, "b t rows columns channels"] | None = None,
+) -> Float[Array, "b t rows columns channels"]:
+    """Generates a video, or continues one.
+
+    Args:
+      params, cfg: the model.
+      sampler: how each block is denoised.
+      text: text embeddings.
+      key: random key.
+      blocks: frame blocks to generate.
+      shape: rows, columns and channels of a latent frame.
+      past: clean latents to continue, whole blocks; they are written to the memories first.
+
+    Returns:
+      The generated blocks alone, [B, blocks * f, rows, columns, channels] float32.
+    """
+    f = cfg.frames_per_block
+    past_frames = 0 if past is None else past.shape[1]
+    tokens = shape[0] * shape[1] // (cfg.patch_size[1] * cfg.patch_size[2])
+    context, state = start(
+        params, cfg, sampler, text, key, frames=past_frames + blocks * f, tokens_per_frame=tokens
+    )
+    if past is not None:
+        clean = rearrange(past, "b (m f) ... -> m b f ...", f=f)
+        remember = lambda state, block: (write_block(context, cfg, state, block), None)
+        state, _ = jax.lax.scan(remember, state, clean)
+    block_shape = (text.shape[0], f, *shape)
+    generate = lambda state, _: generate_block(context, cfg, sampler, state, block_shape)
+    _, video = jax.lax.scan(generate, state, length=blocks)
+    return rearrange(video, "m b f ... -> b (m f) ...")
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sampler"))
+def generate_from_clean_past(
+    params,
+    cfg: ModelConfig,
+    sampler: SamplerConfig,
+    text: Float[Array, "b l text_dim"],
+    key: Array,
+    clip: Float[Array, "b t rows columns channels"],
+) -> Float[Array, "b t rows columns channels"]:
+    """Generates every block of a clip from pure noise, given the clip's own earlier blocks.
+
+    Args:
+      params, cfg, sampler, text, key: as in `rollout`.
+      clip: clean latents, whole blocks.
+
+    Returns:
+      Generated latents like clip; block i has seen clean blocks before i only.
+    """
+    tokens = clip.shape[2] * clip.shape[3] // (cfg.patch_size[1] * cfg.patch_size[2])
+    context, state = start(
+        params, cfg, sampler, text, key, frames=clip.shape[1], tokens_per_frame=tokens
+    )
+    blocks = rearrange(clip, "b (m f) ... -> m b f ...", f=cfg.frames_per_block)
+
+    def step(state, clean):
+        after, generated = denoise_block(context, cfg, sampler, state, clean.shape)
+        return write_block(context, cfg, after, clean), generated
+
+    _, video = jax.lax.scan(step, state, blocks)
+    return rearrange(video, "m b f ... -> b (m f) ...")

@@ -1,0 +1,25 @@
+"""The causal Wan network."""
+
+from arl2_jax.models.wan import (
+    Params,
+    apply,
+    apply_clip,
+    encode_text,
+    init_memory,
+    init_params,
+    param_shapes,
+    stack_params,
+    without_delta,
+)
+
+__all__ = [
+    "Params",
+    "apply",
+    "apply_clip",
+    "encode_text",
+    "init_memory",
+    "init_params",
+    "param_shapes",
+    "stack_params",
+    "without_delta",
+]

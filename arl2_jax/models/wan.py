@@ -1,0 +1,325 @@
+"""The causal Wan network as functions of parameters, in block form and in clip form.
+
+Parameters are a nested dict in which every layer stands alone (`blocks/0/self_attn/q/kernel`).
+Inside, neighbouring layers of one kind are stacked and scanned, so that compile time does not grow
+with depth.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from arl2_jax.config import ModelConfig
+from arl2_jax.memory import MEMORIES
+from arl2_jax.models.attention import TextContext
+from arl2_jax.models.embeddings import Stem
+from arl2_jax.models.layer import Conditions, Delta, TransformerLayer
+from arl2_jax.nn.rope import video_rope
+
+Params = dict[str, Any]
+
+
+class StackedParams(NamedTuple):
+    """Parameters in the form in which they are computed with.
+
+    Attributes:
+      stem: everything outside the layers.
+      runs: one tree per run of equal layers, each leaf with a leading layer axis.
+    """
+
+    stem: Params
+    runs: tuple[Params, ...]
+
+
+@functools.lru_cache
+def layer_graph(cfg: ModelConfig, memory: str) -> nnx.GraphDef:
+    """Structure of a layer, to be merged with its parameters."""
+    abstract = nnx.eval_shape(lambda: TransformerLayer(cfg, memory, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract)[0]
+
+
+@functools.lru_cache
+def stem_graph(cfg: ModelConfig) -> nnx.GraphDef:
+    """Structure of everything outside the layers."""
+    return nnx.split(nnx.eval_shape(lambda: Stem(cfg, rngs=nnx.Rngs(0))))[0]
+
+
+def make_layer(cfg: ModelConfig, memory: str, params: Params) -> TransformerLayer:
+    """A layer of the given kind around its parameters."""
+    return nnx.merge(layer_graph(cfg, memory), params)
+
+
+def make_stem(cfg: ModelConfig, params: Params) -> Stem:
+    """The parts outside the layers around their parameters."""
+    return nnx.merge(stem_graph(cfg), params)
+
+
+def init_params(cfg: ModelConfig, key: Array) -> Params:
+    """Random parameters, float32, a nested dict with string keys.
+
+    A layer's own weights depend on the key and on its index, not on which layers are hybrid: the
+    teacher's parameters are those of any hybrid of it, less the "delta" nodes.
+    """
+    return _init(cfg, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(cfg: ModelConfig, key: Array) -> Params:
+    pure = lambda module: nnx.to_pure_dict(nnx.split(module)[1])
+    stem_key, layer_key, delta_key = jax.random.split(key, 3)
+    params = pure(Stem(cfg, rngs=nnx.Rngs(stem_key)))
+    make = lambda key: pure(TransformerLayer(cfg, "softmax_cache", rngs=nnx.Rngs(key)))
+    make_delta = lambda key: pure(Delta(cfg, rngs=nnx.Rngs(key)))
+    layers = _unstack(jax.vmap(make)(jax.random.split(layer_key, cfg.num_layers)))
+    deltas = _unstack(jax.vmap(make_delta)(jax.random.split(delta_key, cfg.num_layers)))
+    for i in cfg.hybrid_layers:
+        layers[i]["delta"] = deltas[i]
+    return params | {"blocks": {str(i): layer for i, layer in enumerate(layers)}}
+
+
+def _unstack(tree: Params) -> list[Params]:
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+def param_shapes(cfg: ModelConfig) -> Params:
+    """Shapes and dtypes of `init_params`, without making any array."""
+    return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+
+
+def without_delta(params: Params) -> Params:
+    """The teacher's parameters: those of a hybrid less everything that ARL2 adds."""
+    layers = {
+        i: {name: node for name, node in layer.items() if name != "delta"}
+        for i, layer in params["blocks"].items()
+    }
+    return params | {"blocks": layers}
+
+
+def stack_params(params: Params, cfg: ModelConfig) -> StackedParams:
+    """Stacks runs of equal layers and casts weight matrices to the compute dtype.
+
+    Stacked parameters are returned as they are, so that a caller may stack once for many calls.
+    """
+    if isinstance(params, StackedParams):
+        return params
+    compute = jnp.dtype(cfg.dtype)
+    cast = functools.partial(_cast, dtype=compute)
+    layers = jax.tree_util.tree_map_with_path(cast, params["blocks"])
+    runs = tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(*run)))
+        for run in cfg.layer_runs()
+    )
+    stem = {name: node for name, node in params.items() if name != "blocks"}
+    return StackedParams(jax.tree_util.tree_map_with_path(cast, stem), runs)
+
+
+# Small parameters that steer the network or the state; they stay float32.
+_KEEP_FLOAT32 = {
+    "scale", "modulation", "A_log", "dt_bias", "a_proj", "b_proj", "gate_proj", "time_embedding",
+    "time_projection",
+}  # fmt: skip
+
+
+def _cast(path, leaf, dtype):
+    names = {str(entry.key) for entry in path}
+    return leaf if names & _KEEP_FLOAT32 else leaf.astype(dtype)
+
+
+def init_memory(cfg: ModelConfig, *, batch: int, frames: int, tokens_per_frame: int):
+    """Empty memories of all layers: a tuple with one stacked state per run of equal layers.
+
+    Args:
+      cfg: model.
+      batch: videos generated together.
+      frames: latent frames that softmax layers have room for; hybrid layers need none.
+      tokens_per_frame: tokens of a latent frame.
+    """
+    states = []
+    for start, stop in cfg.layer_runs():
+        memory = MEMORIES[cfg.memory_of(start)](cfg, rngs=nnx.Rngs(0))
+        one = jax.eval_shape(lambda m=memory: m.init_state(batch, frames * tokens_per_frame))
+        zeros = lambda s, n=stop - start: jnp.zeros((n, *s.shape), s.dtype)
+        states.append(jax.tree.map(zeros, one))
+    return tuple(states)
+
+
+def encode_text(
+    params: Params | StackedParams, cfg: ModelConfig, text: Float[Array, "b l text_dim"]
+) -> tuple[TextContext, ...]:
+    """Keys and values of the text for all layers, one stacked tree per run; once per prompt."""
+    stacked = stack_params(params, cfg)
+    stem = make_stem(cfg, stacked.stem)
+    embedded = stem.text_embedding(text)
+    contexts = []
+    for (start, _), run in zip(cfg.layer_runs(), stacked.runs, strict=True):
+        encode = lambda layer, start=start: make_layer(
+            cfg, cfg.memory_of(start), layer
+        ).cross_attn.encode(embedded)
+        contexts.append(jax.lax.map(encode, run))
+    return tuple(contexts)
+
+
+def apply(
+    params: Params | StackedParams,
+    cfg: ModelConfig,
+    latents: Float[Array, "b f rows columns channels"],
+    timestep: Float[Array, "b f"],
+    text: Float[Array, "b l text_dim"] | tuple[TextContext, ...],
+    *,
+    memory: tuple,
+    position: int | Int[Array, ""] = 0,
+    write: bool = False,
+) -> tuple[Float[Array, "b f rows columns channels"], tuple]:
+    """The network on one frame block.
+
+    Args:
+      params: parameters, from `init_params` or already stacked.
+      cfg: model.
+      latents: one frame block, channels last.
+      timestep: noise level of each frame in 0..1000.
+      text: text embeddings with zeros past the prompt, or what `encode_text` made of them.
+      memory: memories of all layers, from `init_memory` or an earlier call.
+      position: index of the block's first latent frame, may be traced.
+      write: whether the block is clean and to be remembered.
+
+    Returns:
+      The flow (float32, like latents), and the memory, which is new only if `write`.
+
+    Raises:
+      ValueError: the block's shape does not fit the model or the memory.
+    """
+    rows, columns = _check_latents(cfg, latents, timestep)
+    stacked = stack_params(params, cfg)
+    stem = make_stem(cfg, stacked.stem)
+    contexts = text if isinstance(text, tuple) else encode_text(stacked, cfg, text)
+    x = stem.embed_patches(latents)
+    time, modulation = stem.embed_time(timestep)
+    frames = latents.shape[1]
+    conditions = Conditions(modulation, video_rope(position, frames, rows, columns, cfg.head_dim))
+    first_token = position * rows * columns
+
+    new_memory = []
+    for run, weights, context, state in zip(
+        cfg.layer_runs(), stacked.runs, contexts, memory, strict=True
+    ):
+
+        def step(x, layer, kind=cfg.memory_of(run[0])):
+            weights, context, state = layer
+            module = make_layer(cfg, kind, weights)
+            return module.block(x, conditions, context, state, first_token, write)
+
+        x, state = jax.lax.scan(step, x, (weights, context, state))
+        new_memory.append(state)
+    flow = stem.predict_flow(x, time, latents.shape[2], latents.shape[3])
+    return flow, tuple(new_memory) if write else memory
+
+
+class Clip(NamedTuple):
+    """A clip on its way through the layers, in the teacher-forcing layout [clean | noisy].
+
+    Attributes:
+      x: tokens [B, 2 T N, C].
+      conditions: conditions of both halves; the rope covers one half.
+      text: embedded text [B, L, C].
+      time: time embedding of the noisy half, [B, T, C].
+    """
+
+    x: Float[Array, "b n c"]
+    conditions: Conditions
+    text: Float[Array, "b l c"]
+    time: Float[Array, "b t c"]
+
+
+def embed_clip(stem: Stem, cfg: ModelConfig, clean, noisy, timestep, text) -> Clip:
+    """Embeds both halves of a clip; the clean half stands at timestep 0."""
+    rows, columns = _check_latents(cfg, noisy, timestep)
+    frames = noisy.shape[1]
+    x = stem.embed_patches(jnp.concatenate([clean, noisy], axis=1))
+    both = jnp.concatenate([jnp.zeros_like(timestep), timestep], axis=1)
+    time, modulation = stem.embed_time(both)
+    rope = video_rope(0, frames, rows, columns, cfg.head_dim)
+    return Clip(x, Conditions(modulation, rope), stem.text_embedding(text), time[:, frames:])
+
+
+def apply_clip(
+    params: Params | StackedParams,
+    cfg: ModelConfig,
+    clean: Float[Array, "b t rows columns channels"],
+    noisy: Float[Array, "b t rows columns channels"],
+    timestep: Float[Array, "b t"],
+    text: Float[Array, "b l text_dim"],
+) -> tuple[Float[Array, "b t rows columns channels"], tuple[dict[str, Array], ...]]:
+    """The network on all blocks of a clip at once, for training (teacher forcing).
+
+    Noisy block i sees clean blocks before i and itself: what `apply` sees block by block when it
+    writes every clean block.
+
+    Args:
+      params, cfg: as in `apply`.
+      clean: the clip's latents, T a multiple of cfg.frames_per_block.
+      noisy: the same clip, noised.
+      timestep: noise level of each noisy frame in 0..1000, equal within a block.
+      text: text embeddings.
+
+    Returns:
+      The flow of the noisy half (float32), and per run of equal layers a dict of diagnostics, each
+      [layers of the run].
+    """
+    stacked = stack_params(params, cfg)
+    stem = make_stem(cfg, stacked.stem)
+    clip = embed_clip(stem, cfg, clean, noisy, timestep, text)
+    blocks = clean.shape[1] // cfg.frames_per_block
+    x, diagnostics = clip.x, []
+    for run, weights in zip(cfg.layer_runs(), stacked.runs, strict=True):
+
+        def step(x, weights, kind=cfg.memory_of(run[0])):
+            layer = make_layer(cfg, kind, weights)
+            context = layer.cross_attn.encode(clip.text)
+            return layer.clip(x, clip.conditions, context, blocks, halves=2)
+
+        x, logged = jax.lax.scan(rematerialised(step, cfg), x, weights)
+        diagnostics.append(logged)
+    noisy_half = x[:, x.shape[1] // 2 :]
+    flow = stem.predict_flow(noisy_half, clip.time, *clean.shape[2:4])
+    return flow, tuple(diagnostics)
+
+
+def rematerialised(step: Callable, cfg: ModelConfig) -> Callable:
+    """Applies cfg.remat to the body of a scan over layers."""
+    if cfg.remat == "none":
+        return step
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    # Inside a scan nothing can be merged back by the compiler, so the barrier is not needed.
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def _check_latents(cfg: ModelConfig, latents, timestep) -> tuple[int, int]:
+    """Rows and columns of the token grid."""
+    if latents.ndim != 5 or latents.shape[-1] != cfg.in_dim:
+        raise ValueError(
+            f"latents have shape {latents.shape}; the model takes [batch, frames, rows, columns, "
+            f"{cfg.in_dim}]"
+        )
+    if latents.shape[1] % cfg.frames_per_block:
+        raise ValueError(
+            f"latents have {latents.shape[1]} frames, not a multiple of "
+            f"frames_per_block={cfg.frames_per_block}"
+        )
+    _, ph, pw = cfg.patch_size
+    if latents.shape[2] % ph or latents.shape[3] % pw:
+        raise ValueError(
+            f"latents have {latents.shape[2]} x {latents.shape[3]} rows and columns, not multiples "
+            f"of the patch {ph} x {pw}; crop or pad them"
+        )
+    if timestep.shape != latents.shape[:2]:
+        raise ValueError(
+            f"timestep has shape {timestep.shape}; one a frame is needed: {latents.shape[:2]}"
+        )
+    return latents.shape[2] // ph, latents.shape[3] // pw

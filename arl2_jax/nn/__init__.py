@@ -1,0 +1,1 @@
+"""Building blocks that memories and models share."""

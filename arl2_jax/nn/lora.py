@@ -1,0 +1,23 @@
+"""Low-rank updates of frozen linear layers."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+
+class LowRank(nnx.Module):
+    """x A B * alpha / rank; A is Kaiming-uniform and B zero, so it starts as no update.
+
+    Source: LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dtype, *, rngs):
+        # Uniform in +-1 / sqrt(in_dim): Kaiming with the slope sqrt(5) of PyTorch's linear layers.
+        kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.a = nnx.Param(kaiming(rngs.params(), (in_dim, rank)))
+        self.b = nnx.Param(jnp.zeros((rank, out_dim)))
+        self.scale = alpha / rank
+        self.dtype = dtype
+
+    def __call__(self, x):
+        a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
+        return (x.astype(self.dtype) @ a) @ b * self.scale

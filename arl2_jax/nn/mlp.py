@@ -1,0 +1,25 @@
+"""The two-layer perceptron of the embeddings and of the feed-forward network."""
+
+import jax
+from flax import nnx
+
+
+class MLP(nnx.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, in_dim, hidden, out_dim, activation, dtype, *, rngs, kernel_init=None):
+        init = kernel_init or nnx.initializers.xavier_uniform()
+        self.fc1 = nnx.Linear(in_dim, hidden, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, out_dim, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x, lora1=None, lora2=None):
+        """Applies the two layers, each with an optional low-rank update of its kernel."""
+        h = self.fc1(x) if lora1 is None else self.fc1(x) + lora1(x)
+        h = self.activation(h)
+        return self.fc2(h) if lora2 is None else self.fc2(h) + lora2(h)
+
+
+def gelu_tanh(x):
+    """GELU in its tanh approximation, as Wan uses it."""
+    return jax.nn.gelu(x, approximate=True)

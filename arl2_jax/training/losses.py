@@ -1,0 +1,141 @@
+"""What each phase minimises, as functions of parameters and a noised clip."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arl2_jax.config import ModelConfig
+from arl2_jax.diffusion import add_noise, draw_levels, per_frame
+from arl2_jax.models import Params, apply_clip, stack_params, without_delta
+from arl2_jax.models.wan import embed_clip, make_layer, make_stem
+
+
+class NoisedClip(NamedTuple):
+    """A clip and its noised copy.
+
+    Attributes:
+      clean: latents that are the blocks' past, [B, T, rows, columns, channels].
+      noisy: the same latents at noise level s.
+      eps: the noise in it.
+      s: noise levels, [B, T].
+      text: text embeddings, [B, L, text_dim].
+    """
+
+    clean: Float[Array, "b t rows columns channels"]
+    noisy: Float[Array, "b t rows columns channels"]
+    eps: Float[Array, "b t rows columns channels"]
+    s: Float[Array, "b t"]
+    text: Float[Array, "b l text_dim"]
+
+    @property
+    def timestep(self) -> Float[Array, "b t"]:
+        """Noise levels as the network reads them, in 0..1000."""
+        return 1000 * self.s
+
+
+def noise_clip(key: Array, cfg: ModelConfig, latents, text, shift: float) -> NoisedClip:
+    """Noises every block of a clip to a level of its own."""
+    level_key, noise_key = jax.random.split(key)
+    blocks = latents.shape[1] // cfg.frames_per_block
+    s = draw_levels(level_key, latents.shape[0], blocks, cfg.frames_per_block, shift)
+    eps = jax.random.normal(noise_key, latents.shape)
+    return NoisedClip(latents, add_noise(latents, eps, s), eps, s, text)
+
+
+def predict(params: Params, cfg: ModelConfig, clip: NoisedClip):
+    """The flow of all noisy blocks, and the layers' diagnostics."""
+    return apply_clip(params, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+
+
+def flow_matching(params: Params, cfg: ModelConfig, clip: NoisedClip):
+    """Mean squared error of the flow against eps - x0: (loss, diagnostics)."""
+    flow, diagnostics = predict(params, cfg, clip)
+    return jnp.mean(jnp.square(flow - (clip.eps - clip.clean))), diagnostics
+
+
+def distillation(params: Params, cfg: ModelConfig, clip: NoisedClip, teacher_flow):
+    """Mean squared errors of the student's flow and x0 against the teacher's: (loss, diagnostics).
+
+    At the same noisy input the errors differ by the noise level alone: dx0 = -s dv.
+    """
+    flow, diagnostics = predict(params, cfg, clip)
+    error = jnp.square(flow - teacher_flow)
+    return jnp.mean(error * (1 + per_frame(clip.s) ** 2)), diagnostics
+
+
+def teacher_flow(params: Params, cfg: ModelConfig, clip: NoisedClip):
+    """The flow that the softmax model, whose weights a hybrid contains, predicts."""
+    return jax.lax.stop_gradient(predict(without_delta(params), cfg.teacher(), clip)[0])
+
+
+class LayerDistillation(NamedTuple):
+    """Errors of the hybrid layers' attention and their gradients.
+
+    Attributes:
+      errors: per hybrid layer, relative to the teacher's mean square; layer index -> scalar.
+      gradients: layer index -> {"delta": gradient of that layer's own error}.
+      diagnostics: per run of equal layers, as in `apply_clip`.
+    """
+
+    errors: dict[str, Array]
+    gradients: dict[str, Params]
+    diagnostics: tuple[dict[str, Array], ...]
+
+
+def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
+    """Stage 1: every hybrid layer imitates the softmax attention it replaces (ARL2, section 3).
+
+    Each layer is given the teacher's own input, so that errors do not add up, and is compared
+    after Wo. The gradient is taken inside the scan over layers: however deep the model, the
+    activations of one layer are alive.
+    """
+    teacher = cfg.teacher()
+    stacked = stack_params(params, cfg)
+    stem = make_stem(cfg, stacked.stem)
+    tokens = embed_clip(stem, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    blocks = clip.clean.shape[1] // cfg.frames_per_block
+    x, errors, gradients, diagnostics = tokens.x, {}, {}, []
+    for (start, stop), weights in zip(cfg.layer_runs(), stacked.runs, strict=True):
+        kind = cfg.memory_of(start)
+
+        def step(x, weights, kind=kind):
+            base = {name: node for name, node in weights.items() if name != "delta"}
+            layer = make_layer(teacher, "softmax_cache", base)
+            h = layer.attention_input(x, tokens.conditions)
+            target, _ = layer.attend_clip(h, tokens.conditions, blocks, halves=2)
+            context = layer.cross_attn.encode(tokens.text)
+            finished = layer.finish(x, target, tokens.conditions, context)
+            if kind != "gated_delta":
+                return finished, None
+
+            def error(delta):
+                student = make_layer(cfg, kind, base | {"delta": delta})
+                out, logged = student.attend_clip(h, tokens.conditions, blocks, halves=2)
+                return relative_error(out, target), logged
+
+            value, gradient = jax.value_and_grad(error, has_aux=True)(weights["delta"])
+            return finished, (value, gradient)
+
+        x, per_layer = jax.lax.scan(step, x, weights)
+        if per_layer is None:
+            diagnostics.append({})
+            continue
+        (values, logged), stacked_gradients = per_layer
+        diagnostics.append(logged)
+        for i in range(start, stop):
+            errors[str(i)] = values[i - start]
+            own = jax.tree.map(lambda g, i=i - start: g[i].astype(jnp.float32), stacked_gradients)
+            gradients[str(i)] = {"delta": own}
+    return LayerDistillation(errors, gradients, tuple(diagnostics))
+
+
+def relative_error(x: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Array:
+    """Mean square of x - target over the mean square of target, per clip and then averaged.
+
+    Per clip, so that the mean over micro-batches is the mean over the batch.
+    """
+    x, target = x.astype(jnp.float32), target.astype(jnp.float32)
+    mean = lambda y: jnp.mean(jnp.square(y), axis=tuple(range(1, y.ndim)))
+    return jnp.mean(mean(x - target) / (mean(target) + 1e-12))

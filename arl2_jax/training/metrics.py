@@ -1,0 +1,215 @@
+"""Where training metrics go: TensorBoard, a JSON lines file, and a progress bar."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol, TextIO
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+Metrics = Mapping[str, Any]
+
+
+class MetricWriter(Protocol):
+    """Takes the metrics of a logged step.
+
+    Values are numbers or scalar jax arrays. They are read when `write` is called and not before,
+    so a loop that calls `write` every so many steps lets the device run ahead in between.
+    """
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Records the metrics of a step."""
+        ...
+
+    def flush(self) -> None:
+        """Makes everything that was written visible to readers."""
+        ...
+
+    def close(self) -> None:
+        """Flushes and lets go of files."""
+        ...
+
+
+class MultiWriter:
+    """Hands every record to several writers; device values are fetched once, together."""
+
+    def __init__(self, *writers: MetricWriter):
+        self._writers = writers
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """See `MetricWriter`."""
+        if self._writers:
+            values = _floats(metrics)
+            for writer in self._writers:
+                writer.write(step, values)
+
+    def flush(self) -> None:
+        """See `MetricWriter`."""
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        """See `MetricWriter`."""
+        for writer in self._writers:
+            writer.close()
+
+
+class TensorBoardWriter:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: epath.PathLike, *, resume_step: int | None = None):
+        """Opens a folder of event files.
+
+        Args:
+          folder: where the event files go.
+          resume_step: last step of the earlier run that counts; TensorBoard hides what that run
+            wrote past it. None hides all of it.
+        """
+        purge = 0 if resume_step is None else resume_step + 1
+        # Files are named after the second they were made in: the suffix keeps them apart.
+        suffix = f".{purge:09d}"
+        self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """See `MetricWriter`."""
+        for name, value in _floats(metrics).items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """See `MetricWriter`."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See `MetricWriter`."""
+        self._writer.close()
+
+
+class JsonLinesWriter:
+    """One JSON object a line: {"step": 10, "loss": 0.5}; values that are not finite are null."""
+
+    def __init__(self, path: epath.PathLike, *, resume_step: int | None = None):
+        """Opens a file and drops what an earlier run wrote past the step it is resumed from.
+
+        Args:
+          path: local or remote file.
+          resume_step: last step of the earlier run that counts. None starts the file anew.
+        """
+        self._path = epath.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _lines_up_to(self._path, resume_step)
+        unfinished = self._path.parent / f"{self._path.name}.unfinished"
+        unfinished.write_text("".join(lines))
+        unfinished.replace(self._path)
+        # Object stores cannot append: there the whole file is written anew at every flush.
+        remote = "://" in str(self._path)
+        self._lines = lines if remote else None
+        self._file = None if remote else self._path.open("a")
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """See `MetricWriter`."""
+        values = {n: v if math.isfinite(v) else None for n, v in _floats(metrics).items()}
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        elif self._lines is not None:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        """See `MetricWriter`."""
+        if self._lines is not None:
+            self._path.write_text("".join(self._lines))
+
+    def close(self) -> None:
+        """See `MetricWriter`."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+class ProgressBar:
+    """Phase, step, loss, steps per second and time left; plain lines where there is no terminal."""
+
+    def __init__(
+        self,
+        phase: str,
+        steps: int,
+        *,
+        start: int = 0,
+        file: TextIO | None = None,
+        interval: float = 10.0,
+    ):
+        """Shows a bar.
+
+        Args:
+          phase: its title.
+          steps: last step of the phase.
+          start: step the phase is resumed from.
+          file: where it goes; standard error by default.
+          interval: seconds between lines on a pipe or in a file.
+        """
+        stream: TextIO = file or sys.stderr
+        terminal = stream.isatty()
+        bar = " |{bar}| " if terminal else " "
+        self._bar = (tqdm if terminal else _Lines)(
+            desc=phase,
+            total=steps,
+            initial=start,
+            file=stream,
+            unit=" steps",
+            miniters=1,
+            mininterval=0.1 if terminal else interval,
+            dynamic_ncols=terminal,
+            bar_format="{desc} {percentage:3.0f}%"
+            + bar
+            + "{n_fmt}/{total_fmt}{postfix}, {rate_noinv_fmt}, {remaining} left",
+        )
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """See `MetricWriter`."""
+        if "loss" in metrics:
+            self._bar.set_postfix_str(f"loss {float(metrics['loss']):.4g}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """See `MetricWriter`."""
+        self._bar.fp.flush()
+
+    def close(self) -> None:
+        """See `MetricWriter`."""
+        self._bar.close()
+
+
+class _Lines(tqdm):
+    """A bar that prints its text as a line of its own, at most every `mininterval` seconds."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        print(self if msg is None else msg, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self.display()
+
+
+def _floats(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+def _lines_up_to(path: epath.Path, step: int | None) -> list[str]:
+    """The records of a file up to a step; a line that was cut off in writing is not a record."""
+    if step is None or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    return kept

@@ -1,0 +1,74 @@
+"""AdamW with a learning rate per parameter pattern, and decay where it belongs."""
+
+import re
+from typing import Any
+
+import jax
+import optax
+
+from arl2_jax.config import ConfigError, PhaseConfig
+
+# Decay pulls towards zero, which means something else for these: a step size for A_log and
+# dt_bias, no signal for a norm's scale and a modulation.
+NO_DECAY = r"(A_log|dt_bias|bias|scale|modulation)$"
+
+
+def path_name(path) -> str:
+    """A parameter's path as text: blocks/0/self_attn/q/kernel."""
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def learning_rate(phase: PhaseConfig) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to the final fraction of the peak."""
+    decay = max(phase.steps - phase.warmup, 1)
+    peak = phase.learning_rate
+    cosine = optax.cosine_decay_schedule(peak, decay, phase.final_learning_rate)
+    warmup = optax.linear_schedule(peak / (phase.warmup + 1), peak, phase.warmup)
+    return optax.join_schedules([warmup, cosine], [phase.warmup])
+
+
+def learning_rate_factors(phase: PhaseConfig, params: Any) -> Any:
+    """Factor of every parameter: that of the first pattern found in its path, or 1.
+
+    Raises:
+      ConfigError: a pattern that finds no parameter of the phase.
+    """
+    patterns = [(re.compile(p), factor) for p, factor in phase.learning_rates]
+    used = set()
+
+    def factor(path, _):
+        for pattern, value in patterns:
+            if pattern.search(path_name(path)):
+                used.add(pattern.pattern)
+                return value
+        return 1.0
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    idle = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
+    if idle:
+        raise ConfigError(
+            f"learning_rates has {idle[0]!r}, which no trained parameter's path contains or which "
+            "an earlier pattern hides; remove it"
+        )
+    return factors
+
+
+def make_optimizer(phase: PhaseConfig, params: Any) -> optax.GradientTransformation:
+    """Gradient clipping, AdamW and the learning rates of a phase.
+
+    Args:
+      phase: the phase.
+      params: the trained parameters or their shapes.
+    """
+    factors = learning_rate_factors(phase, params)
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, _: not re.search(NO_DECAY, path_name(path)), params
+    )
+    scale = lambda updates: jax.tree.map(lambda u, f: u * f, updates, factors)
+    return optax.chain(
+        optax.clip_by_global_norm(phase.clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=phase.b2),
+        optax.add_decayed_weights(phase.weight_decay, mask=decayed),
+        optax.stateless(lambda updates, params: scale(updates)),
+        optax.scale_by_learning_rate(learning_rate(phase)),
+    )

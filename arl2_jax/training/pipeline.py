@@ -1,0 +1,155 @@
+"""The whole run: phases in order, the control, and what the report needs of them."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from arl2_jax import models, sharding
+from arl2_jax.config import Config, ConfigError, to_config_dict
+from arl2_jax.data import ClipData, open_data
+from arl2_jax.models import Params
+from arl2_jax.training.checkpoint import check_writable, load_params_folder, save_params
+from arl2_jax.training.loop import read_json, run_phase
+from arl2_jax.training.partition import merge_params, split_params
+from arl2_jax.weights import load_params
+
+# What may change between two starts of one run: it decides nothing about the trained weights.
+_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.mesh", "train.workdir",
+         "evaluation", "data.workers", "data.held_out")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """The models of a finished run, each a complete parameter tree.
+
+    Attributes:
+      untrained: the hybrid before conversion; its softmax weights are the teacher's.
+      stage1, stage2: the hybrid after each stage; None if the run leaves the stage out.
+      control: the hybrid with its memory gate at zero, trained like the student; or None.
+      seconds, compile_seconds: wall time per phase, compilation apart.
+    """
+
+    untrained: Params
+    stage1: Params | None
+    stage2: Params | None
+    control: Params | None
+    seconds: dict[str, float]
+    compile_seconds: dict[str, float]
+
+
+def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
+    """Checks everything that can be checked before compiling: folder, data, weights, mesh.
+
+    Returns:
+      The run's folder, its clips, and the parameters it starts from.
+
+    Raises:
+      ConfigError: one line naming the field or file, its value and the remedy.
+    """
+    mesh = sharding.make_mesh(config.train.mesh)
+    for phase in config.phases:
+        settings = getattr(config, phase)
+        sharding.check_batch(mesh, settings.batch_size, settings.accumulation, phase)
+    folder = epath.Path(config.train.workdir)
+    shapes = models.param_shapes(config.model)
+    table = sharding.sharding_table(shapes, mesh)
+    check_writable(folder)
+    _claim(folder, config)
+    data = open_data(config)
+    logging.info("parameters on %d devices:\n%s", mesh.size, table)
+    return folder, data, _initial_params(config)
+
+
+def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) -> Converted:
+    """Runs the phases that are not yet finished in `folder`.
+
+    Args:
+      config: the run.
+      folder, data, params: as `prepare` returns them.
+    """
+    mesh = sharding.make_mesh(config.train.mesh)
+    params = sharding.put(params, sharding.tree_shardings(params, mesh))
+    seconds, compile_seconds = {}, {}
+
+    def phase(name: str, start: Params, *, config=config, title=None) -> Params:
+        title = title or name
+        place = folder / title
+        summary = read_json(place / "summary.json")
+        if summary is None:
+            result = run_phase(config, name, start, data, mesh, place, title=title)
+            save_params(place / "weights", result.params, to_config_dict(config.model))
+            summary = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
+            _write_json(place / "summary.json", summary)
+            trained = result.params
+        else:
+            logging.info("%s is finished in %s; its weights are read from there", title, place)
+            trained = load_params_folder(place / "weights")[0]
+            trained = sharding.put(trained, sharding.tree_shardings(trained, mesh))
+        seconds[title] = summary["seconds"]
+        compile_seconds[title] = summary["compile_seconds"]
+        return trained
+
+    if "teacher" in config.phases:
+        delta, _ = split_params(params, "/delta/")
+        params = merge_params(phase("teacher", models.without_delta(params)), delta)
+    untrained, stages = params, {}
+    for name in ("stage1", "stage2"):
+        if name in config.phases:
+            params = stages[name] = phase(name, params)
+    control = None
+    if config.evaluation.control and "stage2" in config.phases:
+        # A closed gate leaves stage 1 nothing to learn: all its gradients are zero.
+        closed = dataclasses.replace(config.model, memory_gate="zero")
+        closed_config = dataclasses.replace(
+            config, model=closed, stage2=dataclasses.replace(config.stage2, layer_loss=0.0)
+        )
+        control = phase("stage2", untrained, config=closed_config, title="control")
+    return Converted(
+        untrained, stages.get("stage1"), stages.get("stage2"), control, seconds, compile_seconds
+    )
+
+
+def _initial_params(config: Config) -> Params:
+    key = jax.random.key(config.train.seed)
+    if config.teacher.weights == "random":
+        return models.init_params(config.model, key)
+    return load_params(config.teacher.weights, config.model, key=key)
+
+
+def _claim(folder: epath.Path, config: Config) -> None:
+    """Writes the run's configuration into its folder; another run's folder is refused."""
+    path = folder / "config.json"
+    ours, theirs = json.loads(json.dumps(to_config_dict(config))), read_json(path)
+    if theirs is not None:
+        here, there = _flat(ours), _flat(theirs)
+        for name in sorted(here.keys() | there.keys()):
+            free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
+            if not free and here.get(name) != there.get(name):
+                raise ConfigError(
+                    f"train.workdir={folder} holds a run with {name}={there.get(name)}, now it is "
+                    f"{here.get(name)}; set --config.train.workdir to another folder, or remove it"
+                )
+    _write_json(path, ours)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a.b": value}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _write_json(path: epath.Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    if jax.process_index() == 0:
+        unfinished = path.parent / f"{path.name}.unfinished"
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.replace(path)

@@ -1,0 +1,179 @@
+"""One optimizer step, the same for every phase."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from arl2_jax.config import Config
+from arl2_jax.generation.rollout import rollout
+from arl2_jax.models import Params
+from arl2_jax.training import losses
+from arl2_jax.training.losses import NoisedClip
+from arl2_jax.training.optimizer import learning_rate, make_optimizer
+from arl2_jax.training.partition import merge_params
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """What a phase changes, and what a checkpoint holds.
+
+    Attributes:
+      step: finished optimizer steps, int32.
+      params: trained parameters, float32, a nested dict.
+      opt_state: state of the optimizer.
+      ema: averaged copy of params.
+      key: random key of the next step.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    ema: Params
+    key: Array
+
+
+def init_state(config: Config, phase: str, trained: Params, key: Array) -> TrainState:
+    """State before the first step of a phase."""
+    optimizer = make_optimizer(getattr(config, phase), trained)
+    copy = jax.tree.map(jnp.copy, trained)
+    return TrainState(jnp.int32(0), trained, optimizer.init(trained), copy, key)
+
+
+def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Callable:
+    """The step of a phase: (state, frozen, batch) -> (state, metrics), to be jitted.
+
+    Args:
+      config: the run.
+      phase: "teacher", "stage1" or "stage2".
+      self_rollout: whether the clean past is the model's own generation instead of the data.
+    """
+    settings, schedule = getattr(config, phase), learning_rate(getattr(config, phase))
+    gradients = _GRADIENTS[phase]
+
+    def step(state: TrainState, frozen: Params, batch) -> tuple[TrainState, Metrics]:
+        key, noise_key, text_key, rollout_key = jax.random.split(state.key, 4)
+        latents, text = batch["latents"], batch["text"]
+        if phase == "teacher":
+            kept = jax.random.uniform(text_key, text.shape[:1]) >= config.teacher.text_dropout
+            text = text * kept[:, None, None]
+        if self_rollout:
+            latents = _own_video(config, merge_params(state.params, frozen), text, rollout_key)
+        clip = losses.noise_clip(noise_key, config.model, latents, text, config.sampler.shift)
+        one = lambda micro: gradients(config, state.params, frozen, micro)
+        grads, metrics = accumulate(one, clip, settings.accumulation)
+        optimizer = make_optimizer(settings, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Early steps are forgotten faster, so that the average does not remember the start.
+        decay = jnp.minimum(settings.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        metrics |= {
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema, key), metrics
+
+    return step
+
+
+def accumulate(gradients: Callable, clip: NoisedClip, parts: int):
+    """Mean of gradients and metrics over micro-batches, in float32.
+
+    A micro-batch takes every parts-th clip, so that each device keeps the clips it has.
+    """
+    if parts == 1:
+        return gradients(clip)
+    split = lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    micro = jax.tree.map(split, clip)
+    first = jax.tree.map(lambda x: x[0], micro)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(gradients, first)
+    )
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)
+    total, _ = jax.lax.scan(add, zeros, micro)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def _teacher_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
+    def loss(params):
+        return losses.flow_matching(merge_params(params, frozen), config.model.teacher(), clip)[0]
+
+    value, grads = jax.value_and_grad(loss)(trained)
+    return grads, {"loss": value}
+
+
+def _stage1_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
+    result = losses.distil_layers(merge_params(trained, frozen), config.model, clip)
+    return _like(trained, result.gradients), _layer_metrics(config, result)
+
+
+def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
+    params = merge_params(trained, frozen)
+    target = losses.teacher_flow(params, config.model, clip)
+
+    def loss(trained):
+        return losses.distillation(merge_params(trained, frozen), config.model, clip, target)
+
+    (value, diagnostics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+    metrics = {"loss": value} | _per_layer(config, diagnostics)
+    if config.stage2.layer_loss:
+        local = losses.distil_layers(params, config.model, clip)
+        weight = config.stage2.layer_loss
+        add = lambda g, own: g + weight * own
+        grads = jax.tree.map(add, grads, _like(trained, local.gradients))
+        metrics["layer_error"] = _mean(local.errors)
+    return grads, metrics
+
+
+_GRADIENTS = {
+    "teacher": _teacher_gradients,
+    "stage1": _stage1_gradients,
+    "stage2": _stage2_gradients,
+}
+
+
+def _like(trained: Params, gradients: dict[str, Params]) -> Params:
+    """Those gradients of the layers' additions that belong to trained parameters."""
+    pick = lambda wanted, found: {
+        name: pick(node, found[name]) if isinstance(node, dict) else found[name]
+        for name, node in wanted.items()
+    }
+    return pick(trained, {"blocks": gradients})
+
+
+def _mean(errors: dict[str, Array]) -> Array:
+    return jnp.mean(jnp.stack(list(errors.values())))
+
+
+def _layer_metrics(config: Config, result: losses.LayerDistillation) -> Metrics:
+    errors = {f"layer_{int(i):02d}/error": value for i, value in result.errors.items()}
+    return {"loss": _mean(result.errors)} | errors | _per_layer(config, result.diagnostics)
+
+
+def _per_layer(config: Config, diagnostics: tuple[dict[str, Array], ...]) -> Metrics:
+    """Diagnostics of scanned runs as one scalar per layer."""
+    return {
+        f"layer_{start + j:02d}/{name}": values[j]
+        for (start, _), logged in zip(config.model.layer_runs(), diagnostics, strict=True)
+        for name, values in logged.items()
+        for j in range(values.shape[0])
+    }
+
+
+def _own_video(config: Config, params: Params, text, key: Array):
+    """A clip that the student generates from nothing."""
+    video = rollout(
+        params,
+        config.model,
+        config.sampler,
+        text,
+        key,
+        blocks=config.blocks,
+        shape=config.latent_shape,
+    )
+    return jax.lax.stop_gradient(video)

@@ -1,0 +1,41 @@
+"""Trains: teacher, conversion in two stages, and the report at the end.
+
+    python launch/train.py --config=configs/tiny.py
+    python launch/train.py --config=configs/tiny.py --config.stage2.steps=500
+
+The run lives in --config.train.workdir. Started again with the same configuration, it goes on
+where it stopped.
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=False)
+
+
+def main(argv):
+    """Flags -> config -> the run."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}; fields are set as --config.NAME=VALUE")
+    # Imported late: a mistyped flag should not wait for jax.
+    from arl2_jax.config import ConfigError, from_config_dict
+    from arl2_jax.evaluation.report import summary_table, write_report
+    from arl2_jax.training.pipeline import convert, prepare
+
+    logging.set_verbosity(logging.INFO)
+    try:
+        config = from_config_dict(_CONFIG.value)
+        folder, data, params = prepare(config)
+        converted = convert(config, folder, data, params)
+        report = write_report(config, folder, data, converted)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(summary_table(report))
+    print(f"report, pictures and videos: {folder / 'report'}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

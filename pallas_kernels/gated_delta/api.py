@@ -1,0 +1,157 @@
+"""The public gated delta rule: checks, choice of an implementation, derivative."""
+
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+from pallas_kernels.gated_delta import reference, xla
+from pallas_kernels.gated_delta.xla import Plan
+
+Implementation = Literal["reference", "xla"]
+Precision = Literal["default", "high"]
+
+# Modules with a `forward` and a hand-written `backward`, and which one a device prefers to "xla".
+_BACKENDS: dict[str, ModuleType] = {"xla": xla}
+_PREFERRED: dict[str, str] = {}
+
+
+def gated_delta_states(
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    initial_state: Array | None = None,
+    *,
+    block_size: int,
+    implementation: Implementation | None = None,
+    precision: Precision = "default",
+    chunk_size: int = 64,
+) -> Array:
+    """States of the gated delta rule at the boundaries of blocks of tokens.
+
+    For each token t in order, S a K x V matrix per batch entry and head:
+
+        S <- exp(g_t) S
+        S <- S + beta_t k_t (v_t - S^T k_t)^T
+
+    Differentiable in all five arrays; gradients have the dtype of their argument. The update
+    contracts for g <= 0, unit keys and 0 <= beta <= 2. A token with beta = 0 and g = 0 is the
+    identity; g = -1e4 forgets all before it.
+
+    Args:
+        k: Keys [B, T, H, K], float32, bfloat16 or float64.
+        v: Values [B, T, H, V], in the dtype of k.
+        g: Log decay [B, T, H], at most 0, in the dtype of the state.
+        beta: Writing strength [B, T, H], in the dtype of the state.
+        initial_state: [B, H, K, V] in the dtype of the state: float64 for float64 keys, float32
+            otherwise. None means zeros.
+        block_size: Tokens of a block; divides T.
+        implementation: "xla" (chunked), "reference" (token by token, plain autodiff), or None for
+            the best one on this device.
+        precision: "default" multiplies bfloat16 keys and values as bfloat16 with float32 sums;
+            "high" computes in float32 throughout. float32 products are never rounded to bfloat16
+            or TF32 for float32 keys. The reference always computes in the state's dtype.
+        chunk_size: Tokens turned into one matrix product at most, a multiple of 8.
+
+    Returns:
+        States [B, T / block_size + 1, H, K, V]: before each block, and after the last.
+
+    Raises:
+        ValueError: A shape, dtype or option is none of the above, or a concrete g is positive.
+
+    Source: ARL2, arXiv 2605.16579; the gated delta rule, arXiv 2412.06464.
+    """
+    k, v, g, beta = (jnp.asarray(x) for x in (k, v, g, beta))
+    _check_options(implementation, precision, chunk_size)
+    _check_tokens(k, v, g, beta, block_size)
+    if initial_state is None:
+        # Made from k, so that it varies over a device mesh as k does.
+        zeros = jnp.zeros_like(k[:, 0, :, :, None], _state_dtype(k))
+        initial_state = jnp.broadcast_to(zeros, (*zeros.shape[:-1], v.shape[-1]))
+    initial_state = jnp.asarray(initial_state)
+    _check_state(k, v, initial_state)
+    if implementation == "reference":
+        return reference.gated_delta_states(k, v, g, beta, initial_state, block_size=block_size)
+    operand = k.dtype if precision == "default" else _state_dtype(k)
+    chunk = _even_chunk(block_size, chunk_size)
+    plan = Plan(block_size, chunk, jnp.dtype(operand), _state_dtype(k))
+    backend = implementation or _PREFERRED.get(jax.default_backend(), "xla")
+    return _states(backend, plan, k, v, g, beta, initial_state)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _states(backend: str, plan: Plan, *inputs: Array) -> Array:
+    return _BACKENDS[backend].forward(plan, *inputs)[0]
+
+
+def _states_forward(backend: str, plan: Plan, *inputs: Array) -> tuple[Array, Any]:
+    return _BACKENDS[backend].forward(plan, *inputs)
+
+
+def _states_backward(backend: str, plan: Plan, residuals: Any, dstates: Array) -> tuple[Array, ...]:
+    return _BACKENDS[backend].backward(plan, residuals, dstates)
+
+
+_states.defvjp(_states_forward, _states_backward)
+
+
+def _even_chunk(block_size: int, chunk_size: int) -> int:
+    """The smallest multiple of 8 that covers a block in as few chunks as chunk_size does."""
+    chunks = -(-block_size // chunk_size)
+    return -(-block_size // (8 * chunks)) * 8
+
+
+def _state_dtype(k: Array) -> Any:
+    return jnp.dtype(jnp.float64 if k.dtype == jnp.float64 else jnp.float32)
+
+
+def _check_options(implementation: str | None, precision: str, chunk_size: int) -> None:
+    if implementation is not None and implementation not in get_args(Implementation):
+        names = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation is {implementation!r}; must be None or one of {names}")
+    if precision not in get_args(Precision):
+        names = ", ".join(get_args(Precision))
+        raise ValueError(f"precision is {precision!r}; must be one of {names}")
+    if chunk_size < 8 or chunk_size % 8:
+        raise ValueError(f"chunk_size is {chunk_size}; must be a positive multiple of 8")
+
+
+def _check_tokens(k: Array, v: Array, g: Array, beta: Array, block_size: int) -> None:
+    if k.ndim != 4:
+        raise ValueError(f"k has shape {k.shape}; must be [B, T, H, K]")
+    if k.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"k has dtype {k.dtype}; must be float32, bfloat16 or float64")
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v has shape {v.shape}; must be [B, T, H, V] with B, T, H as in k {k.shape}"
+        )
+    if v.dtype != k.dtype:
+        raise ValueError(f"v has dtype {v.dtype}; must be that of k, {k.dtype}")
+    for name, x in (("g", g), ("beta", beta)):
+        if x.shape != k.shape[:3]:
+            raise ValueError(f"{name} has shape {x.shape}; must be [B, T, H] = {k.shape[:3]}")
+        if x.dtype != _state_dtype(k):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; must be {_state_dtype(k)} for {k.dtype} k"
+            )
+    if block_size < 1 or k.shape[1] < 1 or k.shape[1] % block_size:
+        raise ValueError(f"block_size is {block_size}; must divide the {k.shape[1]} tokens of k")
+    if not isinstance(g, Tracer) and g.is_fully_addressable:
+        with jax.ensure_compile_time_eval():
+            largest = float(g.max())
+        if largest > 0:
+            raise ValueError(f"g reaches {largest}; must be at most 0")
+
+
+def _check_state(k: Array, v: Array, initial_state: Array) -> None:
+    shape = (k.shape[0], *k.shape[2:], v.shape[3])
+    if initial_state.shape != shape:
+        raise ValueError(f"initial_state has shape {initial_state.shape}; must be {shape}")
+    if initial_state.dtype != _state_dtype(k):
+        dtype = initial_state.dtype
+        raise ValueError(f"initial_state has dtype {dtype}; must be {_state_dtype(k)}")

@@ -1,0 +1,299 @@
+"""The chunked gated delta rule against the token recurrence in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from pallas_kernels import gated_delta_states
+from pallas_kernels.gated_delta import xla
+from pallas_kernels.gated_delta.shapes import SHAPES
+
+BATCH, HEADS, KEY, VALUE = 2, 2, 16, 24
+NAMES = ("states", "k", "v", "g", "beta", "initial_state")
+
+
+def make_inputs(time, *, heads=HEADS, key=KEY, value=VALUE, batch=BATCH, correlation=0.9, seed=0):
+    """k, v, g, beta, initial_state in float32; keys share a direction, as those of video do."""
+    rng = np.random.default_rng(seed)
+    own, common = (rng.normal(size=(batch, n, heads, key)) for n in (time, 1))
+    k = np.sqrt(1 - correlation) * own + np.sqrt(correlation) * common
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = rng.normal(size=(batch, time, heads, value))
+    g = -np.exp(rng.normal(size=(batch, time, heads)) - 4)
+    beta = rng.uniform(0, 1.999, size=(batch, time, heads))
+    initial_state = rng.normal(size=(batch, heads, key, value))
+    return tuple(x.astype(np.float32) for x in (k, v, g, beta, initial_state))
+
+
+@functools.cache
+def states_and_gradients(**options):
+    """Jitted (inputs, cotangent of all states) -> (states, five gradients)."""
+
+    @jax.jit
+    def run(inputs, cotangent):
+        states, vjp = jax.vjp(lambda *x: gated_delta_states(*x, **options), *inputs)
+        return (states, *vjp(cotangent))
+
+    return run
+
+
+def make_cotangent(inputs, block_size):
+    k, v, g = inputs[:3]
+    shape = (k.shape[0], k.shape[1] // block_size + 1, k.shape[2], k.shape[3], v.shape[3])
+    return np.random.default_rng(1).normal(size=shape).astype(g.dtype)
+
+
+def chunked(inputs, block_size, **options):
+    run = states_and_gradients(block_size=block_size, implementation="xla", **options)
+    return run(inputs, make_cotangent(inputs, block_size))
+
+
+def oracle(inputs, block_size):
+    with jax.enable_x64(True):
+        run = states_and_gradients(block_size=block_size, implementation="reference")
+        inputs = tuple(np.asarray(x, np.float64) for x in inputs)
+        results = run(inputs, make_cotangent(inputs, block_size))
+        assert all(x.dtype == np.float64 for x in results)
+        return [np.asarray(x) for x in results]
+
+
+def assert_close(results, expected, tolerance, gates):
+    """Relative error of every result; `gates` is the bound for g and beta."""
+    for name, x, y in zip(NAMES, results, expected, strict=True):
+        x = np.asarray(x, np.float64)
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
+        assert error <= (gates if name in ("g", "beta") else tolerance), f"{name}: {error:.1e}"
+
+
+def assert_float32(inputs, block_size, **options):
+    assert_close(chunked(inputs, block_size, **options), oracle(inputs, block_size), 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("correlation", [0, 0.9])
+@pytest.mark.parametrize(
+    ("block_size", "blocks"), [(1, 1), (1, 5), (63, 2), (65, 1), (65, 3), (468, 2)]
+)
+def test_matches_the_recurrence(block_size, blocks, correlation):
+    assert_float32(make_inputs(block_size * blocks, correlation=correlation), block_size)
+
+
+def test_matches_the_recurrence_at_head_dim_128():
+    assert_float32(make_inputs(72, batch=1, heads=1, key=128, value=128), 72)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 1.999])
+@pytest.mark.parametrize("correlation", [0, 0.9, 1])
+def test_any_beta_and_identical_keys(beta, correlation):
+    k, v, g, _, state = make_inputs(195, correlation=correlation)
+    assert_float32((k, v, g, np.full_like(g, beta), state), 65)
+
+
+@pytest.mark.parametrize("lowest", [0.0, -1e-3, -1.0, -20.0])
+def test_any_decay(lowest):
+    k, v, g, beta, state = make_inputs(195)
+    g = np.random.default_rng(2).uniform(lowest, 0, g.shape).astype(np.float32)
+    assert_float32((k, v, g, beta, state), 65)
+
+
+@pytest.mark.parametrize(("block_size", "chunk_size"), [(65, 8), (195, 40)])
+def test_any_chunk_size(block_size, chunk_size):
+    assert_float32(make_inputs(195), block_size, chunk_size=chunk_size)
+
+
+def test_blocks_in_turn_when_memory_is_short(monkeypatch):
+    monkeypatch.setattr(xla, "_MAP_ELEMENTS", 0)
+    states_and_gradients.cache_clear()
+    assert_float32(make_inputs(195), 65)
+    states_and_gradients.cache_clear()
+
+
+def test_float64_is_computed_in_float64():
+    inputs = make_inputs(195)
+    with jax.enable_x64(True):
+        results = chunked(tuple(np.asarray(x, np.float64) for x in inputs), 65)
+        assert all(x.dtype == np.float64 for x in results)
+    assert_close(results, oracle(inputs, 65), 1e-13, 1e-12)
+
+
+@pytest.mark.parametrize("token", [0, 64, 65, 100, 194])
+def test_a_reset_forgets_exactly(token):
+    k, v, g, beta, state = make_inputs(195)
+    g[:, token] = -1e4
+    inputs = (k, v, g, beta, state)
+    assert_float32(inputs, 65)
+
+    other = [x.copy() for x in make_inputs(195, seed=5)]
+    for x, y in zip(other[:4], inputs[:4], strict=True):
+        x[:, token:] = y[:, token:]
+    after = token // 65 + 1
+    results, others = chunked(inputs, 65), chunked(tuple(other), 65)
+    np.testing.assert_array_equal(results[0][:, after:], others[0][:, after:])
+    assert all(np.isfinite(x).all() for x in results)
+
+
+def test_no_gradient_passes_a_reset():
+    inputs = make_inputs(195)
+    inputs[2][:, 100] = -1e4
+    cotangent = make_cotangent(inputs, 65)
+    cotangent[:, :2] = 0  # of states from before the reset
+    run = states_and_gradients(block_size=65, implementation="xla")
+    _, *gradients, state = run(inputs, cotangent)
+    assert all((np.asarray(x)[:, :100] == 0).all() for x in gradients)
+    assert (np.asarray(gradients[2])[:, 100] == 0).all()
+    assert (np.asarray(state) == 0).all()
+
+
+def test_inert_tokens_leak_nothing():
+    """beta = 0 and g = 0 make a token the identity, whatever its key and value hold."""
+    k, v, g, beta, state = make_inputs(195)
+    inert = np.arange(195) % 65 >= 50
+    g[:, inert] = beta[:, inert] = 0
+    results = []
+    for seed, scale in ((3, 1.0), (4, 1e3)):
+        rng = np.random.default_rng(seed)
+        for x in (k, v):
+            x[:, inert] = scale * rng.normal(size=x[:, inert].shape)
+        results.append(chunked((k.copy(), v.copy(), g, beta, state), 65))
+    for name, x, y in zip(NAMES, *results, strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        if name in ("k", "v"):
+            assert (x[:, inert] == 0).all() and (y[:, inert] == 0).all()
+        if name == "beta":  # how a token that begins to write would matter does depend on it
+            x, y = x[:, ~inert], y[:, ~inert]
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+# bfloat16 has 8 bits (4e-3). Products of rounded operands leave 2e-3 to 4e-3 in the states and in
+# the gradients of k and v; those of g and beta are small differences of such products.
+@pytest.mark.parametrize("correlation", [0, 0.9])
+@pytest.mark.parametrize(("precision", "states"), [("default", 1e-2), ("high", 1e-5)])
+def test_bfloat16(correlation, precision, states):
+    k, v, g, beta, state = make_inputs(195, correlation=correlation)
+    k, v = (jnp.asarray(x, jnp.bfloat16) for x in (k, v))
+    inputs = (k, v, g, beta, state)
+    results = chunked(inputs, 195, precision=precision)
+    expected = oracle(inputs, 195)
+    assert_close(results, expected, 1e-2, 3e-2)
+    assert_close(results[:1] * 6, expected[:1] * 6, states, states)
+    assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
+
+
+def test_many_blocks_of_alike_keys_stay_accurate():
+    inputs = make_inputs(84 * 64, batch=1, heads=1, value=8)
+    inputs[2][:] *= 1e-2  # memory over many blocks
+    assert_float32(inputs, 64)
+
+
+def test_gradients_of_the_reference_are_finite_differences():
+    with jax.enable_x64(True):
+        inputs = make_inputs(6, key=4, value=3)
+        inputs = tuple(jnp.asarray(x, jnp.float64) for x in inputs)
+        f = functools.partial(gated_delta_states, block_size=3, implementation="reference")
+        check_grads(jax.jit(f), inputs, order=1, modes=["rev"], eps=1e-5, rtol=1e-8)
+
+
+def test_vmap_equals_a_loop():
+    trials = [make_inputs(195, seed=seed) for seed in range(3)]
+    stacked = tuple(jnp.stack(x) for x in zip(*trials, strict=True))
+    cotangents = jnp.stack([make_cotangent(x, 65) for x in trials])
+    run = states_and_gradients(block_size=65, implementation="xla")
+    mapped = jax.jit(jax.vmap(run))(stacked, cotangents)
+    for i, inputs in enumerate(trials):
+        expected = [np.asarray(x, np.float64) for x in chunked(inputs, 65)]
+        assert_close([x[i] for x in mapped], expected, 1e-6, 1e-5)
+
+
+def test_a_scan_over_blocks_equals_one_call():
+    inputs = make_inputs(195)
+
+    @jax.jit
+    def run(inputs, cotangent):
+        def chained(*inputs):
+            *tokens, state = inputs
+            blocks = [jnp.moveaxis(x.reshape(BATCH, 3, 65, *x.shape[2:]), 1, 0) for x in tokens]
+
+            def step(state, block):
+                return gated_delta_states(*block, state, block_size=65)[:, -1], state
+
+            last, starts = jax.lax.scan(step, state, blocks)
+            return jnp.moveaxis(jnp.concatenate([starts, last[None]]), 0, 1)
+
+        states, vjp = jax.vjp(chained, *inputs)
+        return (states, *vjp(cotangent))
+
+    assert_close(run(inputs, make_cotangent(inputs, 65)), oracle(inputs, 65), 1e-5, 1e-4)
+
+
+def test_the_state_starts_at_zero():
+    inputs = make_inputs(8)
+    f = jax.jit(functools.partial(gated_delta_states, block_size=8))
+    np.testing.assert_array_equal(f(*inputs[:4]), f(*inputs[:4], np.zeros_like(inputs[4])))
+
+
+def test_sharding_over_batch_and_heads_moves_nothing():
+    sizes = (2, 2) if jax.device_count() >= 4 else (1, 1)
+    mesh = jax.make_mesh(sizes, ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    tokens = NamedSharding(mesh, PartitionSpec("batch", None, "heads"))
+    state = NamedSharding(mesh, PartitionSpec("batch", "heads"))
+    inputs = make_inputs(195)
+    placed = tuple(jax.device_put(x, tokens) for x in inputs[:4])
+    placed = (*placed, jax.device_put(inputs[4], state))
+    cotangent = jax.device_put(make_cotangent(inputs, 65), tokens)
+    run = states_and_gradients(block_size=65, implementation="xla")
+    compiled = run.lower(placed, cotangent).compile()
+    moves = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    assert not any(move in compiled.as_text() for move in moves)
+    assert_close(compiled(placed, cotangent), oracle(inputs, 65), 1e-5, 1e-4)
+
+
+def test_the_first_named_shapes_hold_whole_blocks():
+    assert SHAPES["wan1p3b_clip"].blocks == 7
+    for shape in SHAPES.values():
+        assert shape.time % shape.block_size == 0
+
+
+INVALID = {
+    "k has shape": {"k": jnp.zeros((1, 4, 2))},
+    "k has dtype": {"k": jnp.zeros((1, 4, 2, 3), jnp.float16)},
+    "v has shape": {"v": jnp.zeros((1, 5, 2, 3))},
+    "v has dtype": {"v": jnp.zeros((1, 4, 2, 3), jnp.bfloat16)},
+    "g has shape": {"g": jnp.zeros((1, 4, 2, 1))},
+    "g has dtype": {"g": jnp.zeros((1, 4, 2), jnp.bfloat16)},
+    "g reaches 0.5; must be at most 0": {"g": jnp.full((1, 4, 2), 0.5)},
+    "beta has shape": {"beta": jnp.zeros((1, 4))},
+    "beta has dtype": {"beta": jnp.zeros((1, 4, 2), jnp.int32)},
+    "initial_state has shape": {"initial_state": jnp.zeros((1, 2, 5, 3))},
+    "initial_state has dtype": {"initial_state": jnp.zeros((1, 2, 3, 5), jnp.bfloat16)},
+    "block_size is 3; must divide the 4 tokens": {"block_size": 3},
+    "block_size is 0": {"block_size": 0},
+    "implementation is 'cuda'; must be None or one of": {"implementation": "cuda"},
+    "precision is 'low'; must be one of": {"precision": "low"},
+    "chunk_size is 12; must be a positive multiple of 8": {"chunk_size": 12},
+}
+
+
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_arguments(message):
+    arguments = {
+        "k": jnp.zeros((1, 4, 2, 3)),
+        "v": jnp.zeros((1, 4, 2, 5)),
+        "g": jnp.zeros((1, 4, 2)),
+        "beta": jnp.zeros((1, 4, 2)),
+        "block_size": 2,
+    }
+    with pytest.raises(ValueError, match=message) as error:
+        gated_delta_states(**(arguments | INVALID[message]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_constant_decay_is_checked_under_jit():
+    k, zeros, ones = jnp.zeros((1, 4, 2, 3)), jnp.zeros((1, 4, 2)), jnp.ones((1, 4, 2))
+    f = functools.partial(gated_delta_states, block_size=2)
+    assert jax.eval_shape(lambda beta: f(k, k, zeros, beta), zeros).shape == (1, 3, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"g reaches 1\.0"):
+        jax.eval_shape(lambda beta: f(k, k, ones, beta), zeros)
