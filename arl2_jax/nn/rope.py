@@ -73,7 +73,6 @@ def rotate(x: Float[Array, "*batch tokens heads dim"], rope: Rope | None):
     if rope is None:
         return x
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = rope.cos[:, None], rope.sin[:, None]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    cos = rope.cos[:, None, :, None]
+    sin = jnp.stack([-rope.sin, rope.sin], axis=-1)[:, None]
+    return (pairs * cos + pairs[..., ::-1] * sin).reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,171 @@
+"""How well a model predicts held-out clips, and how far a student is from its teacher."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from arl2_jax import sharding
+from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.diffusion import add_noise, noise_levels, per_frame
+from arl2_jax.models import Params
+from arl2_jax.training import losses
+from arl2_jax.training.losses import NoisedClip
+
+Batch = Mapping[str, np.ndarray]
+
+# Clips that are computed together: what bounds the memory.
+MICRO_BATCH = 16
+
+
+class TeacherError(NamedTuple):
+    """Relative squared error of a student's x0 against its teacher's.
+
+    Attributes:
+      by_timestep: at each noise level of the sampler, [steps].
+      mean: over the levels; nan for clips of a single block, which have no past.
+    """
+
+    by_timestep: Float[np.ndarray, "steps"]
+    mean: float
+
+
+def held_out_losses(
+    params: Params, cfg: ModelConfig, clips: Batch, shift: float, key: Array
+) -> float:
+    """Flow-matching loss, every block at a random noise level.
+
+    Args:
+      params, cfg: the model.
+      clips: "latents" [N, T, rows, columns, channels] and "text" [N, L, text_dim].
+      shift: shift of the noise levels.
+      key: random key; the same key gives every model the same noise.
+    """
+    clip, sums = _noise(key, clips, cfg, shift), []
+    for micro, counted in _micro_batches(clip):
+        micro = place_beside(params, micro)
+        sums.append(_loss_sum(_flow(params, cfg, micro), micro, counted))
+    return float(np.sum(jax.device_get(sums))) / len(clip.clean)
+
+
+def teacher_error(
+    student: Params,
+    cfg: ModelConfig,
+    teacher: Params,
+    clips: Batch,
+    sampler: SamplerConfig,
+    key: Array,
+) -> TeacherError:
+    """Distance of a student's x0 from its teacher's, at the same noisy input.
+
+        error = sum |x0_student - x0_teacher|^2 / sum |x0_teacher|^2
+
+    over all clips. Blocks see the clean clip as their past; the first block, which has none, is
+    left out.
+
+    Args:
+      student, cfg: the student.
+      teacher: parameters of the softmax model, as `arl2_jax.models.without_delta` gives them.
+      clips: as in `held_out_losses`.
+      sampler: names the noise levels.
+      key: random key of the noise.
+    """
+    return teacher_errors({"": student}, cfg, teacher, clips, sampler, key)[""]
+
+
+def teacher_errors(
+    students: Mapping[str, Params],
+    cfg: ModelConfig,
+    teacher: Params,
+    clips: Batch,
+    sampler: SamplerConfig,
+    key: Array,
+) -> dict[str, TeacherError]:
+    """`teacher_error` of several students of one shape; the teacher is computed once."""
+    levels, first = noise_levels(sampler), cfg.frames_per_block
+    sums = {name: [] for name in students}
+    for micro, counted in _micro_batches(_noise(key, clips, cfg, sampler.shift)):
+        micro = place_beside(teacher, micro)
+        for level in levels:
+            noisy = _at_level(micro, level)
+            target = _flow(teacher, cfg.teacher(), noisy)
+            for name, params in students.items():
+                flow = _flow(params, cfg, noisy)
+                sums[name].append(_error_sums(flow, target, noisy, counted, first))
+    return {name: _relative(jax.device_get(pairs), len(levels)) for name, pairs in sums.items()}
+
+
+def place_beside(params: Params, batch: Any) -> Any:
+    """Puts a batch where the parameters are, shared out over the devices if it can be."""
+    layout = jax.tree.leaves(params)[0].sharding
+    if not isinstance(layout, NamedSharding):
+        return batch
+    parts = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
+    divides = len(jax.tree.leaves(batch)[0]) % parts == 0
+    spec = sharding.BATCH if divides else PartitionSpec()
+    return jax.device_put(batch, NamedSharding(layout.mesh, spec))
+
+
+def micro_batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Splits `count` clips into parts of equal size, so that one compilation serves all.
+
+    Yields:
+      Indices of a part's clips, and how many of them are new: the last part is filled up.
+    """
+    size = min(size, count)
+    for start in range(0, count, size):
+        yield np.arange(start, start + size) % count, min(size, count - start)
+
+
+def _noise(key: Array, clips: Batch, cfg: ModelConfig, shift: float) -> NoisedClip:
+    """The clips, noised; on the host, whatever their number."""
+    # The noise does not depend on the model: teacher and student share one compilation.
+    clip = _noise_clip(key, cfg.teacher(), clips["latents"], clips["text"], shift)
+    return jax.tree.map(np.asarray, clip)
+
+
+_noise_clip = jax.jit(losses.noise_clip, static_argnums=(1, 4))
+
+
+def _micro_batches(clip: NoisedClip) -> Iterator[tuple[NoisedClip, np.ndarray]]:
+    """Parts of the clips, and a weight of 1 or 0 for each clip in it."""
+    for places, new in micro_batches(len(clip.clean), MICRO_BATCH):
+        counted = (np.arange(len(places)) < new).astype(np.float32)
+        yield jax.tree.map(lambda x, places=places: x[places], clip), counted
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _flow(params: Params, cfg: ModelConfig, clip: NoisedClip):
+    return losses.predict(params, cfg, clip)[0]
+
+
+@jax.jit
+def _at_level(clip: NoisedClip, level) -> NoisedClip:
+    s = jnp.full_like(clip.s, level)
+    return clip._replace(noisy=add_noise(clip.clean, clip.eps, s), s=s)
+
+
+@jax.jit
+def _loss_sum(flow, clip: NoisedClip, counted: Float[Array, "b"]) -> Array:
+    squares = jnp.square(flow - (clip.eps - clip.clean))
+    return jnp.sum(counted * jnp.mean(squares, axis=(1, 2, 3, 4)))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _error_sums(flow, target, clip: NoisedClip, counted: Float[Array, "b"], first: int) -> Array:
+    """Sums of |x0 - x0_teacher|^2 and |x0_teacher|^2 from frame `first` on."""
+    s = per_frame(clip.s)
+    pair = jnp.stack([s * (target - flow), clip.noisy - s * target])[:, :, first:]
+    return jnp.sum(jnp.square(pair), axis=(2, 3, 4, 5)) @ counted
+
+
+def _relative(sums, levels: int) -> TeacherError:
+    error, size = np.reshape(sums, (-1, levels, 2)).sum(axis=0, dtype=np.float64).T
+    with np.errstate(invalid="ignore"):
+        by_timestep = error / size
+    return TeacherError(by_timestep, float(by_timestep.mean()))

@@ -1,0 +1,226 @@
+"""Pictures of a run: its curves, and frames of its models next to each other."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from arl2_jax.generation.video import enlarge
+
+Records = list[dict[str, float | None]]
+Box = tuple[int, int, int, int]
+
+_COLORS = {"teacher": "#3b6fd4", "stage1": "#2a9d6f", "stage2": "#d4603b", "control": "#8a8a8a"}
+_TITLES = {
+    "teacher": "Teacher",
+    "stage1": "Stage 1: layers alone",
+    "stage2": "Stage 2: end to end",
+}
+_RIGHT, _WRONG = "#1f9d55", "#d43b3b"
+
+
+class Row(NamedTuple):
+    """A row of a contact sheet.
+
+    Attributes:
+      label: its name.
+      frames: uint8 [H, W, 3] each, or None where there is nothing to show.
+      right: per frame, whether what it shows is right; None if that is not asked.
+      opens: whether the row begins a new group.
+    """
+
+    label: str
+    frames: Sequence[UInt8[np.ndarray, "h w 3"] | None]
+    right: Sequence[bool] | None = None
+    opens: bool = False
+
+
+def curves(folder: epath.PathLike, phases: Sequence[str]) -> bytes | None:
+    """Draws the metrics that the phases of a run have logged.
+
+    Args:
+      folder: the run; `folder/<phase>/metrics.jsonl` is read.
+      phases: in the order they are shown, "control" among them if there is one; phases without
+        metrics are left out.
+
+    Returns:
+      A PNG file; None if no phase has metrics.
+    """
+    logged = {phase: _records(epath.Path(folder) / phase / "metrics.jsonl") for phase in phases}
+    logged = {phase: records for phase, records in logged.items() if records}
+    panels = _panels(logged)
+    if not panels:
+        return None
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), dpi=110, layout="constrained")
+    for i, (title, ylabel, lines) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        _draw_panel(axes, title, ylabel, lines)
+        if i >= len(panels) - columns:
+            axes.set_xlabel("step")
+    return _png(figure)
+
+
+def _panels(logged: dict[str, Records]) -> list[tuple[str, str, dict]]:
+    """(title, y label, {name: records and key of a line}) of everything there is to draw."""
+    panels = []
+    for phase in ("teacher", "stage1", "stage2"):
+        if phase in logged:
+            lines = {phase: (logged[phase], "loss")}
+            if phase == "stage2" and "control" in logged:
+                lines = {"converted": lines.pop(phase)}
+                lines["control (memory closed)"] = (logged["control"], "loss")
+            panels.append((_TITLES[phase], "loss", lines))
+    per_layer = (
+        ("stage1", "error", "Stage 1 error per layer", "relative squared error"),
+        ("stage2", "gate_mean", "Stage 2 memory gate per layer", "mean gate"),
+        ("stage2", "gated_memory_to_local", "Stage 2 use of memory per layer", "memory / local"),
+    )
+    for phase, name, title, ylabel in per_layer:
+        keys = sorted({k for r in logged.get(phase, []) for k in r if k.endswith(f"/{name}")})
+        lines = {f"layer {int(k[6:].split('/')[0])}": (logged[phase], k) for k in keys}
+        if lines:
+            panels.append((title, ylabel, lines))
+    return panels
+
+
+def _draw_panel(axes: Axes, title: str, ylabel: str, lines: dict) -> None:
+    colors = _line_colors(list(lines))
+    low, high = math.inf, 0.0
+    for (name, (records, key)), color in zip(lines.items(), colors, strict=True):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        steps, values = np.array(points, float).reshape(-1, 2).T
+        axes.plot(steps, values, color=color, label=name, linewidth=1.4)
+        low, high = min(low, values.min(initial=low)), max(high, values.max(initial=high))
+    if low > 0 and high > 4 * low:
+        axes.set_yscale("log")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(alpha=0.25, which="both", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        every = math.ceil(len(lines) / 8)
+        handles = axes.get_lines()[::every]
+        axes.legend(handles=handles, fontsize=8, frameon=False)
+
+
+def _line_colors(names: list[str]) -> list:
+    """Layers run through a colour map, phases have colours of their own."""
+    if names[0].startswith("layer"):
+        return list(colormaps["viridis"](np.linspace(0, 0.9, len(names))))
+    if len(names) == 2:
+        return [_COLORS["stage2"], _COLORS["control"]]
+    return [_COLORS[name] for name in names]
+
+
+def _records(path: epath.Path) -> Records:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contact_sheet(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    *,
+    title: str,
+    boxes: Sequence[Box | None] = (),
+    width: int = 192,
+) -> bytes:
+    """Draws frames as a table.
+
+    Args:
+      rows: its rows, each with one frame a column; frames are all of one size.
+      columns: titles of the columns.
+      title: what is seen, over the whole.
+      boxes: per column, (top, left, bottom, right) in pixels of what `Row.right` speaks of: drawn
+        as a frame in the rows that have it, green if right and red if wrong.
+      width: least number of columns of pixels that a frame is enlarged to.
+
+    Returns:
+      A PNG file.
+    """
+    size = next(frame.shape for row in rows for frame in row.frames if frame is not None)
+    scale = enlarge(np.zeros((1, *size), np.uint8), width).shape[1] // size[0]
+    sheet = _Sheet(rows, len(columns), size[0] * scale, size[1] * scale)
+    figure = sheet.figure
+    figure.text(sheet.x(sheet.gap), sheet.y(sheet.gap), title, fontsize=12, va="top")
+    for column, name in enumerate(columns):
+        left = sheet.left(column) + sheet.width / 2
+        place = sheet.x(left), sheet.y(sheet.header - 7)
+        figure.text(*place, name, fontsize=9.5, ha="center", va="bottom", color="#555555")
+    for i, row in enumerate(rows):
+        middle = sheet.top(i) + sheet.height / 2
+        place = sheet.x(sheet.label - 10), sheet.y(middle)
+        figure.text(*place, row.label, fontsize=10.5, ha="right", va="center")
+        for column, frame in enumerate(row.frames):
+            if frame is None:
+                continue
+            axes = sheet.cell(i, column)
+            axes.imshow(enlarge(frame[None], size[1] * scale)[0], interpolation="nearest")
+            if row.right is not None and boxes[column] is not None:
+                _draw_box(axes, boxes[column], scale, row.right[column])
+    return _png(figure)
+
+
+def _draw_box(axes: Axes, box: Box, scale: int, right: bool) -> None:
+    top, left, bottom, end = (scale * edge for edge in box)
+    place = (left - 2, top - 2), end - left + 3, bottom - top + 3
+    style = dict(fill=False, clip_on=False)
+    axes.add_patch(Rectangle(*place, edgecolor="white", linewidth=4.5, **style))
+    axes.add_patch(Rectangle(*place, edgecolor=_RIGHT if right else _WRONG, linewidth=2.5, **style))
+
+
+class _Sheet:
+    """Places on a contact sheet, in pixels from the top left corner."""
+
+    gap, header = 8, 68
+
+    def __init__(self, rows: Sequence[Row], columns: int, height: int, width: int):
+        self.height, self.width = height, width
+        self.label = 20 + 8 * max(len(line) for row in rows for line in row.label.split("\n"))
+        self._tops, top = [], self.header
+        for row in rows:
+            top += 2 * self.gap if row.opens and self._tops else 0
+            self._tops.append(top)
+            top += height + self.gap
+        self._size = top + self.gap, self.left(columns) + self.gap
+        self.figure = Figure(figsize=(self._size[1] / 100, self._size[0] / 100), dpi=100)
+
+    def top(self, row: int) -> int:
+        return self._tops[row]
+
+    def left(self, column: int) -> int:
+        return self.label + column * (self.width + self.gap)
+
+    def x(self, pixels: float) -> float:
+        return pixels / self._size[1]
+
+    def y(self, pixels: float) -> float:
+        return 1 - pixels / self._size[0]
+
+    def cell(self, row: int, column: int) -> Axes:
+        """Axes for one frame, pixel by pixel."""
+        bottom = self.y(self.top(row) + self.height)
+        size = self.x(self.width), self.height / self._size[0]
+        axes = self.figure.add_axes((self.x(self.left(column)), bottom, *size))
+        axes.set_axis_off()
+        return axes
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor="white")
+    return file.getvalue()
