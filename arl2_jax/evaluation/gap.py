@@ -19,8 +19,8 @@ from arl2_jax.training.losses import NoisedClip
 
 Batch = Mapping[str, np.ndarray]
 
-# Clips that are computed together: what bounds the memory.
-MICRO_BATCH = 16
+# Clips that a device computes together: what bounds the memory.
+MICRO_BATCH = 8
 
 
 class TeacherError(NamedTuple):
@@ -47,9 +47,8 @@ def held_out_losses(
       key: random key; the same key gives every model the same noise.
     """
     clip, sums = _noise(key, clips, cfg, shift), []
-    for micro, counted in _micro_batches(clip):
-        micro = place_beside(params, micro)
-        sums.append(_loss_sum(_flow(params, cfg, micro), micro, counted))
+    for micro, new in micro_batches(params, clip):
+        sums.append(_loss_sum(_flow(params, cfg, micro), micro, new))
     return float(np.sum(jax.device_get(sums))) / len(clip.clean)
 
 
@@ -89,14 +88,13 @@ def teacher_errors(
     """`teacher_error` of several students of one shape; the teacher is computed once."""
     levels, first = noise_levels(sampler), cfg.frames_per_block
     sums = {name: [] for name in students}
-    for micro, counted in _micro_batches(_noise(key, clips, cfg, sampler.shift)):
-        micro = place_beside(teacher, micro)
+    for micro, new in micro_batches(teacher, _noise(key, clips, cfg, sampler.shift)):
         for level in levels:
             noisy = _at_level(micro, level)
             target = _flow(teacher, cfg.teacher(), noisy)
             for name, params in students.items():
                 flow = _flow(params, cfg, noisy)
-                sums[name].append(_error_sums(flow, target, noisy, counted, first))
+                sums[name].append(_error_sums(flow, target, noisy, new, first))
     return {name: _relative(jax.device_get(pairs), len(levels)) for name, pairs in sums.items()}
 
 
@@ -105,21 +103,31 @@ def place_beside(params: Params, batch: Any) -> Any:
     layout = jax.tree.leaves(params)[0].sharding
     if not isinstance(layout, NamedSharding):
         return batch
-    parts = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
-    divides = len(jax.tree.leaves(batch)[0]) % parts == 0
+    divides = len(jax.tree.leaves(batch)[0]) % _shares(params) == 0
     spec = sharding.BATCH if divides else PartitionSpec()
     return jax.device_put(batch, NamedSharding(layout.mesh, spec))
 
 
-def micro_batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Splits `count` clips into parts of equal size, so that one compilation serves all.
+def micro_batches(params: Params, batch: Any) -> Iterator[tuple[Any, int]]:
+    """Splits a batch into parts of equal size, so that one compilation serves all.
 
     Yields:
-      Indices of a part's clips, and how many of them are new: the last part is filled up.
+      A part, placed beside the parameters, and how many of its clips are new: the last part is
+      filled up with clips that were seen before.
     """
-    size = min(size, count)
+    count = len(jax.tree.leaves(batch)[0])
+    size = min(MICRO_BATCH * _shares(params), count)
     for start in range(0, count, size):
-        yield np.arange(start, start + size) % count, min(size, count - start)
+        places = np.arange(start, start + size) % count
+        part = jax.tree.map(lambda x, places=places: x[places], batch)
+        yield place_beside(params, part), min(size, count - start)
+
+
+def _shares(params: Params) -> int:
+    """Devices that share out a batch."""
+    layout = jax.tree.leaves(params)[0].sharding
+    shape = layout.mesh.shape if isinstance(layout, NamedSharding) else {}
+    return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
 def _noise(key: Array, clips: Batch, cfg: ModelConfig, shift: float) -> NoisedClip:
@@ -130,13 +138,6 @@ def _noise(key: Array, clips: Batch, cfg: ModelConfig, shift: float) -> NoisedCl
 
 
 _noise_clip = jax.jit(losses.noise_clip, static_argnums=(1, 4))
-
-
-def _micro_batches(clip: NoisedClip) -> Iterator[tuple[NoisedClip, np.ndarray]]:
-    """Parts of the clips, and a weight of 1 or 0 for each clip in it."""
-    for places, new in micro_batches(len(clip.clean), MICRO_BATCH):
-        counted = (np.arange(len(places)) < new).astype(np.float32)
-        yield jax.tree.map(lambda x, places=places: x[places], clip), counted
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -151,17 +152,19 @@ def _at_level(clip: NoisedClip, level) -> NoisedClip:
 
 
 @jax.jit
-def _loss_sum(flow, clip: NoisedClip, counted: Float[Array, "b"]) -> Array:
-    squares = jnp.square(flow - (clip.eps - clip.clean))
-    return jnp.sum(counted * jnp.mean(squares, axis=(1, 2, 3, 4)))
+def _loss_sum(flow, clip: NoisedClip, new: int) -> Array:
+    """Sum over the first `new` clips."""
+    each = jnp.mean(jnp.square(flow - (clip.eps - clip.clean)), axis=(1, 2, 3, 4))
+    return jnp.sum(each, where=jnp.arange(len(each)) < new)
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _error_sums(flow, target, clip: NoisedClip, counted: Float[Array, "b"], first: int) -> Array:
-    """Sums of |x0 - x0_teacher|^2 and |x0_teacher|^2 from frame `first` on."""
+def _error_sums(flow, target, clip: NoisedClip, new: int, first: int) -> Array:
+    """Sums of |x0 - x0_teacher|^2 and |x0_teacher|^2 of `new` clips from frame `first` on."""
     s = per_frame(clip.s)
     pair = jnp.stack([s * (target - flow), clip.noisy - s * target])[:, :, first:]
-    return jnp.sum(jnp.square(pair), axis=(2, 3, 4, 5)) @ counted
+    squares = jnp.sum(jnp.square(pair), axis=(2, 3, 4, 5))
+    return jnp.sum(squares, axis=1, where=jnp.arange(squares.shape[1]) < new)
 
 
 def _relative(sums, levels: int) -> TeacherError:

@@ -11,9 +11,11 @@ from etils import epath
 from jaxtyping import UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from arl2_jax.generation.video import enlarge
 
@@ -96,24 +98,38 @@ def _panels(logged: dict[str, Records]) -> list[tuple[str, str, dict]]:
 
 
 def _draw_panel(axes: Axes, title: str, ylabel: str, lines: dict) -> None:
-    colors = _line_colors(list(lines))
-    low, high = math.inf, 0.0
+    colors, low, high = _line_colors(list(lines)), math.inf, 0.0
+    many = len(lines) > 8
     for (name, (records, key)), color in zip(lines.items(), colors, strict=True):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        steps, values = np.array(points, float).reshape(-1, 2).T
-        axes.plot(steps, values, color=color, label=name, linewidth=1.4)
+        steps, values = _thinned(np.array(points, float).reshape(-1, 2)).T
+        axes.plot(steps, values, color=color, label=name, linewidth=0.9 if many else 1.5)
         low, high = min(low, values.min(initial=low)), max(high, values.max(initial=high))
     if low > 0 and high > 4 * low:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(alpha=0.25, which="both", linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
+    axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        every = math.ceil(len(lines) / 8)
-        handles = axes.get_lines()[::every]
-        axes.legend(handles=handles, fontsize=8, frameon=False)
+    if many:
+        scale = ScalarMappable(BoundaryNorm(np.arange(len(lines) + 1), len(lines)))
+        scale.set_cmap(ListedColormap(colors))
+        bar = axes.figure.colorbar(scale, ax=axes, pad=0.02, aspect=30)
+        bar.minorticks_off()
+        ends = [0, len(lines) - 1]
+        bar.set_ticks([end + 0.5 for end in ends], labels=[list(lines)[end] for end in ends])
+    elif len(lines) > 1:
+        axes.legend(fontsize=8, frameon=True, framealpha=0.7, edgecolor="none")
+
+
+def _thinned(points: np.ndarray) -> np.ndarray:
+    """Means over neighbouring points, so that a long run is a line and not a band."""
+    parts = np.array_split(points, min(len(points), 80) or 1)
+    return np.array([part.mean(axis=0) for part in parts if len(part)]).reshape(-1, 2)
 
 
 def _line_colors(names: list[str]) -> list:
@@ -136,7 +152,7 @@ def contact_sheet(
     columns: Sequence[str],
     *,
     title: str,
-    boxes: Sequence[Box | None] = (),
+    boxes: Sequence[Box] = (),
     width: int = 192,
 ) -> bytes:
     """Draws frames as a table.
@@ -145,8 +161,8 @@ def contact_sheet(
       rows: its rows, each with one frame a column; frames are all of one size.
       columns: titles of the columns.
       title: what is seen, over the whole.
-      boxes: per column, (top, left, bottom, right) in pixels of what `Row.right` speaks of: drawn
-        as a frame in the rows that have it, green if right and red if wrong.
+      boxes: per column, (top, left, bottom, right) in pixels of what `Row.right` speaks of;
+        outlined in the rows that have it, in green if right and in red if wrong.
       width: least number of columns of pixels that a frame is enlarged to.
 
     Returns:
@@ -170,17 +186,19 @@ def contact_sheet(
                 continue
             axes = sheet.cell(i, column)
             axes.imshow(enlarge(frame[None], size[1] * scale)[0], interpolation="nearest")
-            if row.right is not None and boxes[column] is not None:
+            if row.right is not None:
                 _draw_box(axes, boxes[column], scale, row.right[column])
     return _png(figure)
 
 
 def _draw_box(axes: Axes, box: Box, scale: int, right: bool) -> None:
     top, left, bottom, end = (scale * edge for edge in box)
-    place = (left - 2, top - 2), end - left + 3, bottom - top + 3
-    style = dict(fill=False, clip_on=False)
-    axes.add_patch(Rectangle(*place, edgecolor="white", linewidth=4.5, **style))
-    axes.add_patch(Rectangle(*place, edgecolor=_RIGHT if right else _WRONG, linewidth=2.5, **style))
+    for color, width in (("white", 4.5), (_RIGHT if right else _WRONG, 2.5)):
+        corner, size = (left - 4, top - 4), (end - left + 7, bottom - top + 7)
+        outline = Rectangle(
+            corner, *size, fill=False, edgecolor=color, linewidth=width, clip_on=False
+        )
+        axes.add_patch(outline)
 
 
 class _Sheet:
@@ -190,7 +208,7 @@ class _Sheet:
 
     def __init__(self, rows: Sequence[Row], columns: int, height: int, width: int):
         self.height, self.width = height, width
-        self.label = 20 + 8 * max(len(line) for row in rows for line in row.label.split("\n"))
+        self.label = 28 + 8 * max(len(line) for row in rows for line in row.label.split("\n"))
         self._tops, top = [], self.header
         for row in rows:
             top += 2 * self.gap if row.opens and self._tops else 0

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,6 @@ from arl2_jax.data import ClipData
 from arl2_jax.data.sprites import COLORS, SHAPES, Reveal, SpriteClip, SpriteClips
 from arl2_jax.diffusion import noise_levels
 from arl2_jax.evaluation.gap import (
-    MICRO_BATCH,
     Batch,
     held_out_losses,
     micro_batches,
@@ -91,14 +91,17 @@ def write_report(
     # Threefry takes seconds to compile on CPUs, in every program that draws normal numbers.
     key = jax.random.key(config.train.seed, impl="rbg")
 
-    logging.info("report: losses on %d held-out clips", config.evaluation.clips)
-    report = _gap(config, data, found, key)
-    scores, sheet = _recall(config, data, found, key)
-    continued = _continue(config, data, found, key)
+    # On a CPU, compilation takes one core, and small products do not fill many.
+    workers = 3 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
+    with ThreadPoolExecutor(workers) as pool:
+        gap = pool.submit(_gap, config, data, found, key)
+        recalled = pool.submit(_recall, config, data, found, key)
+        continued = pool.submit(_continue, config, data, found, key).result()
+    scores, sheet = recalled.result()
     if jax.process_index() == 0:
         (folder / "report").mkdir(parents=True, exist_ok=True)
         _write_pictures(config, folder, sheet, continued)
-    report |= scores | _facts(config, converted)
+    report = gap.result() | scores | _facts(config, converted)
     report |= {"seconds_report": time.perf_counter() - began, "config": to_config_dict(config)}
     report = _plain(report)
     if jax.process_index() == 0:
@@ -128,6 +131,7 @@ def _models(config: Config, converted: Converted) -> dict[str, Model]:
 
 def _gap(config: Config, data: ClipData, found: dict[str, Model], key) -> dict[str, Any]:
     """Losses of teacher and student, and the hybrids' errors against the teacher."""
+    logging.info("report: losses and errors on %d held-out clips", config.evaluation.clips)
     clips, shift = data.held_out(config.evaluation.clips), config.sampler.shift
     loss = {
         name: held_out_losses(*found[name], clips, shift, key) if name in found else None
@@ -135,9 +139,9 @@ def _gap(config: Config, data: ClipData, found: dict[str, Model], key) -> dict[s
     }
     stages = ("untrained", "stage1", "stage2")
     students = {name: found[name].params for name in stages if name in found}
-    errors = teacher_errors(
-        students, config.model, found["teacher"].params, clips, config.sampler, key
-    )
+    teacher, errors = found["teacher"].params, {}
+    if students:
+        errors = teacher_errors(students, config.model, teacher, clips, config.sampler, key)
     mean = {name: errors[name].mean if name in errors else None for name in stages}
     closed = None
     if mean["untrained"] and mean["stage2"] is not None:
@@ -155,7 +159,9 @@ def _gap(config: Config, data: ClipData, found: dict[str, Model], key) -> dict[s
     }
 
 
-def _recall(config: Config, data: ClipData, found: dict[str, Model], key):
+def _recall(
+    config: Config, data: ClipData, found: dict[str, Model], key
+) -> tuple[dict[str, Any], bytes | None]:
     """Scores of the recall test, and its picture: (part of the report, PNG or None)."""
     count, reason = config.evaluation.recall_clips, None
     if config.data.source != "synthetic":
@@ -172,8 +178,8 @@ def _recall(config: Config, data: ClipData, found: dict[str, Model], key):
         if name not in found:
             continue
         # The untrained hybrid is shown, but not scored.
-        part = batch if name in scores else {k: x[:MICRO_BATCH] for k, x in batch.items()}
-        pixels = _generate_revealed(config, data, found[name], part, key)
+        count = len(clips) if name in scores else _SHEET_CLIPS
+        pixels = _generate_revealed(config, data, found[name], batch, count, key)
         shown[name] = pixels[:_SHEET_CLIPS]
         if name in scores:
             scores[name] = recall(pixels, clips, events, config)
@@ -184,17 +190,19 @@ def _recall(config: Config, data: ClipData, found: dict[str, Model], key):
 
 
 def _generate_revealed(
-    config: Config, data: ClipData, model: Model, batch: Batch, key
+    config: Config, data: ClipData, model: Model, batch: Batch, count: int, key
 ) -> np.ndarray:
-    """Every block of the clips, made after its clean past: pixels [N, F, H, W, 3] in [-1, 1]."""
-    parts = []
-    for places, new in micro_batches(len(batch["latents"]), MICRO_BATCH):
-        part = place_beside(model.params, {name: x[places] for name, x in batch.items()})
+    """At least `count` clips, every block made after its clean past: pixels in [-1, 1]."""
+    made = []
+    for i, (part, new) in enumerate(micro_batches(model.params, batch)):
+        if sum(map(len, made)) >= count:
+            break
+        own = jax.random.fold_in(key, i)
         latents = generate_from_clean_past(
-            model.params, model.cfg, config.sampler, part["text"], key, part["latents"]
+            model.params, model.cfg, config.sampler, part["text"], own, part["latents"]
         )
-        parts.append(_fetch(latents)[:new])
-    return np.asarray(data.codec.decode(np.concatenate(parts)))
+        made.append(_fetch(latents)[:new])
+    return np.asarray(data.codec.decode(np.concatenate(made)))
 
 
 def _recall_sheet(
@@ -233,9 +241,9 @@ def _recall_sheet(
 def _continue(config: Config, data: ClipData, found: dict[str, Model], key) -> Continuations | None:
     """Continues the beginning of held-out clips past the length of the training clips."""
     count = min(config.evaluation.rollout_clips, config.data.held_out)
-    if count <= 0:
-        return None
     f, blocks = config.model.frames_per_block, config.blocks * config.evaluation.rollout_length
+    if min(count, blocks) <= 0:
+        return None
     frames = blocks * f
     logging.info("report: continuing %d held-out clips to %d latent frames", count, frames)
     # Enough to see how things move, and no more.
@@ -384,7 +392,7 @@ def summary_table(report: dict[str, Any]) -> str:
         numbers = [_digits(report.get(loss)), _digits(report.get(error))]
         numbers += [_percent(found.get(part)) for part in ("recall", "color", "shape")]
         if any(number != "-" for number in numbers):
-            rows.append([label, *numbers, *map(_megabytes, sizes)])
+            rows.append([label, *numbers, *map(_size, sizes)])
     if recalled:
         rows.append(["chance", "-", "-", _percent(recalled["chance"]), *"----"])
     widths = (18, 8, 8, 8, 8, 8, 11, 11)
@@ -408,9 +416,7 @@ _TABLE = (
 
 def _notes(report: dict[str, Any]) -> list[str]:
     """What the columns mean, and the numbers that are not of one model."""
-    lines = [
-        "loss: flow matching; error: of x0 against the teacher's; frames: memory of a video",
-    ]
+    lines = ["loss: flow matching; error: x0 against the teacher's; frames: size of the memory"]
     if report["recall"]:
         lines.append("recall: hidden sprites drawn again in the right colour and shape")
     if report["gap_closed"] is not None:
@@ -429,5 +435,9 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _megabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.2f} MB"
+def _size(value: int | None) -> str:
+    """Bytes in a unit that leaves up to four digits before the point."""
+    if value is None:
+        return "-"
+    power = min(int(math.log(max(value, 1), 1000) + 0.2), 3)
+    return f"{value / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -5,11 +5,12 @@ import io
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
 from absl import logging
+from av.video.stream import VideoStream
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -126,13 +127,14 @@ def timeline(count: int, given: int, trained: int) -> list[Part]:
 
 
 def _columns(count: int, height: int, width: int) -> int:
-    """Number of columns that brings the whole nearest to 16 : 9."""
+    """Number of columns that brings the whole near to 16 : 9 and leaves few places empty."""
 
-    def shape(columns: int) -> float:
+    def fault(columns: int) -> float:
         rows = math.ceil(count / columns)
-        return columns * (width + _GAP) / (rows * (height + _TITLE + _GAP) + _FOOTER)
+        shape = columns * (width + _GAP) / (rows * (height + _TITLE + _GAP) + _FOOTER)
+        return abs(math.log(shape * 9 / 16)) + (rows * columns / count - 1) * 2
 
-    return min(range(1, count + 1), key=lambda columns: abs(math.log(shape(columns) * 9 / 16)))
+    return min(range(1, count + 1), key=fault)
 
 
 def _canvas(size, corners, panel, part: Part, length) -> np.ndarray:
@@ -177,7 +179,7 @@ def _encode(frames: Frames, fps: float) -> bytes:
     rate, file = Fraction(fps).limit_denominator(1001), io.BytesIO()
     codec, options = _codec()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
+        stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for t, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")

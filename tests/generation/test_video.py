@@ -1,0 +1,135 @@
+"""Video files: what is written is what players read; and several videos in one picture."""
+
+import av
+import numpy as np
+import pytest
+
+from arl2_jax.generation import video
+from arl2_jax.generation.video import enlarge, side_by_side, timeline, write_video
+
+
+def make_frames(count, height, width, seed=0):
+    """Coarse squares of random colours that change from frame to frame."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(256, size=(count, -(-height // 4), -(-width // 4), 3), dtype=np.uint8)
+    return coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
+
+
+def read(path):
+    """(frames, rate, codec) of a file."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return np.stack(frames), stream.average_rate, stream.codec_context.name
+
+
+@pytest.mark.parametrize("fps", [8.0, 12.5])
+def test_file_holds_the_frames(tmp_path, fps):
+    frames = make_frames(7, 12, 32)
+    write_video(tmp_path / "a.mp4", frames, fps)
+    found, rate, codec = read(tmp_path / "a.mp4")
+    assert found.shape == (7, 144, 384, 3) and rate == fps and codec == "h264"
+    centres = found[:, 6::12, 6::12].astype(int)
+    assert np.abs(centres - frames).mean() < 12
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_odd_sizes_become_even(tmp_path):
+    frames = make_frames(2, 11, 401)
+    write_video(tmp_path / "a.mp4", frames, 10)
+    assert read(tmp_path / "a.mp4")[0].shape == (2, 12, 402, 3)
+
+
+def test_without_libx264_it_is_still_a_video(tmp_path, monkeypatch):
+    def missing(name, mode):
+        raise av.codec.codec.UnknownCodecError(name)
+
+    video._codec.cache_clear()
+    monkeypatch.setattr(av, "Codec", missing)
+    try:
+        write_video(tmp_path / "a.mp4", make_frames(5, 24, 48), 8)
+    finally:
+        video._codec.cache_clear()
+    found, _, codec = read(tmp_path / "a.mp4")
+    assert codec == "mpeg4" and len(found) == 5
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"before")
+
+    def fail(frames, fps):
+        raise MemoryError
+
+    monkeypatch.setattr(video, "_encode", fail)
+    with pytest.raises(MemoryError):
+        write_video(path, make_frames(2, 12, 32), 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)],
+    ids=["floats", "one image", "no frames"],
+)
+def test_wrong_frames_are_refused(tmp_path, frames):
+    with pytest.raises(ValueError, match="uint8"):
+        write_video(tmp_path / "a.mp4", frames, 8)
+    with pytest.raises(ValueError, match="fps=0"):
+        write_video(tmp_path / "a.mp4", make_frames(1, 8, 8), 0)
+
+
+def test_enlarging_repeats_pixels():
+    frames = make_frames(1, 3, 5)
+    large = enlarge(frames, 11)
+    assert large.shape == (1, 9, 15, 3)
+    np.testing.assert_array_equal(large[:, 1::3, 1::3], frames)
+    assert enlarge(frames, 4).shape == frames.shape
+
+
+def test_timeline_names_the_parts_that_exist():
+    def spans(*lengths):
+        return [(part.label, *part[2:]) for part in timeline(*lengths)]
+
+    assert spans(48, 4, 12) == [
+        ("given", 0, 4), ("generated", 4, 12), ("beyond training length", 12, 48),
+    ]  # fmt: skip
+    assert spans(12, 0, 12) == [("generated", 0, 12)]
+    assert spans(8, 8, 8) == [("given", 0, 8)]
+
+
+def places_of(picture, image):
+    """Top left corners at which an image lies in a picture."""
+    height, width = image.shape[:2]
+    starts = np.argwhere((picture == image[0, 0]).all(-1))
+    return [
+        (y, x) for y, x in starts if np.array_equal(picture[y : y + height, x : x + width], image)
+    ]
+
+
+def test_side_by_side_shows_every_video_and_where_training_ends():
+    videos = {name: make_frames(6, 8, 16, seed) for seed, name in enumerate("abcd")}
+    videos["d"] = videos["d"][:3]
+    shown = side_by_side(videos, given=2, trained=4, width=64)
+    assert shown.dtype == np.uint8 and len(shown) == 6
+    borders = []
+    for t, picture in enumerate(shown):
+        corners = [
+            places_of(picture, enlarge(v[t : t + 1], 64)[0]) for v in videos.values() if t < len(v)
+        ]
+        assert all(len(found) == 1 for found in corners) and len({c[0] for c in corners}) == len(
+            corners
+        )
+        y, x = corners[0][0]
+        borders.append(tuple(picture[y - 1, x]))
+    colors = [part.color for part in timeline(6, 2, 4)]
+    assert borders == [color for color in colors for _ in range(2)]
+    cursors = [np.flatnonzero((picture[-7] == video.TEXT).all(-1)).mean() for picture in shown]
+    assert (np.diff(cursors) > 0).all()
+
+
+def test_side_by_side_wants_one_size():
+    with pytest.raises(ValueError, match="one size"):
+        side_by_side({"a": make_frames(1, 8, 8), "b": make_frames(1, 8, 12)}, given=0, trained=1)
+    with pytest.raises(ValueError, match="one size"):
+        side_by_side({}, given=0, trained=1)
