@@ -17,6 +17,7 @@ from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
 from arl2_jax.weights import load_params
 
+_CONFIG = "config.json"
 # What may change between two starts of one run: it decides nothing about the trained weights.
 _FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.mesh", "train.workdir",
          "evaluation", "data.workers", "data.held_out")  # fmt: skip
@@ -55,13 +56,15 @@ def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
         settings = getattr(config, phase)
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation, phase)
     folder = epath.Path(config.train.workdir)
-    shapes = models.param_shapes(config.model)
-    table = sharding.sharding_table(shapes, mesh)
+    table = sharding.sharding_table(models.param_shapes(config.model), mesh)
     check_writable(folder)
-    _claim(folder, config)
+    _check_same_run(folder, config)
     data = open_data(config)
-    logging.info("parameters on %d devices:\n%s", mesh.size, table)
-    return folder, data, _initial_params(config)
+    params = _initial_params(config)
+    _write_json(folder / _CONFIG, to_config_dict(config))
+    if mesh.size > 1:
+        logging.info("parameters on %d devices:\n%s", mesh.size, table)
+    return folder, data, params
 
 
 def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) -> Converted:
@@ -120,20 +123,19 @@ def _initial_params(config: Config) -> Params:
     return load_params(config.teacher.weights, config.model, key=key)
 
 
-def _claim(folder: epath.Path, config: Config) -> None:
-    """Writes the run's configuration into its folder; another run's folder is refused."""
-    path = folder / "config.json"
-    ours, theirs = json.loads(json.dumps(to_config_dict(config))), read_json(path)
-    if theirs is not None:
-        here, there = _flat(ours), _flat(theirs)
-        for name in sorted(here.keys() | there.keys()):
-            free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
-            if not free and here.get(name) != there.get(name):
-                raise ConfigError(
-                    f"train.workdir={folder} holds a run with {name}={there.get(name)}, now it is "
-                    f"{here.get(name)}; set --config.train.workdir to another folder, or remove it"
-                )
-    _write_json(path, ours)
+def _check_same_run(folder: epath.Path, config: Config) -> None:
+    """Refuses a folder that holds another run: its finished phases would be taken for this one's."""
+    theirs = read_json(folder / _CONFIG)
+    if theirs is None:
+        return
+    here, there = _flat(json.loads(json.dumps(to_config_dict(config)))), _flat(theirs)
+    for name in sorted(here.keys() | there.keys()):
+        free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
+        if not free and here.get(name) != there.get(name):
+            raise ConfigError(
+                f"train.workdir={folder} holds a run with {name}={there.get(name)}, now it is "
+                f"{here.get(name)}; set --config.train.workdir to another folder, or remove it"
+            )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
