@@ -1,1 +1,78 @@
-"""ARL2 in JAX."""
+"""ARL2 in JAX: softmax video diffusion models that attend locally and remember linearly.
+
+    import arl2_jax as arl2
+
+    cfg = arl2.ModelConfig.wan1p3b(hybrid_layers=range(22))
+    params = arl2.load_params(folder, cfg)
+    for block in arl2.Generator(cfg, params, sampler, latent_shape=(60, 104, 16)).stream(...):
+        ...
+
+Names are imported when they are first used: `import arl2_jax` does not import jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arl2_jax.config import Config, ConfigError, ModelConfig, SamplerConfig
+    from arl2_jax.generation.generator import Generator
+    from arl2_jax.generation.rollout import rollout
+    from arl2_jax.models import (
+        apply,
+        apply_clip,
+        encode_text,
+        init_memory,
+        init_params,
+        param_shapes,
+    )
+    from arl2_jax.models.attention import HybridAttention
+    from arl2_jax.training.checkpoint import save_params
+    from arl2_jax.weights import load_params
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Generator",
+    "HybridAttention",
+    "ModelConfig",
+    "SamplerConfig",
+    "apply",
+    "apply_clip",
+    "encode_text",
+    "init_memory",
+    "init_params",
+    "load_params",
+    "param_shapes",
+    "rollout",
+    "save_params",
+]
+
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "Generator": "generation.generator",
+    "HybridAttention": "models.attention",
+    "ModelConfig": "config",
+    "SamplerConfig": "config",
+    "apply": "models",
+    "apply_clip": "models",
+    "encode_text": "models",
+    "init_memory": "models",
+    "init_params": "models",
+    "load_params": "weights",
+    "param_shapes": "models",
+    "rollout": "generation.rollout",
+    "save_params": "training.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

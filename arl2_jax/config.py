@@ -117,10 +117,10 @@ class ModelConfig:
     def tiny(cls, **changes: Any) -> "ModelConfig":
         """A model for tests and for the example that runs on a laptop."""
         values: dict[str, Any] = dict(
-            dim=128, ffn_dim=384, num_heads=4, num_layers=4, freq_dim=64, text_dim=32, text_len=8,
-            in_dim=12, out_dim=12, frames_per_block=2, lora_rank=8, lora_alpha=16.0,
-            hybrid_layers=tuple(range(4)),
-        )
+            dim=128, ffn_dim=256, num_heads=4, num_layers=4, freq_dim=64, text_dim=32, text_len=8,
+            in_dim=12, out_dim=12, frames_per_block=2, lora_rank=32, lora_alpha=64.0,
+            hybrid_layers=(0, 1, 2), remat="layer",
+        )  # fmt: skip
         return cls(**values | changes)
 
     @classmethod
@@ -189,14 +189,14 @@ class SpriteConfig:
       occluder_width: width of each in pixels.
     """
 
-    count: tuple[int, int] = (1, 2)
+    count: tuple[int, int] = (2, 2)
     colors: int = 4
     shapes: int = 3
-    size: int = 7
-    speed: tuple[float, float] = (3.0, 4.0)
+    size: int = 5
+    speed: tuple[float, float] = (3.0, 3.0)
     vertical: bool = False
     occluders: int = 1
-    occluder_width: int = 18
+    occluder_width: int = 14
 
     def __post_init__(self):
         _require(
@@ -232,12 +232,12 @@ class DataConfig:
 
     source: Literal["synthetic", "video", "latents"] = "synthetic"
     path: str = ""
-    frames: int = 12
-    height: int = 24
-    width: int = 48
+    frames: int = 10
+    height: int = 12
+    width: int = 32
     fps: float = 8.0
     codec: Literal["space_to_depth"] = "space_to_depth"
-    codec_factor: int = 4
+    codec_factor: int = 2
     held_out: int = 64
     sprites: SpriteConfig = SpriteConfig()
     workers: int = 0
@@ -402,6 +402,12 @@ class EvaluationConfig:
     control: bool = True
     rollout_clips: int = 2
     rollout_length: int = 4
+
+    def __post_init__(self):
+        _require(self.clips > 0, f"evaluation.clips={self.clips} must be positive")
+        for name in ("recall_clips", "rollout_clips", "rollout_length"):
+            value = getattr(self, name)
+            _require(value >= 0, f"evaluation.{name}={value} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

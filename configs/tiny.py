@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
         teacher=TeacherConfig(steps=800, batch_size=12, learning_rate=8e-3, warmup=40),
         stage1=PhaseConfig(steps=200, batch_size=16, learning_rate=1e-2, warmup=10),
         stage2=Stage2Config(
-            steps=250, batch_size=12, learning_rate=1e-2, warmup=15, ema_decay=0.97, layer_loss=0.0
+            steps=300, batch_size=12, learning_rate=1e-2, warmup=15, ema_decay=0.97, layer_loss=0.0
         ),
     )
     tree = ml_collections.ConfigDict(to_config_dict(config))

@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
             codec_factor=2,
             fps=16.0,
             held_out=16,
-            sprites=SpriteConfig(size=20, speed=(12.0, 12.0), occluder_width=64),
+            sprites=SpriteConfig(size=20, speed=(12.0, 12.0), occluder_width=80),
         ),
         phases=("stage1", "stage2"),
         teacher=TeacherConfig(

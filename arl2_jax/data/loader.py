@@ -16,6 +16,9 @@ from arl2_jax.data.latents import LatentSource
 from arl2_jax.data.text import embed_caption
 from arl2_jax.data.videos import VideoClips
 
+# Endless in practice; the length of a truly endless order overflows at batches of one clip.
+_EPOCHS = 2**30
+
 Example = Mapping[str, np.ndarray]
 
 
@@ -111,7 +114,7 @@ class ClipData:
                 f"batch_size={batch_size} must be a multiple of the {processes} processes"
             )
         seed %= 2**32
-        order = grain.MapDataset.range(len(self.clips)).seed(seed).shuffle().repeat()
+        order = grain.MapDataset.range(len(self.clips)).seed(seed).shuffle().repeat(_EPOCHS)
         examples = order.map_with_index(_Draw(self.clips, seed))
         share = examples[process::processes].batch(batch_size // processes)
         workers = self.config.data.workers

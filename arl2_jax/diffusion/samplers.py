@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from arl2_jax.config import SamplerConfig
-from arl2_jax.diffusion.flow_matching import warp
+from arl2_jax.diffusion.flow_matching import draw_noise, warp
 
 FlowFn = Callable[[Array, Array], Array]
 
@@ -41,7 +41,7 @@ def sample(
     def few_step(x, step):
         s, s_next, key = step
         x0 = x - s * flow_fn(x, s)
-        return (1 - s_next) * x0 + s_next * jax.random.normal(key, shape), None
+        return (1 - s_next) * x0 + s_next * draw_noise(key, shape), None
 
     def euler(x, step):
         s, s_next, _ = step
@@ -49,4 +49,4 @@ def sample(
 
     body = few_step if sampler.method == "few_step" else euler
     steps = (jnp.asarray(levels), jnp.asarray(following), jnp.stack(fresh))
-    return jax.lax.scan(body, jax.random.normal(first, shape), steps)[0]
+    return jax.lax.scan(body, draw_noise(first, shape), steps)[0]

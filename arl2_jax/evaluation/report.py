@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -88,8 +89,7 @@ def write_report(
     """
     began, folder = time.perf_counter(), epath.Path(folder)
     found = _models(config, converted)
-    # Threefry takes seconds to compile on CPUs, in every program that draws normal numbers.
-    key = jax.random.key(config.train.seed, impl="rbg")
+    key = jax.random.key(config.train.seed)
 
     # On a CPU, compilation takes one core, and small products do not fill many.
     workers = 3 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
@@ -424,11 +424,13 @@ def _notes(report: dict[str, Any]) -> list[str]:
     seconds = [f"{phase} {value:.0f}" for phase, value in report["seconds"].items()]
     compiling = sum(report["compile_seconds"].values())
     seconds += [f"compilation {compiling:.0f}", f"report {report['seconds_report']:.0f}"]
-    return [*lines, "seconds: " + ", ".join(seconds)]
+    return lines + textwrap.wrap("seconds: " + ", ".join(seconds), 80, subsequent_indent="  ")
 
 
 def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
 def _percent(value: float | None) -> str:
@@ -436,8 +438,7 @@ def _percent(value: float | None) -> str:
 
 
 def _size(value: int | None) -> str:
-    """Bytes in a unit that leaves up to four digits before the point."""
     if value is None:
         return "-"
-    power = min(int(math.log(max(value, 1), 1000) + 0.2), 3)
+    power = min(int(math.log(max(value, 1), 1000)), 3)
     return f"{value / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"

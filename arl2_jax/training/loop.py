@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arl2_jax import sharding
-from arl2_jax.config import Config
+from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import ClipData
 from arl2_jax.models import Params
 from arl2_jax.training.checkpoint import Checkpointer
@@ -119,18 +120,28 @@ class _Session:
             if own_past not in compiled:
                 paused = time.perf_counter()
                 compiled[own_past] = self._compile(own_past, batch)
-                self.compile_seconds += time.perf_counter() - paused
-                began += time.perf_counter() - paused
+                spent = time.perf_counter() - paused
+                self.compile_seconds, began = self.compile_seconds + spent, began + spent
+                logging.info("%s: compiled in %.1f s", self.phase, spent)
             self.state, metrics = compiled[own_past](self.state, self.frozen, batch)
             self.step += 1
             last = self.step == self.settings.steps
             if last or self.step % self.config.train.log_every == 0:
                 writers.write(self.step, metrics)
             if last or self.step % self.config.train.checkpoint_every == 0:
-                jax.block_until_ready(self.state)
+                self._check_finite(metrics)
                 self.seconds = earlier + time.perf_counter() - began
                 position = {"data": self.batches.get_state(), "seconds": self.seconds}
                 checkpointer.save(self.step, self.state, position)
+
+    def _check_finite(self, metrics) -> None:
+        """Nothing that has diverged is checkpointed; the checkpoint before it stays."""
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"{self.phase}.learning_rate={self.settings.learning_rate}: the loss is {loss} at "
+                f"step {self.step}; lower it and start again in another train.workdir"
+            )
 
     def _compile(self, own_past: bool, batch):
         """The step, compiled ahead of time: another shape later on would be an error."""
@@ -145,6 +156,8 @@ class _Session:
 
 def _open_writers(folder: epath.Path, title: str, steps: int, start: int) -> MultiWriter:
     resume = start or None
+    if jax.process_index():
+        return MultiWriter()
     return MultiWriter(
         ProgressBar(title, steps, start=start),
         JsonLinesWriter(folder / "metrics.jsonl", resume_step=resume),

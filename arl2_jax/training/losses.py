@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
-from arl2_jax.diffusion import add_noise, draw_levels, per_frame
+from arl2_jax.diffusion import add_noise, draw_levels, draw_noise, per_frame
 from arl2_jax.models import Params, apply_clip, stack_params, without_delta
 from arl2_jax.models.wan import embed_clip, make_layer, make_stem
 
@@ -40,7 +40,7 @@ def noise_clip(key: Array, cfg: ModelConfig, latents, text, shift: float) -> Noi
     level_key, noise_key = jax.random.split(key)
     blocks = latents.shape[1] // cfg.frames_per_block
     s = draw_levels(level_key, latents.shape[0], blocks, cfg.frames_per_block, shift)
-    eps = jax.random.normal(noise_key, latents.shape)
+    eps = draw_noise(noise_key, latents.shape)
     return NoisedClip(latents, add_noise(latents, eps, s), eps, s, text)
 
 

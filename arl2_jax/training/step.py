@@ -38,10 +38,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, phase: str, trained: Params, key: Array) -> TrainState:
-    """State before the first step of a phase."""
+    """State before the first step of a phase; a step may donate it, so it shares no buffer."""
     optimizer = make_optimizer(getattr(config, phase), trained)
-    copy = jax.tree.map(jnp.copy, trained)
-    return TrainState(jnp.int32(0), trained, optimizer.init(trained), copy, key)
+    copy = lambda: jax.tree.map(jnp.copy, trained)
+    return TrainState(jnp.int32(0), copy(), optimizer.init(trained), copy(), key)
 
 
 def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Callable:
@@ -139,10 +139,12 @@ _GRADIENTS = {
 
 def _like(trained: Params, gradients: dict[str, Params]) -> Params:
     """Those gradients of the layers' additions that belong to trained parameters."""
-    pick = lambda wanted, found: {
-        name: pick(node, found[name]) if isinstance(node, dict) else found[name]
-        for name, node in wanted.items()
-    }
+
+    def pick(wanted, found):
+        if not isinstance(wanted, dict):
+            return found
+        return {name: pick(node, found[name]) for name, node in wanted.items()}
+
     return pick(trained, {"blocks": gradients})
 
 

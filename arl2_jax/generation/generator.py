@@ -1,0 +1,196 @@
+"""Videos as a stream of frame blocks: of any length, from one compiled program."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from arl2_jax import models
+from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.data.codec import Codec
+from arl2_jax.generation.rollout import (
+    RolloutContext,
+    RolloutState,
+    generate_block,
+    start,
+    write_block,
+)
+
+AnyArray = Array | np.ndarray
+
+
+class Generator:
+    """Generates videos block by block, and hands out each block as soon as it is made.
+
+    The blocks are those of `rollout` with the same key. A model whose layers are all hybrid streams
+    without end in constant memory; softmax layers need to know how many frames to keep room for.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params,
+        sampler: SamplerConfig,
+        *,
+        latent_shape: tuple[int, int, int],
+        codec: Codec | None = None,
+    ):
+        """Stacks the parameters once for all videos.
+
+        Args:
+          cfg, params: the model.
+          sampler: how each block is denoised.
+          latent_shape: rows, columns and channels of a latent frame.
+          codec: decodes each block on its own; without one the blocks are latents.
+
+        Raises:
+          ValueError: the latents are not the model's, or the codec cannot decode single blocks.
+        """
+        f, (rows, columns, channels) = cfg.frames_per_block, latent_shape
+        _, patch_rows, patch_columns = cfg.patch_size
+        if channels != cfg.in_dim or rows % patch_rows or columns % patch_columns:
+            raise ValueError(
+                f"latent_shape={latent_shape} must be rows and columns in multiples of the patch "
+                f"{patch_rows} x {patch_columns}, and {cfg.in_dim} channels"
+            )
+        if codec is not None and codec.pixel_frames(2 * f) != 2 * codec.pixel_frames(f):
+            raise ValueError(
+                "codec compresses time across blocks and cannot decode single ones; leave it out "
+                "and decode the latents as a whole"
+            )
+        self.cfg, self.sampler, self.codec = cfg, sampler, codec
+        self._shape = (f, rows, columns, channels)
+        self._params = jax.jit(lambda p: models.stack_params(p, cfg))(params)
+        tokens = rows * columns // (patch_rows * patch_columns)
+        self._start = jax.jit(
+            lambda params, text, key, frames: start(
+                params, cfg, sampler, text, key, frames=frames, tokens_per_frame=tokens
+            ),
+            static_argnames="frames",
+        )
+        # Memories are updated in place; the key is not, for it may be the caller's.
+        self._next = jax.jit(self._make_block, donate_argnames="memory")
+        self._remember = jax.jit(self._write_block, donate_argnames="memory")
+
+    def stream(
+        self,
+        text_embedding: Float[AnyArray, "*b l text_dim"],
+        *,
+        key: Array,
+        past: Float[AnyArray, "b t rows columns channels"] | None = None,
+        frames: int | None = None,
+        capacity: int | None = None,
+    ) -> Iterator[Array]:
+        """Generates a video, or continues one; arguments are checked at the call.
+
+        Args:
+          text_embedding: [L, text_dim] for one video, or [B, L, text_dim].
+          key: random key.
+          past: clean latents to continue, whole blocks; they are remembered, not handed out.
+          frames: latent frames to generate, whole blocks; None goes on without end.
+          capacity: latent frames, the past's included, that softmax layers have room for; by
+            default as many as are asked for. Models without softmax layers have no use for it.
+
+        Returns:
+          Iterator of latents [B, f, rows, columns, channels] float32 or, with a codec, of pixels
+          [B, F, H, W, 3] uint8.
+
+        Raises:
+          ValueError: before anything is compiled, if shapes do not fit, or if frames are endless
+            or more than capacity in a model with softmax layers; and on the way, when an endless
+            stream has filled its capacity.
+        """
+        text = jnp.asarray(text_embedding)
+        text = text[None] if text.ndim == 2 else text
+        if text.ndim != 3 or text.shape[2] != self.cfg.text_dim:
+            raise ValueError(
+                f"text_embedding has shape {np.shape(text_embedding)}; must be [L, "
+                f"{self.cfg.text_dim}] or [B, L, {self.cfg.text_dim}]"
+            )
+        known = self._check_past(past, text.shape[0])
+        if frames is not None and (frames < 1 or frames % self._shape[0]):
+            raise ValueError(f"frames={frames} must be a positive multiple of {self._shape[0]}")
+        room = self._room(known, frames, capacity)
+        return self._stream(text, key, past, frames, room)
+
+    def generate(
+        self,
+        text_embedding: Float[AnyArray, "*b l text_dim"],
+        *,
+        frames: int,
+        key: Array,
+        past: Float[AnyArray, "b t rows columns channels"] | None = None,
+        capacity: int | None = None,
+    ) -> np.ndarray:
+        """Collects `frames` latent frames of a stream in host memory; the past is not repeated.
+
+        Args:
+          text_embedding, frames, key, past, capacity: as in `stream`. Videos of several lengths
+            share one compiled program if they have the same capacity.
+
+        Returns:
+          Latents [B, frames, rows, columns, channels] or, with a codec, pixels [B, F, H, W, 3].
+        """
+        blocks = self.stream(text_embedding, key=key, past=past, frames=frames, capacity=capacity)
+        return np.concatenate([np.asarray(block) for block in blocks], axis=1)
+
+    def _stream(self, text, key, past, frames: int | None, room: int | None) -> Iterator[Array]:
+        context, state = self._start(self._params, text, key, frames=room or 0)
+        f, position = self._shape[0], 0
+        for position in range(f, (0 if past is None else past.shape[1]) + 1, f):
+            state = self._remember(context, *state, block=past[:, position - f : position])
+        end = None if frames is None else position + frames
+        while end is None or position < end:
+            if room is not None and position + f > room:
+                raise ValueError(
+                    f"capacity={room} latent frames are spent and the softmax layers have no room "
+                    "for another block; raise it"
+                )
+            state, block = self._next(context, *state)
+            position += f
+            yield block
+
+    def _make_block(self, context: RolloutContext, memory, position, key):
+        state = RolloutState(memory, position, key)
+        batch = context.text[0].k.shape[1] // (2 if self.sampler.guidance > 1 else 1)
+        shape = (batch, *self._shape)
+        state, block = generate_block(context, self.cfg, self.sampler, state, shape)
+        if self.codec is None:
+            return state, block
+        pixels = jnp.rint((self.codec.decode(block) + 1) * 127.5)
+        return state, jnp.clip(pixels, 0, 255).astype(jnp.uint8)
+
+    def _write_block(self, context: RolloutContext, memory, position, key, block):
+        return write_block(context, self.cfg, RolloutState(memory, position, key), block)
+
+    def _check_past(self, past, batch: int) -> int:
+        """Latent frames of the past."""
+        if past is None:
+            return 0
+        f, *frame = self._shape
+        if past.ndim != 5 or past.shape[1] % f or past.shape != (batch, past.shape[1], *frame):
+            raise ValueError(
+                f"past has shape {past.shape}; must be [{batch}, frames, "
+                f"{', '.join(map(str, frame))}] with frames a multiple of {f}"
+            )
+        return past.shape[1]
+
+    def _room(self, known: int, frames: int | None, capacity: int | None) -> int | None:
+        """Latent frames that softmax layers get room for; None without such layers."""
+        softmax = self.cfg.num_layers - len(self.cfg.hybrid_layers)
+        if not softmax:
+            return None
+        if capacity is None and frames is None:
+            raise ValueError(
+                f"frames and capacity are both None, but {softmax} of {self.cfg.num_layers} layers "
+                "keep the past in a softmax cache; set one of them"
+            )
+        needed = known + (self._shape[0] if frames is None else frames)
+        if capacity is not None and capacity < needed:
+            raise ValueError(
+                f"capacity={capacity} is less than the {needed} latent frames of past and video; "
+                "raise it"
+            )
+        return needed if capacity is None else capacity
