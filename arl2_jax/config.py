@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, presets of released models, and strict conversion from ConfigDict.
+"""Configuration: frozen dataclasses, presets of released models, strict conversion.
 
 Facts of a released model stand in the presets of `ModelConfig`; choices stand in the files under
 `configs/`. Every rule is checked when an object is made, before anything is compiled.
@@ -162,7 +162,9 @@ class SamplerConfig:
     def __post_init__(self):
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
         _require(
-            len(self.timesteps) > 0 and falling and 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000,
+            len(self.timesteps) > 0
+            and falling
+            and 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000,
             f"sampler.timesteps={self.timesteps} must fall strictly within (0, 1000]",
         )
         _require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
@@ -255,7 +257,7 @@ class DataConfig:
             )
         _require(
             self.source == "synthetic" or bool(self.path),
-            f"data.path is empty: data.source={self.source} needs the folder to read; set data.path",
+            f"data.path is empty: data.source={self.source} needs the folder to read; set it",
         )
 
 
@@ -484,16 +486,26 @@ def to_config_dict(config: Any) -> dict[str, Any]:
 
 def _build(cls: type, tree: Any, path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    _require(isinstance(tree, Mapping) or hasattr(tree, "items"), f"{path}={tree!r} must be a group of fields")
+    _require(
+        isinstance(tree, Mapping) or hasattr(tree, "items"),
+        f"{path}={tree!r} must be a group of fields",
+    )
     values = dict(tree.items())
     for name in values:
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f"; did you mean {path}{close[0]}?" if close else f"; known are {', '.join(hints)}"
+            hint = (
+                f"; did you mean {path}{close[0]}?" if close else f"; known are {', '.join(hints)}"
+            )
             raise ConfigError(f"unknown config field {path}{name}{hint}")
     for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        _require(not required or field.name in values, f"config field {path}{field.name} is missing; set it")
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        _require(
+            not required or field.name in values,
+            f"config field {path}{field.name} is missing; set it",
+        )
     built = {name: _convert(hints[name], value, f"{path}{name}") for name, value in values.items()}
     try:
         return cls(**built)
@@ -511,7 +523,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return _build(typing.cast(type, kind), value, f"{path}.")
     if origin is Literal:
         choices = get_args(kind)
-        _require(value in choices, f"{path}={value!r} must be one of {', '.join(map(str, choices))}")
+        _require(
+            value in choices, f"{path}={value!r} must be one of {', '.join(map(str, choices))}"
+        )
         return value
     if origin is tuple:
         _require(
@@ -522,11 +536,17 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if len(inner) == 2 and inner[1] is Ellipsis:
             inner = (inner[0],) * len(items)
         _require(len(items) == len(inner), f"{path}={value!r} must have {len(inner)} entries")
-        return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, items, strict=True)))
+        return tuple(
+            _convert(k, v, f"{path}[{i}]")
+            for i, (k, v) in enumerate(zip(inner, items, strict=True))
+        )
     if isinstance(kind, types.UnionType):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     mismatch = kind is not bool and isinstance(value, bool)
-    _require(isinstance(value, kind) and not mismatch, f"{path}={value!r} must be of type {kind.__name__}")
+    _require(
+        isinstance(value, kind) and not mismatch,
+        f"{path}={value!r} must be of type {kind.__name__}",
+    )
     return value

@@ -47,9 +47,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             "axis or set one to -1"
         )
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(
-        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=auto, devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=auto, devices=devices)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int, phase: str) -> None:

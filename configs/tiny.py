@@ -10,6 +10,8 @@ hidden. On any folder of videos:
         --config.data.source=video --config.data.path=FOLDER
 """
 
+from typing import Any, cast
+
 import ml_collections
 
 from arl2_jax.config import (
@@ -37,12 +39,12 @@ def get_config() -> ml_collections.ConfigDict:
             sprites=SpriteConfig(count=(2, 2), size=5, speed=(3.0, 3.0), occluder_width=14),
         ),
         teacher=TeacherConfig(steps=800, batch_size=12, learning_rate=8e-3, warmup=40),
-        stage1=PhaseConfig(steps=200, batch_size=16, learning_rate=1e-2, warmup=10),
+        stage1=PhaseConfig(steps=150, batch_size=16, learning_rate=1e-2, warmup=10),
         stage2=Stage2Config(
             steps=300, batch_size=12, learning_rate=1e-2, warmup=15, ema_decay=0.97, layer_loss=0.0
         ),
     )
-    tree = ml_collections.ConfigDict(to_config_dict(config))
+    tree = cast(Any, ml_collections.ConfigDict(to_config_dict(config)))
     # Follows --config.data.source, so that runs on different data do not meet in one folder.
     tree.train.workdir = "runs/tiny-" + tree.data.get_ref("source")
     return tree

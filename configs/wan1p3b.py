@@ -35,7 +35,9 @@ from arl2_jax.config import (
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         model=ModelConfig.wan1p3b(hybrid_layers=tuple(range(22))),
-        sampler=SamplerConfig(method="few_step", timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0),
+        sampler=SamplerConfig(
+            method="few_step", timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0
+        ),
         data=DataConfig(
             source="latents",
             path="data/wan1p3b-latents",
@@ -55,8 +57,13 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         stage1=PhaseConfig(steps=2000, batch_size=16, learning_rate=1e-3, warmup=100),
         stage2=Stage2Config(
-            steps=4000, batch_size=16, learning_rate=2e-4, warmup=200, ema_decay=0.999,
-            layer_loss=0.1, self_rollout=0.1,
+            steps=4000,
+            batch_size=16,
+            learning_rate=2e-4,
+            warmup=200,
+            ema_decay=0.999,
+            layer_loss=0.1,
+            self_rollout=0.1,
         ),
         train=TrainConfig(workdir="runs/wan1p3b", checkpoint_every=250),
         evaluation=EvaluationConfig(

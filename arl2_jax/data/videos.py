@@ -92,6 +92,36 @@ class VideoClips:
         return self._kept[video.path][span], caption
 
 
+def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np.ndarray:
+    """The first `count` frames of a video file, treated like those of training clips.
+
+    Args:
+      path: the file.
+      fps: frames a second.
+      count: number of frames.
+      size: height and width; frames are resized to cover them and cropped at the centre.
+
+    Returns:
+      uint8 [count, height, width, 3].
+
+    Raises:
+      ConfigError: the file cannot be decoded or is too short.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no video file {path}")
+    try:
+        times = _sample_times(path, fps)
+        if len(times) >= count:
+            return _decode(path, times[:count], size)
+    except (FFmpegError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be decoded: {reason}; name another video") from None
+    raise ConfigError(
+        f"{path} has {len(times)} frames at {fps:g} fps, fewer than the {count} that are needed; "
+        "name a longer video"
+    )
+
+
 def _index(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
     """Finds the videos of at least one clip; names all others in one warning."""
     if not folder.is_dir():

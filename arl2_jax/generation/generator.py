@@ -139,8 +139,9 @@ class Generator:
     def _stream(self, text, key, past, frames: int | None, room: int | None) -> Iterator[Array]:
         context, state = self._start(self._params, text, key, frames=room or 0)
         f, position = self._shape[0], 0
-        for position in range(f, (0 if past is None else past.shape[1]) + 1, f):
-            state = self._remember(context, *state, block=past[:, position - f : position])
+        while past is not None and position < past.shape[1]:
+            state = self._remember(context, *state, block=past[:, position : position + f])
+            position += f
         end = None if frames is None else position + frames
         while end is None or position < end:
             if room is not None and position + f > room:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from arl2_jax import models
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import sample
+from arl2_jax.models.wan import StackedParams
 
 
 class RolloutState(NamedTuple):
@@ -30,7 +31,7 @@ class RolloutState(NamedTuple):
 class RolloutContext(NamedTuple):
     """What stays the same over a rollout: stacked parameters and the encoded text."""
 
-    params: models.wan.StackedParams
+    params: StackedParams
     text: tuple
 
 

@@ -89,8 +89,9 @@ class GatedDelta(nnx.Module):
         q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
         q = rearrange(self._heads(q, self.phi_q), "b (s n) h k -> b s n h k", s=halves)
         q = rearrange(_unit(rotate(q, p.rope)), "b s (m n) h k -> b s m n h k", m=states.shape[1])
+        # The state comes first: XLA for CPUs cannot run the other order in bfloat16.
         read = jnp.einsum(
-            "bsmnhk,bmhkv->bsmnhv", q, states.astype(q.dtype), preferred_element_type=jnp.float32
+            "bmhkv,bsmnhk->bsmnhv", states.astype(q.dtype), q, preferred_element_type=jnp.float32
         )
         read = read.reshape(p.v.shape) * self.head_dim**-0.5
         return read, jax.nn.sigmoid(self.gate_proj(p.x))[..., None]

@@ -63,7 +63,10 @@ class SoftmaxCache(nnx.Module):
 
 
 def _visible(x: Array, i: int) -> Array:
-    """What each half of block i sees: [B, halves, blocks, n, ...] -> [B * halves, (i + 1) n, ...]."""
+    """What each half of block i sees.
+
+    [B, halves, blocks, n, ...] -> [B * halves, (i + 1) n, ...]
+    """
     batch, halves = x.shape[:2]
     past = jnp.broadcast_to(x[:, :1, :i], (batch, halves, i, *x.shape[3:]))
     seen = jnp.concatenate([past, x[:, :, i : i + 1]], axis=2)

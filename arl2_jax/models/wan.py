@@ -101,7 +101,7 @@ def without_delta(params: Params) -> Params:
     return params | {"blocks": layers}
 
 
-def stack_params(params: Params, cfg: ModelConfig) -> StackedParams:
+def stack_params(params: Params | StackedParams, cfg: ModelConfig) -> StackedParams:
     """Stacks runs of equal layers and casts weight matrices to the compute dtype.
 
     Stacked parameters are returned as they are, so that a caller may stack once for many calls.

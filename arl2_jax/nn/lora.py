@@ -19,5 +19,6 @@ class LowRank(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
+        """The update alone, to be added to the layer's output."""
         a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
         return (x.astype(self.dtype) @ a) @ b * self.scale

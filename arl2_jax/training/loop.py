@@ -92,9 +92,7 @@ def run_phase(
             writers.close()
             batches.close()
     averaged = session.state.ema if settings.ema_decay else session.state.params
-    return PhaseResult(
-        merge_params(averaged, frozen), session.seconds, session.compile_seconds
-    )
+    return PhaseResult(merge_params(averaged, frozen), session.seconds, session.compile_seconds)
 
 
 class _Session:

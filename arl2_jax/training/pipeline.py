@@ -124,7 +124,7 @@ def _initial_params(config: Config) -> Params:
 
 
 def _check_same_run(folder: epath.Path, config: Config) -> None:
-    """Refuses a folder that holds another run: its finished phases would be taken for this one's."""
+    """Refuses a folder of another run: its finished phases would be taken for this one's."""
     theirs = read_json(folder / _CONFIG)
     if theirs is None:
         return

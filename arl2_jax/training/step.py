@@ -1,7 +1,7 @@
 """One optimizer step, the same for every phase."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +68,10 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
         grads, metrics = accumulate(one, clip, settings.accumulation)
         optimizer = make_optimizer(settings, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         # Early steps are forgotten faster, so that the average does not remember the start.
         decay = jnp.minimum(settings.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        ema = cast(Params, optax.incremental_update(params, state.ema, 1 - decay))
         metrics |= {
             "gradient_norm": optax.global_norm(grads),
             "learning_rate": schedule(state.step),

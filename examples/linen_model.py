@@ -1,0 +1,86 @@
+"""HybridAttention inside a model of your own, in flax.linen.
+
+    python examples/linen_model.py
+
+The task is that of nnx_model.py: only the memory can carry the answer from block to block.
+`bridge.to_linen` makes the attention a linen module; `nnx_method` chooses what is called.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen
+from flax.nnx import bridge
+
+from arl2_jax import HybridAttention
+
+PAIRS, VALUES, WIDTH, HEADS, BLOCK = 8, 6, 64, 2, 8
+
+
+class Model(linen.Module):
+    """A residual layer of hybrid attention between two linear ones."""
+
+    def setup(self):
+        """Names the parts."""
+        self.embed = linen.Dense(WIDTH)
+        self.norm = linen.RMSNorm()
+        self.attention = bridge.to_linen(HybridAttention, WIDTH, num_heads=HEADS)
+        self.head = linen.Dense(VALUES)
+
+    def __call__(self, tokens):
+        """All blocks at once, for training."""
+        x = self.embed(tokens)
+        return self.head(x + self.attention(self.norm(x), BLOCK, nnx_method="clip"))
+
+    def step(self, tokens, state):
+        """One block and the state that it leaves behind, for generation."""
+        x = self.embed(tokens)
+        h = self.norm(x)
+        state_after = self.attention(h, state, nnx_method="write")
+        return self.head(x + self.attention(h, state)), state_after
+
+
+def make_batch(rng: np.random.Generator, size: int = 64):
+    """Tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
+    values = rng.integers(VALUES, size=(size, PAIRS))
+    asked = rng.permuted(np.tile(np.arange(PAIRS), (size, 1)), axis=1)
+    shown = np.concatenate([np.tile(np.eye(PAIRS), (size, 1, 1)), np.eye(VALUES)[values]], axis=2)
+    question = np.concatenate([np.eye(PAIRS)[asked], np.zeros((size, BLOCK, VALUES))], axis=2)
+    tokens = np.concatenate([shown, question], axis=1).astype(np.float32)
+    return tokens, np.take_along_axis(values, asked, axis=1)
+
+
+def main():
+    """Trains, then answers block by block."""
+    model, rng = Model(), np.random.default_rng(0)
+    params = jax.jit(model.init)(jax.random.key(0), make_batch(rng)[0])
+    optimizer = optax.adam(5e-3)
+    opt_state = optimizer.init(params)
+
+    def loss_fn(params, tokens, answers):
+        logits = jnp.asarray(model.apply(params, tokens))[:, BLOCK:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
+
+    @jax.jit
+    def train_step(params, opt_state, tokens, answers):
+        loss, grads = jax.value_and_grad(loss_fn)(params, tokens, answers)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    for i in range(101):
+        params, opt_state, loss = train_step(params, opt_state, *make_batch(rng))
+        if i % 20 == 0:
+            print(f"step {i:3d}  loss {loss:.3f}")
+
+    step = jax.jit(lambda *inputs: model.apply(params, *inputs, method=Model.step))
+    tokens, answers = make_batch(rng)
+    empty = jnp.zeros((len(tokens), HEADS, WIDTH // HEADS, WIDTH // HEADS))
+    _, state = step(tokens[:, :BLOCK], empty)
+    logits, _ = step(tokens[:, BLOCK:], state)
+    right = jnp.mean(logits.argmax(-1) == answers)
+    print(f"block by block: {right:.0%} right, chance is {1 / VALUES:.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A phase that was stopped and resumed is the phase that was not, bit for bit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from arl2_jax import sharding
+from arl2_jax.data import open_data
+from arl2_jax.training import loop
+from arl2_jax.training.checkpoint import Checkpointer
+from arl2_jax.training.loop import run_phase
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: COMPILED.append(name) if "backend_compile" in name else None
+)
+
+
+class Stopped(Exception):
+    """The process ends here."""
+
+
+@dataclasses.dataclass
+class Trace:
+    """What a phase did: states saved, steps logged, and programs compiled by then."""
+
+    saved: dict = dataclasses.field(default_factory=dict)
+    logged: list = dataclasses.field(default_factory=list)
+    compiled: list = dataclasses.field(default_factory=list)
+    result: object = None
+
+
+@pytest.fixture(scope="module")
+def short(config):
+    """The last two of six steps train on the model's own past."""
+    return dataclasses.replace(
+        config, stage2=dataclasses.replace(config.stage2, self_rollout=1 / 3, batch_size=4)
+    )
+
+
+@pytest.fixture(scope="module")
+def train(short, make_params):
+    data, mesh = open_data(short), sharding.make_mesh(short.train.mesh, jax.devices()[:1])
+
+    def run(folder, *, stop_at=None):
+        trace = Trace()
+
+        class Saving(Checkpointer):
+            def save(self, step, state, position):
+                values = jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key)))
+                trace.saved[step] = values, position["data"]
+                super().save(step, state, position)
+
+        class Logging(loop.MultiWriter):
+            def write(self, step, metrics):
+                if step == stop_at:
+                    raise Stopped
+                super().write(step, metrics)
+                trace.logged.append(step)
+                trace.compiled.append(len(COMPILED))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "Checkpointer", Saving)
+            patch.setattr(loop, "MultiWriter", Logging)
+            params = make_params(short.model)
+            if stop_at is None:
+                trace.result = run_phase(short, "stage2", params, data, mesh, folder)
+            else:
+                with pytest.raises(Stopped):
+                    run_phase(short, "stage2", params, data, mesh, folder)
+        return trace
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return [epath.Path(tmp_path_factory.mktemp(name)) for name in ("whole", "stopped")]
+
+
+@pytest.fixture(scope="module")
+def whole(train, folders):
+    return train(folders[0])
+
+
+@pytest.fixture(scope="module")
+def resumed(train, folders, whole):
+    first = train(folders[1], stop_at=4)  # after checkpoint 2, before checkpoint 4
+    assert list(first.saved) == [2] and first.logged == [1, 2, 3]
+    return train(folders[1])
+
+
+def test_resumed_is_uninterrupted(whole, resumed):
+    assert list(whole.saved) == [2, 4, 6] and list(resumed.saved) == [4, 6]
+    assert resumed.logged == [3, 4, 5, 6]
+    for step in (4, 6):
+        (state, position), (wanted, wanted_position) = resumed.saved[step], whole.saved[step]
+        assert position == wanted_position
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
+        ):
+            np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    for a, b in zip(*map(jax.tree.leaves, (resumed.result.params, whole.result.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_log_of_a_resumed_phase_has_every_step_once(whole, resumed, folders):
+    one, other = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in folders
+    )
+    assert [line["step"] for line in other] == [1, 2, 3, 4, 5, 6]
+    assert other == one
+
+
+def test_phase_hands_on_the_average(whole, make_params, short):
+    params, state = whole.result.params, whole.saved[6][0]
+    start = make_params(short.model)["blocks"]["0"]
+    found, average, last = (
+        tree["blocks"]["0"]["delta"]["phi_k"] for tree in (params, state.ema, state.params)
+    )
+    np.testing.assert_array_equal(found, average)
+    assert np.any(found != last) and np.any(found != start["delta"]["phi_k"])
+    kernel = lambda layer: layer["self_attn"]["q"]["kernel"]
+    np.testing.assert_array_equal(kernel(params["blocks"]["0"]), kernel(start))
+
+
+def test_nothing_is_compiled_after_the_second_step(whole):
+    """Steps 2 to 4 are of one kind, 5 and 6 of the other; each kind compiles once."""
+    steps = dict(zip(whole.logged, whole.compiled, strict=True))
+    assert COMPILED
+    # A checkpoint is saved between steps 2 and 3, and 4 and 5: saving may compile its first time.
+    assert steps[1] == steps[2]
+    assert steps[3] == steps[4]
+    assert steps[5] == steps[6] > steps[4]
+
+
+def test_finished_phase_takes_no_step(train, whole, folders):
+    again = train(folders[0])
+    assert again.logged == [] and again.saved == {}
+    for a, b in zip(*map(jax.tree.leaves, (again.result.params, whole.result.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert again.result.seconds == pytest.approx(whole.result.seconds, rel=0.5)
+
+
+def test_phase_of_no_steps_changes_nothing(short, make_params, tmp_path):
+    none = dataclasses.replace(short, stage1=dataclasses.replace(short.stage1, steps=0))
+    params = make_params(short.model)
+    mesh = sharding.make_mesh(short.train.mesh, jax.devices()[:1])
+    result = run_phase(none, "stage1", params, open_data(none), mesh, epath.Path(tmp_path))
+    for a, b in zip(*map(jax.tree.leaves, (result.params, params)), strict=True):
+        np.testing.assert_array_equal(a, b)

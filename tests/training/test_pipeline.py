@@ -1,0 +1,129 @@
+"""A whole conversion on eight devices, and what a second start makes of it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from arl2_jax.config import Config, ConfigError, MeshConfig, from_config_dict
+from arl2_jax.models import without_delta
+from arl2_jax.training import pipeline
+from arl2_jax.training.pipeline import convert, prepare
+from arl2_jax.weights import load_params
+
+PHASES = ("teacher", "stage1", "stage2", "control")
+
+
+@pytest.fixture(scope="module")
+def config(config, tmp_path_factory):
+    """Every phase for two steps, with parameters shared out along every axis."""
+    train = dataclasses.replace(
+        config.train,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        workdir=str(tmp_path_factory.mktemp("runs") / "run"),
+    )
+    steps = {
+        name: dataclasses.replace(getattr(config, name), steps=2, learning_rate=1e-2, warmup=0)
+        for name in ("teacher", "stage1", "stage2")
+    }
+    return dataclasses.replace(config, train=train, **steps)
+
+
+@pytest.fixture(scope="module")
+def converted(config):
+    return convert(config, *prepare(config))
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+
+
+def assert_equal(one, other):
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+
+
+def changed(before, after):
+    """Paths whose values differ."""
+    before, after = flat(before), flat(after)
+    assert before.keys() == after.keys()
+    return {path for path in before if np.any(before[path] != after[path])}
+
+
+def test_everything_is_there(converted, config):
+    assert set(converted.seconds) == set(converted.compile_seconds) == set(PHASES)
+    assert all(seconds > 0 for seconds in converted.seconds.values())
+    stored = json.loads(open(f"{config.train.workdir}/config.json").read())
+    assert from_config_dict(stored) == config
+
+
+def test_stages_train_what_is_theirs(converted):
+    """The softmax weights of every model are the trained teacher's, bit for bit."""
+    first = changed(converted.untrained, converted.stage1)
+    assert first and all("/delta/" in path and "lora" not in path for path in first)
+    second = changed(converted.stage1, converted.stage2)
+    assert all("/delta/" in path for path in second)
+    assert {"blocks/0/delta/lora_q/b", "blocks/0/delta/lora_fc2/b"} <= second
+
+
+def test_control_trains_only_what_its_closed_gate_leaves(converted):
+    moved = changed(converted.untrained, converted.control)
+    assert "blocks/0/delta/lora_fc1/b" in moved
+    # The rest has no gradient: it may decay, which leaves zeros at zero.
+    for path in ("lora_q/b", "lora_k/b", "lora_v/b", "A_log", "dt_bias"):
+        assert f"blocks/0/delta/{path}" not in moved
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_saved_weights_load(converted, config, phase):
+    model = config.model.teacher() if phase == "teacher" else config.model
+    loaded = load_params(f"{config.train.workdir}/{phase}/weights", model)
+    wanted = without_delta(converted.untrained) if phase == "teacher" else getattr(converted, phase)
+    assert_equal(loaded, wanted)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(8, 1, 1)])
+def test_finished_run_is_read_not_trained(converted, config, monkeypatch, mesh):
+    """Also on another mesh, and with settings that decide nothing about the weights."""
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(pipeline, "run_phase", refuse)
+    train = dataclasses.replace(config.train, mesh=mesh, log_every=7)
+    again = dataclasses.replace(config, train=train)
+    found = convert(again, *prepare(again))
+    assert found.seconds == converted.seconds
+    for name in ("untrained", "stage1", "stage2", "control"):
+        assert_equal(getattr(found, name), getattr(converted, name))
+
+
+CHANGES = {
+    "model.lora_alpha": lambda c: dict(model=dataclasses.replace(c.model, lora_alpha=3.0)),
+    "train.seed": lambda c: dict(train=dataclasses.replace(c.train, seed=9)),
+    "stage2.steps": lambda c: dict(stage2=dataclasses.replace(c.stage2, steps=3)),
+    "sampler.shift": lambda c: dict(sampler=dataclasses.replace(c.sampler, shift=3.0)),
+    "data.frames": lambda c: dict(data=dataclasses.replace(c.data, frames=6)),
+    "phases": lambda c: dict(phases=("teacher", "stage1")),
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_folder_of_another_run_is_refused(converted, config, field):
+    other = dataclasses.replace(config, **CHANGES[field](config))
+    with pytest.raises(ConfigError, match=f"holds a run with {field}=") as caught:
+        prepare(other)
+    assert "\n" not in str(caught.value) and config.train.workdir in str(caught.value)
+
+
+def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_path):
+    stage1 = dataclasses.replace(config.stage1, batch_size=6)
+    train = dataclasses.replace(config.train, workdir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"stage1\.batch_size=6"):
+        prepare(dataclasses.replace(config, stage1=stage1, train=train))
+    assert not (tmp_path / "run").exists()
