@@ -7,6 +7,7 @@ The run lives in --config.train.workdir. Started again with the same configurati
 where it stopped.
 """
 
+import logging as std_logging
 import sys
 
 from absl import app, flags, logging
@@ -18,13 +19,14 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 def main(argv):
     """Flags -> config -> the run."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}; fields are set as --config.NAME=VALUE")
+        sys.exit(f"error: unknown argument {argv[1]}; fields are set as --config.NAME=VALUE")
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.config import ConfigError, from_config_dict
     from arl2_jax.evaluation.report import summary_table, write_report
     from arl2_jax.training.pipeline import convert, prepare
 
     logging.set_verbosity(logging.INFO)
+    std_logging.getLogger("jax").setLevel(std_logging.WARNING)
     try:
         config = from_config_dict(_CONFIG.value)
         folder, data, params = prepare(config)
@@ -36,6 +38,24 @@ def main(argv):
     print(f"report, pictures and videos: {folder / 'report'}")
 
 
-if __name__ == "__main__":
+def parse(argv):
+    """Parses flags; a wrong one is an error of one line."""
     flags.mark_flag_as_required("config")
-    app.run(main)
+    try:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.keys()  # a file that could not be loaded is reported at its first use
+        return rest
+    except (AttributeError, KeyError) as error:  # a field that the configuration does not have
+        name = str(error).strip("\"'")
+        given = [flag.split("=")[0].lstrip("-") for flag in argv[1:]]
+        field = next((flag for flag in given if flag.split(".")[-1] == name), name)
+        sys.exit(f"error: unknown config field {field}; the fields are those of arl2_jax/config.py")
+    except OSError as error:
+        reason = str(error).splitlines()[-1].strip()
+        sys.exit(f"error: the file of --config cannot be loaded: {reason}")
+    except (flags.Error, ValueError, TypeError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -57,9 +57,9 @@ def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation, phase)
     folder = epath.Path(config.train.workdir)
     table = sharding.sharding_table(models.param_shapes(config.model), mesh)
-    check_writable(folder)
     _check_same_run(folder, config)
     data = open_data(config)
+    check_writable(folder)
     params = _initial_params(config)
     _write_json(folder / _CONFIG, to_config_dict(config))
     if mesh.size > 1:
