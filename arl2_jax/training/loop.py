@@ -84,8 +84,9 @@ def run_phase(
             logging.info("%s resumes after step %d", title or phase, int(state.step))
         del trained
         frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
-        session = _Session(config, phase, state, frozen, batches, mesh, layout)
-        writers = _open_writers(folder, title or phase, settings.steps, session.step)
+        title = title or phase
+        session = _Session(config, phase, title, state, frozen, batches, mesh, layout)
+        writers = _open_writers(folder, title, settings.steps, session.step)
         try:
             session.run(writers, checkpointer, seconds)
         finally:
@@ -98,8 +99,9 @@ def run_phase(
 class _Session:
     """The steps of one process lifetime."""
 
-    def __init__(self, config, phase, state: TrainState, frozen, batches, mesh, layout):
-        self.config, self.phase, self.mesh, self.layout = config, phase, mesh, layout
+    def __init__(self, config, phase, title, state: TrainState, frozen, batches, mesh, layout):
+        self.config, self.phase, self.title = config, phase, title
+        self.mesh, self.layout = mesh, layout
         self.settings = getattr(config, phase)
         self.state, self.frozen, self.batches = state, frozen, batches
         self.step = int(state.step)
@@ -120,7 +122,7 @@ class _Session:
                 compiled[own_past] = self._compile(own_past, batch)
                 spent = time.perf_counter() - paused
                 self.compile_seconds, began = self.compile_seconds + spent, began + spent
-                logging.info("%s: compiled in %.1f s", self.phase, spent)
+                logging.info("%s: compiled in %.1f s", self.title, spent)
             self.state, metrics = compiled[own_past](self.state, self.frozen, batch)
             self.step += 1
             last = self.step == self.settings.steps

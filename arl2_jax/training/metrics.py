@@ -187,8 +187,12 @@ class ProgressBar:
 class _Lines(tqdm):
     """A bar that prints its text as a line of its own, at most every `mininterval` seconds."""
 
+    _printed: int | None = None
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        print(self if msg is None else msg, file=self.fp, flush=True)
+        if self._printed != self.n:
+            self._printed = int(self.n)
+            print(self if msg is None else msg, file=self.fp, flush=True)
 
     def close(self) -> None:
         if not self.disable:

@@ -84,7 +84,8 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         summary = read_json(place / "summary.json")
         if summary is None:
             result = run_phase(config, name, start, data, mesh, place, title=title)
-            save_params(place / "weights", result.params, to_config_dict(config.model))
+            model = config.model.teacher() if name == "teacher" else config.model
+            save_params(place / "weights", result.params, to_config_dict(model))
             summary = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
             _write_json(place / "summary.json", summary)
             trained = result.params
