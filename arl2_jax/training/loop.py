@@ -57,7 +57,7 @@ def run_phase(
       folder: where checkpoints and logs of this phase are kept.
       title: name in the progress bar, by default the phase.
     """
-    settings = getattr(config, phase)
+    settings, title = getattr(config, phase), title or phase
     key = jax.random.fold_in(jax.random.key(config.train.seed), list(TRAINED).index(phase))
     trained, frozen = split_params(params, TRAINED[phase])
     state = jax.eval_shape(lambda p: init_state(config, phase, p, key), trained)
@@ -81,10 +81,9 @@ def run_phase(
             state, position = checkpointer.restore(abstract)
             batches.set_state(position["data"])
             seconds = position["seconds"]
-            logging.info("%s resumes after step %d", title or phase, int(state.step))
+            logging.info("%s resumes after step %d", title, int(state.step))
         del trained
         frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
-        title = title or phase
         session = _Session(config, phase, title, state, frozen, batches, mesh, layout)
         writers = _open_writers(folder, title, settings.steps, session.step)
         try:
