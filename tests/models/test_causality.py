@@ -12,7 +12,9 @@ BLOCKS = 3
 
 def blocks_of(x, cfg):
     """[B, T, ...] -> [blocks, B, f, ...]."""
-    return np.moveaxis(np.reshape(x, (x.shape[0], BLOCKS, cfg.frames_per_block, *x.shape[2:])), 1, 0)
+    return np.moveaxis(
+        np.reshape(x, (x.shape[0], BLOCKS, cfg.frames_per_block, *x.shape[2:])), 1, 0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -197,9 +197,7 @@ def test_closed_gate_leaves_softmax_inside_the_block(
     assert error(flow, each_block_alone) < CLOSE
 
 
-def test_empty_memory_gives_nothing(
-    without_ffn_updates, each_block_alone, clip, apply_clip, error
-):
+def test_empty_memory_gives_nothing(without_ffn_updates, each_block_alone, clip, apply_clip, error):
     cfg, params = without_ffn_updates
     flow, _ = apply_clip(params, cfg, *clip)
     assert error(flow[:, :2], each_block_alone[:, :2]) < CLOSE

@@ -66,7 +66,7 @@ def test_initial_values(initial):
     found = flat(initial)
     for path, leaf in found.items():
         name = path.rsplit("/", 1)[-1]
-        if name in ("bias",) or "/lora_" in path and name == "b" or path == "head/linear/kernel":
+        if name in ("bias",) or ("/lora_" in path and name == "b") or path == "head/linear/kernel":
             assert not np.any(leaf), path
         elif name == "scale":
             np.testing.assert_array_equal(leaf, 1, err_msg=path)
@@ -78,6 +78,4 @@ def test_initial_values(initial):
 
 def test_other_keys_give_other_parameters(cfg, initial):
     other = models.init_params(cfg, jax.random.key(4))
-    assert np.any(
-        other["patch_embedding"]["kernel"] != initial["patch_embedding"]["kernel"]
-    )
+    assert np.any(other["patch_embedding"]["kernel"] != initial["patch_embedding"]["kernel"])

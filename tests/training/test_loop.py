@@ -51,7 +51,9 @@ def train(short, make_params):
 
         class Saving(Checkpointer):
             def save(self, step, state, position):
-                values = jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key)))
+                values = jax.tree.map(
+                    np.asarray, state._replace(key=jax.random.key_data(state.key))
+                )
                 trace.saved[step] = values, position["data"]
                 super().save(step, state, position)
 
@@ -104,7 +106,9 @@ def test_resumed_is_uninterrupted(whole, resumed):
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
         ):
             np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-    for a, b in zip(*map(jax.tree.leaves, (resumed.result.params, whole.result.params)), strict=True):
+    for a, b in zip(
+        *map(jax.tree.leaves, (resumed.result.params, whole.result.params)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 

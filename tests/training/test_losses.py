@@ -88,9 +88,7 @@ def layer_error(params, cfg, clip, layer, delta):
         softmax = wan.make_layer(teacher, "softmax_cache", base)
         h = softmax.attention_input(x, tokens.conditions)
         wanted, _ = softmax.attend_clip(h, tokens.conditions, 3, 2)
-        x, _ = softmax.clip(
-            x, tokens.conditions, softmax.cross_attn.encode(tokens.text), 3, 2
-        )
+        x, _ = softmax.clip(x, tokens.conditions, softmax.cross_attn.encode(tokens.text), 3, 2)
     student = wan.make_layer(cfg, "gated_delta", base | {"delta": delta})
     out, _ = student.attend_clip(h, tokens.conditions, 3, 2)
     per_clip = lambda y: jnp.mean(jnp.square(y), axis=(1, 2))
@@ -117,9 +115,7 @@ def test_layer_gradients_are_those_of_each_own_error(cfg, params, noised, distil
 def test_layers_learn_apart(distil, cfg, params, noised, distilled):
     """Another layer's memory is nothing to a layer: neither to its error nor to its gradient."""
     worse = jax.tree.map(lambda x: x, params)
-    worse["blocks"]["0"]["delta"] = jax.tree.map(
-        lambda x: x + 0.3, worse["blocks"]["0"]["delta"]
-    )
+    worse["blocks"]["0"]["delta"] = jax.tree.map(lambda x: x + 0.3, worse["blocks"]["0"]["delta"])
     other = jax.device_get(distil(worse, cfg, noised))
     assert other.errors["0"] != distilled.errors["0"]
     assert other.errors["1"] == distilled.errors["1"]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from arl2_jax.models import param_shapes
 from arl2_jax.config import ModelConfig
+from arl2_jax.models import param_shapes
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 
 

@@ -1,0 +1,118 @@
+"""A rollout is a loop of `apply`: denoise, write, go on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arl2_jax import models
+from arl2_jax.config import SamplerConfig
+from arl2_jax.diffusion import sample
+from arl2_jax.generation import rollout as rollouts
+from arl2_jax.generation.rollout import generate_from_clean_past, rollout
+
+FRAME = (4, 6, 4)
+SAMPLERS = {
+    "few_step": SamplerConfig(timesteps=(1000.0, 500.0)),
+    "euler": SamplerConfig(method="euler", steps=3),
+    "guided": SamplerConfig(method="euler", steps=3, guidance=4.0),
+}
+KEY = jax.random.key(7)
+
+
+def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None, clip=None):
+    """Blocks made one by one; without text in a memory of its own if guided."""
+    f, batch = cfg.frames_per_block, text.shape[0]
+    given = 0 if past is None else past.shape[1]
+    empty = models.init_memory(cfg, batch=batch, frames=given + blocks * f, tokens_per_frame=6)
+    texts = (text, 0 * text) if sampler.guidance > 1 else (text,)
+    memories, key, made = [empty] * len(texts), KEY, []
+    zero = jnp.zeros((batch, f))
+
+    def write(block, position):
+        return [
+            apply(params, cfg, block, zero, t, memory=m, position=jnp.int32(position), write=True)[
+                1
+            ]
+            for t, m in zip(texts, memories, strict=True)
+        ]
+
+    for first in range(0, given, f):
+        memories = write(past[:, first : first + f], first)
+    for i in range(blocks):
+        position = given + i * f
+
+        def flow(x, s, memories=memories, position=position):
+            flows = [
+                apply(params, cfg, x, zero + 1000 * s, t, memory=m, position=jnp.int32(position))[0]
+                for t, m in zip(texts, memories, strict=True)
+            ]
+            if len(flows) == 1:
+                return flows[0]
+            return sampler.guidance * flows[0] + (1 - sampler.guidance) * flows[1]
+
+        key, own = jax.random.split(key)
+        made.append(sample(flow, own, (batch, f, *FRAME), sampler))
+        memories = write(made[-1] if clip is None else clip[:, i * f : (i + 1) * f], position)
+    return jnp.concatenate(made, axis=1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rollout_is_the_loop(params, cfg, clip, apply, error, name):
+    """Four blocks after a given one: beyond the three of a training clip."""
+    arguments = (params, cfg, SAMPLERS[name], clip.text)
+    past = clip.clean[:, :2]
+    found = rollout(*arguments, KEY, blocks=4, shape=FRAME, past=past)
+    assert found.shape == (2, 8, *FRAME) and found.dtype == jnp.float32
+    # Errors of float32 rounding grow from block to block, as each is made from the last.
+    assert error(found, by_hand(apply, *arguments, blocks=4, past=past)) < 2e-4
+
+
+def test_rollout_from_nothing_begins_at_position_zero(params, cfg, clip, apply, error):
+    arguments = (params, cfg, SAMPLERS["few_step"], clip.text)
+    found = rollout(*arguments, KEY, blocks=2, shape=FRAME)
+    assert error(found, by_hand(apply, *arguments, blocks=2)) < 2e-4
+
+
+def test_past_has_its_influence(params, cfg, clip):
+    run = functools.partial(
+        rollout, params, cfg, SAMPLERS["few_step"], clip.text, KEY, blocks=4, shape=FRAME
+    )
+    one, same, other = (run(past=clip.clean[:, :2] + shift) for shift in (0.0, 0.0, 0.5))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_clean_past_is_the_loop_over_a_clip(params, cfg, clip, apply, error):
+    arguments = (params, cfg, SAMPLERS["few_step"], clip.text)
+    found = generate_from_clean_past(*arguments, KEY, clip.clean)
+    assert error(found, by_hand(apply, *arguments, blocks=3, clip=clip.clean)) < 2e-5
+
+
+def test_clean_past_of_a_block_is_before_it(params, cfg, clip):
+    run = functools.partial(
+        generate_from_clean_past, params, cfg, SAMPLERS["few_step"], clip.text, KEY
+    )
+    found, other = run(clip.clean), run(clip.clean.at[:, 2:4].add(1.0))
+    np.testing.assert_array_equal(found[:, :4], other[:, :4])
+    assert np.abs(found[:, 4:] - other[:, 4:]).max() > 0.01
+
+
+def test_memory_grows_with_softmax_layers_alone(cfg, clip):
+    def size(cfg, frames):
+        def begin(text):
+            return rollouts.start(
+                models.init_params(cfg, KEY), cfg, SAMPLERS["guided"], text, KEY,
+                frames=frames, tokens_per_frame=6,
+            )[1].memory  # fmt: skip
+
+        return jax.eval_shape(begin, clip.text)
+
+    hybrid = dataclasses.replace(cfg, hybrid_layers=(0, 1, 2))
+    assert size(hybrid, 2) == size(hybrid, 2000)
+    (delta, short), (same, long) = size(cfg, 2), size(cfg, 2000)
+    assert delta == same and delta.shape == (2, 4, 2, 16, 16)  # guided: batches of two, twice
+    assert (short.k.shape[2], long.k.shape[2]) == (12, 12000)

@@ -1,0 +1,103 @@
+"""Which room may use which: read off the source, so that no import can hide in a function."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Room -> what it may import: rooms (a package, or a module that stands alone) and, where only the
+# format of saved weights is meant, the one module that knows it.
+ARROWS = {
+    "arl2_jax.config": set(),
+    "arl2_jax.sharding": {"config"},
+    "arl2_jax.nn": set(),
+    "arl2_jax.memory": {"nn", "config"},
+    "arl2_jax.models": {"memory", "nn", "config"},
+    "arl2_jax.diffusion": {"config"},
+    "arl2_jax.data": {"config"},
+    "arl2_jax.generation": {"models", "memory", "diffusion", "config", "data", "weights",
+                             "training.checkpoint"},
+    "arl2_jax.weights": {"models", "config", "training.checkpoint"},
+    "arl2_jax.training": {
+        "config", "sharding", "models", "memory", "diffusion", "generation", "data", "weights",
+    },
+    "arl2_jax.evaluation": {
+        "config", "sharding", "models", "diffusion", "generation", "data", "training",
+    },
+}  # fmt: skip
+KERNELS = {"arl2_jax.memory", "arl2_jax.models"}
+
+
+def python_files(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path, *, module_level_only=False):
+    """Full names of all that a file imports; from a package, each name counts as its part."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if module_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_files(room):
+    base = ROOT / room.replace(".", "/")
+    return sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_rooms_use_what_they_may(room):
+    own = room.split(".")[1]
+    for path in room_files(room):
+        for name in imports(path):
+            top, _, rest = name.partition(".")
+            if top == "arl2_jax":
+                used = rest.split(".")
+                may = {own, *ARROWS[room]} & {used[0], ".".join(used[:2])}
+                assert may, f"{path.relative_to(ROOT)}: {name}"
+            elif top == "pallas_kernels":
+                assert room in KERNELS, f"{path.relative_to(ROOT)}: {name}"
+            assert top not in ("launch", "configs", "tests"), f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_every_room_is_known():
+    found = {
+        f"arl2_jax.{path.stem}"
+        for path in (ROOT / "arl2_jax").iterdir()
+        if not path.name.startswith("_") and (path.is_dir() or path.suffix == ".py")
+    }
+    assert found == set(ARROWS)
+
+
+def test_kernels_know_jax_alone():
+    allowed = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
+    for path in python_files("pallas_kernels"):
+        for name in imports(path):
+            assert name.split(".")[0] in allowed, f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_no_torch_when_imported():
+    for path in python_files("arl2_jax", "pallas_kernels", "launch", "configs"):
+        tops = {name.split(".")[0] for name in imports(path, module_level_only=True)}
+        assert not tops & {"torch", "tensorflow"}, path.relative_to(ROOT)
+
+
+def test_configs_know_the_config_alone():
+    allowed = {"ml_collections", *sys.stdlib_module_names}
+    for path in python_files("configs"):
+        for name in imports(path):
+            known = name.startswith(("arl2_jax.config.", "configs."))
+            assert known or name.split(".")[0] in allowed, f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_launch_goes_through_the_package():
+    allowed = {"arl2_jax", "absl", "ml_collections", *sys.stdlib_module_names}
+    for path in python_files("launch"):
+        for name in imports(path):
+            assert name.split(".")[0] in allowed, f"{path.relative_to(ROOT)}: {name}"

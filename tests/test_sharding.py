@@ -1,0 +1,104 @@
+"""Every parameter has a layout, and mistakes are found before anything is compiled."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from arl2_jax import sharding
+from arl2_jax.config import ConfigError, MeshConfig, ModelConfig, PhaseConfig
+from arl2_jax.models import param_shapes
+from arl2_jax.training.optimizer import make_optimizer
+from arl2_jax.training.step import TrainState
+
+MODELS = {
+    "wan1p3b": ModelConfig.wan1p3b(hybrid_layers=tuple(range(22))),
+    "wan14b": ModelConfig.wan14b(),
+    "tiny": ModelConfig.tiny(),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(MeshConfig(2, 2, 2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_array_of_a_training_state_has_a_layout(mesh, name):
+    params = param_shapes(MODELS[name])
+    optimizer = jax.eval_shape(make_optimizer(PhaseConfig(), params).init, params)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), params, optimizer, params,
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )  # fmt: skip
+    layout = sharding.tree_shardings(state, mesh)
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+        place.shard_shape(leaf.shape)  # raises if an axis does not divide it
+    for own in (layout.opt_state[1].mu, layout.opt_state[1].nu, layout.ema):
+        assert own == layout.params
+
+
+def test_large_parameters_are_shared_out(mesh):
+    """All that is left whole on each device is small."""
+    params = param_shapes(MODELS["wan1p3b"])
+    layout = sharding.tree_shardings(params, mesh)
+    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(layout), strict=True):
+        if math.prod(leaf.shape) > 1e5:
+            assert math.prod(place.shard_shape(leaf.shape)) < math.prod(leaf.shape)
+    q = layout["blocks"]["0"]["self_attn"]["q"]["kernel"].spec
+    o = layout["blocks"]["0"]["self_attn"]["o"]["kernel"].spec
+    assert (q, o) == (P("fsdp", "tensor"), P("tensor", "fsdp"))
+
+
+def test_axis_that_does_not_divide_is_left_out(mesh):
+    assert sharding.param_spec("blocks/0/ffn/fc1/kernel", (5, 8), mesh) == P(None, "tensor")
+    assert sharding.param_spec("blocks/0/delta/phi_q", (3, 8, 8), mesh) == P(None, None, None)
+
+
+def test_leading_axes_of_a_stack_are_whole(mesh):
+    spec = sharding.param_spec("mu/blocks/0/self_attn/q/kernel", (7, 8, 8), mesh)
+    assert spec == P(None, "fsdp", "tensor")
+
+
+def test_unmatched_parameter_is_named(mesh):
+    with pytest.raises(ConfigError, match="no sharding rule matches the parameter blocks/0/new"):
+        sharding.tree_shardings({"blocks": {"0": {"new": jnp.zeros((2, 2))}}}, mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, 4), (1, 2, 4))],
+)
+def test_mesh_takes_all_devices(sizes, shape):
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (8, 2, 1), (-1, 16, 1)])
+def test_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(ConfigError, match="train.mesh=.* 8 devices") as caught:
+        sharding.make_mesh(MeshConfig(*sizes))
+    assert "\n" not in str(caught.value)
+
+
+def test_batches_are_whole_clips_on_every_device(mesh):
+    sharding.check_batch(mesh, 16, 4, "stage1")
+    with pytest.raises(ConfigError, match=r"stage1\.batch_size=12 .* stage1\.accumulation=2"):
+        sharding.check_batch(mesh, 12, 2, "stage1")
+    batch = sharding.put_batch({"latents": np.arange(8.0)}, mesh)["latents"]
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2,)}
+    np.testing.assert_array_equal(batch, np.arange(8.0))
+
+
+def test_table_has_a_line_for_each_kind_of_parameter(mesh):
+    params = param_shapes(MODELS["wan1p3b"])
+    lines = sharding.sharding_table(params, mesh).splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("blocks/*/self_attn/q/kernel")]
+    # 1536 x 1536 float32 over two axes of two devices.
+    assert row[1:4] == ["1536x1536", "30", f"{30 * 1536 * 1536 * 4 / 4 / 1e6:.2f}"]
+    (delta,) = [line.split() for line in lines if line.startswith("blocks/*/delta/A_log")]
+    assert delta[2] == "22"
+    assert len(lines) == len({line.split()[0] for line in lines}) < 70
