@@ -79,7 +79,7 @@ def test_mesh_takes_all_devices(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (8, 2, 1), (-1, 16, 1)])
 def test_mesh_that_does_not_fit_is_refused(sizes):
-    with pytest.raises(ConfigError, match="train.mesh=.* 8 devices") as caught:
+    with pytest.raises(ConfigError, match=r"train\.mesh=.* 8 devices") as caught:
         sharding.make_mesh(MeshConfig(*sizes))
     assert "\n" not in str(caught.value)
 

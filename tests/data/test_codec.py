@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_sizes import make_data, tiny_model
 
-from arl2_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import SpaceToDepth, make_codec
 
 
@@ -50,12 +51,12 @@ def test_keeps_the_number_of_frames():
 
 def test_too_few_channels_name_both_fields():
     with pytest.raises(ConfigError, match=r"data\.codec_factor=4 .*model\.in_dim=16"):
-        make_codec(Config(ModelConfig.tiny(in_dim=16, out_dim=16)))
+        make_codec(Config(tiny_model(in_dim=16, out_dim=16), data=make_data()))
 
 
 def test_make_codec_takes_factor_and_channels_from_the_config():
-    config = Config(ModelConfig.tiny(), data=DataConfig())
+    config = Config(tiny_model(), data=make_data())
     assert make_codec(config) == SpaceToDepth(4, 48)
-    unequal = dataclasses.replace(config, model=ModelConfig.tiny(out_dim=16))
+    unequal = dataclasses.replace(config, model=tiny_model(out_dim=16))
     with pytest.raises(ConfigError, match=r"model\.out_dim"):
         make_codec(unequal)

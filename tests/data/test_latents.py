@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from data_sizes import make_data, tiny_model
 
-from arl2_jax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig
+from arl2_jax.config import Config, ConfigError, EvaluationConfig
 from arl2_jax.data import LatentSource, LatentWriter, open_data
 
 SHAPE, TEXT = (4, 6, 12, 48), (8, 32)
@@ -11,8 +12,8 @@ SHAPE, TEXT = (4, 6, 12, 48), (8, 32)
 
 def make_config(path, held_out=3, **model):
     return Config(
-        ModelConfig.tiny(**model),
-        data=DataConfig(source="latents", path=str(path), frames=4, held_out=held_out),
+        tiny_model(**model),
+        data=make_data(source="latents", path=str(path), frames=4, held_out=held_out),
         evaluation=EvaluationConfig(clips=held_out),
     )
 

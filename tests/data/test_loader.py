@@ -5,14 +5,15 @@ import threading
 import jax
 import numpy as np
 import pytest
+from data_sizes import make_data, make_sprites, tiny_model
 
-from arl2_jax.config import Config, ConfigError, DataConfig, ModelConfig, SpriteConfig
+from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import make_clip, open_data
 from arl2_jax.data.sprites import HELD_OUT_SEED
 
 
 def make_config(**data):
-    return Config(ModelConfig.tiny(), data=DataConfig(**data))
+    return Config(tiny_model(), data=make_data(**data))
 
 
 def keys(batch):
@@ -91,7 +92,7 @@ def test_held_out_clips_are_fixed_and_never_trained_on():
     held = data.held_out(6)
     assert_equal(held, open_data(make_config(workers=1)).held_out(6))
     np.testing.assert_array_equal(data.held_out(2)["latents"], held["latents"][:2])
-    clip = make_clip(SpriteConfig(), DataConfig(), HELD_OUT_SEED + 3)
+    clip = make_clip(make_sprites(), make_data(), HELD_OUT_SEED + 3)
     np.testing.assert_allclose(
         data.codec.decode(held["latents"])[3], clip.video / 127.5 - 1, atol=1e-6
     )
@@ -119,4 +120,4 @@ def test_training_seeds_lie_below_the_held_out_ones(monkeypatch):
 
 def test_impossible_sprites_are_refused_on_opening():
     with pytest.raises(ConfigError, match=r"data\.sprites\.size=13"):
-        open_data(make_config(sprites=SpriteConfig(size=13)))
+        open_data(make_config(sprites=make_sprites(size=13)))

@@ -3,16 +3,17 @@ import itertools
 
 import numpy as np
 import pytest
+from data_sizes import make_data, make_sprites, tiny_model
 
-from arl2_jax.config import Config, ConfigError, DataConfig, ModelConfig, SpriteConfig
+from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import SpriteClip, draw_sprite, make_clip, reveal_clips, reveals
 from arl2_jax.data.sprites import BACKGROUNDS, COLORS, HELD_OUT_SEED, OCCLUDER_COLOR, SHAPES, check
 
-LANES = SpriteConfig()
-FREE = SpriteConfig(count=(2, 3), colors=8, shapes=5, vertical=True, speed=(2.5, 6.0))
-MANY = SpriteConfig(count=(2, 2), occluders=2, occluder_width=11, speed=(1.0, 2.0), colors=8)
+LANES = make_sprites()
+FREE = make_sprites(count=(2, 3), colors=8, shapes=5, vertical=True, speed=(2.5, 6.0))
+MANY = make_sprites(count=(2, 2), occluders=2, occluder_width=11, speed=(1.0, 2.0), colors=8)
 CONFIGS = pytest.mark.parametrize("sprites", [LANES, FREE, MANY], ids=["lanes", "free", "many"])
-DATA = DataConfig()
+DATA = make_data()
 
 
 def clips(sprites, count=30, data=DATA):
@@ -21,7 +22,7 @@ def clips(sprites, count=30, data=DATA):
 
 def make_config(**changes):
     sprites = dataclasses.replace(LANES, **changes)
-    return Config(ModelConfig.tiny(), data=DataConfig(sprites=sprites))
+    return Config(tiny_model(), data=make_data(sprites=sprites))
 
 
 @CONFIGS
@@ -105,7 +106,7 @@ def test_captions_tell_number_and_background_and_nothing_else(sprites):
         assert not secrets & set(words)
         assert words[0] == ("one", "two", "three")[len(clip.shapes) - 1]
         assert words[-2] == list(BACKGROUNDS)[clip.background]
-        assert len(words) <= ModelConfig.tiny().text_len
+        assert len(words) <= tiny_model().text_len
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 10])

@@ -5,8 +5,9 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from data_sizes import make_data, tiny_model
 
-from arl2_jax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig
+from arl2_jax.config import Config, ConfigError, EvaluationConfig
 from arl2_jax.data import VideoClips, open_data, videos
 
 CODECS = {".mp4": "mpeg4", ".avi": "mpeg4", ".mkv": "mpeg4", ".mov": "mpeg4"}
@@ -35,7 +36,7 @@ def brightness_ramp(count, height=48, width=96, slope=2):
 
 
 def data_config(path, **changes):
-    return DataConfig(source="video", path=str(path), **{"frames": 4, "held_out": 8, **changes})
+    return make_data(source="video", path=str(path), **{"frames": 4, "held_out": 8, **changes})
 
 
 def levels(clip):
@@ -200,7 +201,7 @@ def test_a_file_cut_off_while_written_gives_what_it_has(tmp_path):
 def test_unusable_folders_are_refused_in_one_line(tmp_path, prepare, message):
     prepare(tmp_path / "folder")
     config = Config(
-        ModelConfig.tiny(),
+        tiny_model(),
         data=data_config(tmp_path / "folder"),
         evaluation=EvaluationConfig(clips=8),
     )
@@ -211,9 +212,7 @@ def test_unusable_folders_are_refused_in_one_line(tmp_path, prepare, message):
 
 def test_batches_of_video(tmp_path):
     write_video(tmp_path / "ramp.mp4", brightness_ramp(60))
-    config = Config(
-        ModelConfig.tiny(), data=data_config(tmp_path), evaluation=EvaluationConfig(clips=8)
-    )
+    config = Config(tiny_model(), data=data_config(tmp_path), evaluation=EvaluationConfig(clips=8))
     data = open_data(config)
     batch = next(data.train_batches(6, 0))
     assert batch["latents"].shape == (6, 4, 6, 12, 48) and batch["text"].shape == (6, 8, 32)

@@ -1,5 +1,7 @@
 """Samplers of flows that are known exactly."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_euler_is_its_closed_form_on_a_linear_flow():
     first = sample(lambda x, s: 0 * x, jax.random.key(0), SHAPE, sampler)  # the noise itself
     x = np.float64(first)
     levels = np.append(np.float64(noise_levels(sampler)), 0)
-    for s, s_next in zip(levels, levels[1:], strict=False):
+    for s, s_next in itertools.pairwise(levels):
         x = (1 + 0.5 * (s_next - s)) * x + 2 * (s_next - s)
     np.testing.assert_allclose(found, x, atol=1e-6)
     np.testing.assert_allclose(x.mean(), 4 * (np.exp(-0.5) - 1), atol=0.25)  # noise of 96 values

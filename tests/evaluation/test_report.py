@@ -35,6 +35,7 @@ CONFIG = Config(
     ),
     SamplerConfig(timesteps=(1000.0, 500.0)),
     DataConfig(
+        frames=12,
         height=12,
         width=32,
         codec_factor=2,

@@ -33,10 +33,9 @@ def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None, clip=None):
     zero = jnp.zeros((batch, f))
 
     def write(block, position):
+        now = dict(position=jnp.int32(position), write=True)
         return [
-            apply(params, cfg, block, zero, t, memory=m, position=jnp.int32(position), write=True)[
-                1
-            ]
+            apply(params, cfg, block, zero, t, memory=m, **now)[1]
             for t, m in zip(texts, memories, strict=True)
         ]
 

@@ -37,7 +37,7 @@ def test_video_rope_against_float64(first):
     found = jax.jit(video_rope, static_argnums=(1, 2, 3, 4))(
         jnp.int32(first), frames, rows, columns, width
     )
-    place = np.indices((frames, rows, columns)).reshape(3, -1).T + (first, 0, 0)
+    place = np.indices((frames, rows, columns)).reshape(3, -1).T + np.asarray((first, 0, 0))
     wanted = np.concatenate(
         [
             np.outer(place[:, axis], 10000.0 ** (-np.arange(0, size, 2) / size))

@@ -20,7 +20,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The process ends here."""
 
 
@@ -51,16 +51,15 @@ def train(short, make_params):
 
         class Saving(Checkpointer):
             def save(self, step, state, position):
-                values = jax.tree.map(
-                    np.asarray, state._replace(key=jax.random.key_data(state.key))
-                )
+                plain = state._replace(key=jax.random.key_data(state.key))
+                values = jax.tree.map(np.asarray, plain)
                 trace.saved[step] = values, position["data"]
                 super().save(step, state, position)
 
         class Logging(loop.MultiWriter):
             def write(self, step, metrics):
                 if step == stop_at:
-                    raise Stopped
+                    raise StoppedError
                 super().write(step, metrics)
                 trace.logged.append(step)
                 trace.compiled.append(len(COMPILED))
@@ -72,7 +71,7 @@ def train(short, make_params):
             if stop_at is None:
                 trace.result = run_phase(short, "stage2", params, data, mesh, folder)
             else:
-                with pytest.raises(Stopped):
+                with pytest.raises(StoppedError):
                     run_phase(short, "stage2", params, data, mesh, folder)
         return trace
 
@@ -96,20 +95,21 @@ def resumed(train, folders, whole):
     return train(folders[1])
 
 
+def assert_equal(found, wanted):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
 def test_resumed_is_uninterrupted(whole, resumed):
     assert list(whole.saved) == [2, 4, 6] and list(resumed.saved) == [4, 6]
     assert resumed.logged == [3, 4, 5, 6]
     for step in (4, 6):
         (state, position), (wanted, wanted_position) = resumed.saved[step], whole.saved[step]
         assert position == wanted_position
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
-        ):
-            np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-    for a, b in zip(
-        *map(jax.tree.leaves, (resumed.result.params, whole.result.params)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+        assert_equal(state, wanted)
+    assert_equal(resumed.result.params, whole.result.params)
 
 
 def test_log_of_a_resumed_phase_has_every_step_once(whole, resumed, folders):
@@ -146,8 +146,7 @@ def test_nothing_is_compiled_after_the_second_step(whole):
 def test_finished_phase_takes_no_step(train, whole, folders):
     again = train(folders[0])
     assert again.logged == [] and again.saved == {}
-    for a, b in zip(*map(jax.tree.leaves, (again.result.params, whole.result.params)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(again.result.params, whole.result.params)
     assert again.result.seconds == pytest.approx(whole.result.seconds, rel=0.5)
 
 
@@ -156,5 +155,4 @@ def test_phase_of_no_steps_changes_nothing(short, make_params, tmp_path):
     params = make_params(short.model)
     mesh = sharding.make_mesh(short.train.mesh, jax.devices()[:1])
     result = run_phase(none, "stage1", params, open_data(none), mesh, epath.Path(tmp_path))
-    for a, b in zip(*map(jax.tree.leaves, (result.params, params)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(result.params, params)

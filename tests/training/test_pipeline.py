@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def changed(before, after):
 def test_everything_is_there(converted, config):
     assert set(converted.seconds) == set(converted.compile_seconds) == set(PHASES)
     assert all(seconds > 0 for seconds in converted.seconds.values())
-    stored = json.loads(open(f"{config.train.workdir}/config.json").read())
+    stored = json.loads((Path(config.train.workdir) / "config.json").read_text())
     assert from_config_dict(stored) == config
 
 
