@@ -20,12 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
-
-# Annotations are checked wherever arrays are computed with. Elsewhere some name protocols, which
-# cannot be checked.
-ROOMS = ["nn", "memory", "models", "diffusion", "generation.rollout", "training.losses"]
-install_import_hook([f"arl2_jax.{room}" for room in ROOMS], "beartype.beartype")
 
 from arl2_jax import models
 from arl2_jax.config import (

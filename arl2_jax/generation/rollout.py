@@ -128,7 +128,7 @@ def rollout(
     *,
     blocks: int,
     shape: tuple[int, int, int],
-    past: Float[Array, "b t rows columns channels"] | None = None,
+    past: Float[Array, "b past rows columns channels"] | None = None,
 ) -> Float[Array, "b t rows columns channels"]:
     """Generates a video, or continues one.
 
