@@ -117,9 +117,9 @@ class ModelConfig:
     def tiny(cls, **changes: Any) -> "ModelConfig":
         """A model for tests and for the example that runs on a laptop."""
         values: dict[str, Any] = dict(
-            dim=128, ffn_dim=256, num_heads=4, num_layers=4, freq_dim=64, text_dim=32, text_len=8,
+            dim=128, ffn_dim=256, num_heads=4, num_layers=3, freq_dim=64, text_dim=32, text_len=8,
             in_dim=12, out_dim=12, frames_per_block=2, lora_rank=32, lora_alpha=64.0,
-            hybrid_layers=(0, 1, 2), remat="layer",
+            hybrid_layers=(0, 1), remat="layer",
         )  # fmt: skip
         return cls(**values | changes)
 
@@ -269,6 +269,8 @@ class PhaseConfig:
       steps: optimizer steps.
       batch_size: clips in one optimizer step, over all devices.
       accumulation: micro-batches that a step is split into; their gradients are averaged.
+      optimizer: "adamw", or "muon" for the matrices inside the layers and AdamW for the rest;
+        both read the settings below, and their updates have one size.
       learning_rate: peak of the warm-up + cosine schedule.
       warmup: optimizer steps of linear warm-up.
       final_learning_rate: last value of the schedule, as a fraction of the peak.
@@ -284,6 +286,7 @@ class PhaseConfig:
     steps: int = 1000
     batch_size: int = 16
     accumulation: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 20
     final_learning_rate: float = 0.05

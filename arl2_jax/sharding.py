@@ -26,6 +26,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"delta/(A_log|dt_bias)$", (None,)),
     (r"(bias|scale)$", (None,)),
     (r"modulation$", (None, None)),
+    (r"muon/\w+/ns_coeffs$", (None,)),
 )
 
 BATCH = PartitionSpec(("data", "fsdp"))

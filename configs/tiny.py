@@ -33,15 +33,28 @@ def get_config() -> ml_collections.ConfigDict:
         sampler=SamplerConfig(method="euler", steps=8, shift=8.0),
         data=DataConfig(
             frames=10,
-            height=12,
+            height=8,
             width=32,
             codec_factor=2,
-            sprites=SpriteConfig(count=(2, 2), size=5, speed=(3.0, 3.0), occluder_width=14),
+            sprites=SpriteConfig(count=(1, 1), size=5, speed=(3.0, 3.0), occluder_width=14),
         ),
-        teacher=TeacherConfig(steps=800, batch_size=12, learning_rate=8e-3, warmup=40),
-        stage1=PhaseConfig(steps=200, batch_size=16, learning_rate=1e-2, warmup=10),
+        teacher=TeacherConfig(
+            steps=700,
+            batch_size=8,
+            optimizer="muon",
+            learning_rate=8e-3,
+            learning_rates=(("blocks/.*/kernel$", 2.75),),
+            warmup=40,
+        ),
+        stage1=PhaseConfig(steps=120, batch_size=16, learning_rate=1e-2, warmup=10),
         stage2=Stage2Config(
-            steps=300, batch_size=12, learning_rate=1e-2, warmup=15, ema_decay=0.97, layer_loss=0.0
+            steps=400,
+            batch_size=8,
+            optimizer="muon",
+            learning_rate=2e-2,
+            warmup=15,
+            ema_decay=0.97,
+            layer_loss=0.0,
         ),
     )
     tree = cast(Any, ml_collections.ConfigDict(to_config_dict(config)))

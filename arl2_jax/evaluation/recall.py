@@ -1,5 +1,6 @@
 """The recall test: is a sprite that was hidden drawn again as it was?"""
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -19,8 +20,10 @@ from arl2_jax.data.text import embed_caption
 Generate = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def read_sprite(crop: np.ndarray, background: int, colors: int, shapes: int) -> tuple[int, int]:
-    """The (color, shape) whose drawing is nearest to a crop.
+def read_sprite(
+    crop: np.ndarray, background: int, colors: int, shapes: int
+) -> tuple[int, int] | None:
+    """The (color, shape) whose drawing is nearest to a crop; None if the bare background is.
 
     Args:
       crop: float [size, size, 3] in [-1, 1], the bounding box of a sprite.
@@ -29,14 +32,15 @@ def read_sprite(crop: np.ndarray, background: int, colors: int, shapes: int) -> 
     """
     size = crop.shape[0]
     tone = np.array(list(BACKGROUNDS.values())[background])
-    errors = np.empty((colors, shapes))
-    for color in range(colors):
-        for shape in range(shapes):
-            rgb, mask = draw_sprite(shape, color, size)
-            drawing = np.where(mask[..., None], rgb, tone) / 127.5 - 1
-            errors[color, shape] = np.mean((crop - drawing) ** 2)
-    color, shape = np.unravel_index(np.argmin(errors), errors.shape)
-    return int(color), int(shape)
+    distance = lambda drawing: np.mean((crop - (drawing / 127.5 - 1)) ** 2)
+    # Nothing is one of the readings, so that a faint smear is not taken for the smallest sprite.
+    nearest, found = distance(tone), None
+    for color, shape in itertools.product(range(colors), range(shapes)):
+        rgb, mask = draw_sprite(shape, color, size)
+        error = distance(np.where(mask[..., None], rgb, tone))
+        if error < nearest:
+            nearest, found = error, (color, shape)
+    return found
 
 
 def recall_clips(config: Config, codec: Codec) -> tuple[list[SpriteClip], list[Reveal], dict]:
@@ -60,14 +64,16 @@ def recall(
       config: the run; its sprites say what there is to choose from.
 
     Returns:
-      "recall" (colour and shape both right), "color", "shape", and "chance" of the first.
+      "recall" (colour and shape both right), "color", "shape", and "chance": the recall of drawing
+      any of the sprites at random.
     """
     sprites = config.data.sprites
     right = []
     for video, clip, event in zip(generated, clips, events, strict=True):
         row, column = clip.positions[event.frame, event.sprite].astype(int)
         crop = video[event.frame, row : row + sprites.size, column : column + sprites.size]
-        color, shape = read_sprite(crop, clip.background, sprites.colors, sprites.shapes)
+        found = read_sprite(crop, clip.background, sprites.colors, sprites.shapes)
+        color, shape = found or (None, None)
         right.append((color == clip.colors[event.sprite], shape == clip.shapes[event.sprite]))
     both = np.array(right)
     return {

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per parameter pattern, and decay where it belongs."""
+"""AdamW or Muon with a learning rate per parameter pattern, and decay where it belongs."""
 
 import re
 from typing import Any
@@ -11,6 +11,11 @@ from arl2_jax.config import ConfigError, PhaseConfig
 # Decay pulls towards zero, which means something else for these: a step size for A_log and
 # dt_bias, no signal for a norm's scale and a modulation.
 NO_DECAY = r"(A_log|dt_bias|bias|scale|modulation)$"
+# The matrices inside the layers, which map activations to activations: what Muon is made for.
+MATRICES = r"blocks/\d+/.*((q|k|v|o|fc1|fc2)/kernel|lora_\w+/[ab]|phi_[qkv])$"
+# Root mean square of an AdamW update in practice. An orthogonal update scaled to it can share the
+# learning rate and the decay of AdamW (arXiv 2502.16982, section 2.2).
+ADAM_RMS = 0.2
 
 
 def path_name(path) -> str:
@@ -54,7 +59,10 @@ def learning_rate_factors(phase: PhaseConfig, params: Any) -> Any:
 
 
 def make_optimizer(phase: PhaseConfig, params: Any) -> optax.GradientTransformation:
-    """Gradient clipping, AdamW and the learning rates of a phase.
+    """Gradient clipping, AdamW or Muon, and the learning rates of a phase.
+
+    Muon (kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+    orthogonal matrix; everything that is no matrix of a layer stays with AdamW.
 
     Args:
       phase: the phase.
@@ -67,8 +75,25 @@ def make_optimizer(phase: PhaseConfig, params: Any) -> optax.GradientTransformat
     scale = lambda updates: jax.tree.map(lambda u, f: u * f, updates, factors)
     return optax.chain(
         optax.clip_by_global_norm(phase.clip_norm),
-        optax.scale_by_adam(b1=0.9, b2=phase.b2),
+        _precondition(phase, params),
         optax.add_decayed_weights(phase.weight_decay, mask=decayed),
         optax.stateless(lambda updates, params: scale(updates)),
         optax.scale_by_learning_rate(learning_rate(phase)),
     )
+
+
+def _precondition(phase: PhaseConfig, params: Any) -> optax.GradientTransformation:
+    """Gradients -> directions of about unit size."""
+    adam = optax.scale_by_adam(b1=0.9, b2=phase.b2)
+    if phase.optimizer == "adamw":
+        return adam
+    kinds = jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if re.search(MATRICES, path_name(path)) else "adam", params
+    )
+    axes = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+    muon = optax.contrib.scale_by_muon(
+        beta=0.9, weight_dimension_numbers=lambda updates: jax.tree.map(axes, updates)
+    )
+    size = lambda x: x * (ADAM_RMS * max(x.shape[-2:]) ** 0.5)
+    scale = optax.stateless(lambda updates, _: jax.tree.map(size, updates))
+    return optax.partition({"adam": adam, "muon": optax.chain(muon, scale)}, kinds)

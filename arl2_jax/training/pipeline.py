@@ -119,9 +119,15 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
 
 def _initial_params(config: Config) -> Params:
     key = jax.random.key(config.train.seed)
-    if config.teacher.weights == "random":
-        return models.init_params(config.model, key)
-    return load_params(config.teacher.weights, config.model, key=key)
+    if config.teacher.weights != "random":
+        return load_params(config.teacher.weights, config.model, key=key)
+    params = models.init_params(config.model, key)
+    if "teacher" not in config.phases:
+        # The head starts at zero, and a teacher that stays so has nothing to teach.
+        head = params["head"]["linear"]
+        xavier = jax.nn.initializers.xavier_uniform()
+        head["kernel"] = xavier(jax.random.fold_in(key, 1), head["kernel"].shape)
+    return params
 
 
 def _check_same_run(folder: epath.Path, config: Config) -> None:

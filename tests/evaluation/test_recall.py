@@ -113,3 +113,13 @@ def test_a_sprite_half_behind_an_occluder_is_still_read():
     crop = np.where(mask[..., None], rgb, np.array(BACKGROUNDS["black"]))
     crop[:, :2] = OCCLUDER_COLOR
     assert read_sprite(crop / 127.5 - 1, 0, 4, 3) == (2, 1)
+
+
+@pytest.mark.parametrize("strength, seen", [(0.0, False), (0.4, False), (0.6, True), (1.0, True)])
+def test_a_smear_is_read_as_nothing(strength, seen):
+    """Between the bare background and the drawing, the nearer one is read."""
+    tone = np.array(BACKGROUNDS["navy"])
+    rgb, mask = draw_sprite(2, 2, 5)
+    crop = np.where(mask[..., None], tone + strength * (rgb - tone), tone) / 127.5 - 1
+    found = read_sprite(crop, list(BACKGROUNDS).index("navy"), 4, 3)
+    assert (found is not None) == seen
