@@ -159,7 +159,7 @@ def config(tmp_path_factory):
         DataConfig(frames=4, height=12, width=32, held_out=8),
         teacher=TeacherConfig(**phase),
         stage1=PhaseConfig(**phase),
-        stage2=Stage2Config(**phase, layer_loss=0.5),
+        stage2=Stage2Config(**phase, layer_loss=0.5, optimizer="muon"),
         train=TrainConfig(
             workdir=str(tmp_path_factory.mktemp("runs") / "run"), log_every=1, checkpoint_every=2
         ),

@@ -1,6 +1,7 @@
 """Every parameter has a layout, and mistakes are found before anything is compiled."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from arl2_jax import sharding
 from arl2_jax.config import ConfigError, MeshConfig, ModelConfig, PhaseConfig
 from arl2_jax.models import param_shapes
-from arl2_jax.training.optimizer import make_optimizer
+from arl2_jax.training.optimizer import make_optimizer, path_name
 from arl2_jax.training.step import TrainState
 
 MODELS = {
@@ -39,6 +40,23 @@ def test_every_array_of_a_training_state_has_a_layout(mesh, name):
         place.shard_shape(leaf.shape)  # raises if an axis does not divide it
     for own in (layout.opt_state[1].mu, layout.opt_state[1].nu, layout.ema):
         assert own == layout.params
+
+
+def test_moments_of_muon_lie_where_their_parameters_do(mesh):
+    params = param_shapes(MODELS["tiny"])
+    state = jax.eval_shape(make_optimizer(PhaseConfig(optimizer="muon"), params).init, params)
+    named = lambda tree: {
+        path_name(path): place
+        for path, place in jax.tree_util.tree_leaves_with_path(sharding.tree_shardings(tree, mesh))
+    }
+    wanted, moments = named(params), 0
+    for name, place in named(state).items():
+        parameter = re.search(r"\b(mu|nu)/(.*)", name)
+        if parameter:
+            moments += 1
+            assert place == wanted[parameter[2]], name
+    # One moment for Muon's matrices, two for all else.
+    assert len(wanted) < moments < 2 * len(wanted)
 
 
 def test_large_parameters_are_shared_out(mesh):

@@ -128,3 +128,12 @@ def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_pa
     with pytest.raises(ConfigError, match=r"stage1\.batch_size=6"):
         prepare(dataclasses.replace(config, stage1=stage1, train=train))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("phases", [("teacher", "stage1"), ("stage1", "stage2")])
+def test_random_teacher_that_is_not_trained_predicts_something(config, tmp_path, phases):
+    """Its head starts at zero if it is to be trained; left so, stage 2 would have no target."""
+    train = dataclasses.replace(config.train, workdir=str(tmp_path))
+    run = dataclasses.replace(config, phases=phases, train=train)
+    _, _, params = prepare(run)
+    assert np.any(params["head"]["linear"]["kernel"]) == ("teacher" not in phases)
