@@ -2,9 +2,9 @@
 
     python launch/train.py --config=configs/tiny.py
 
-A softmax teacher is trained from scratch on sprites that pass behind occluders, all of its layers
-are converted, and runs/tiny-synthetic/report shows whether the hybrid still remembers what was
-hidden. On any folder of videos:
+A softmax teacher is trained from scratch on sprites that pass behind an occluder, all of its layers
+but the last are converted, and runs/tiny-synthetic/report shows whether the hybrid still remembers
+what was hidden. On any folder of videos:
 
     python launch/train.py --config=configs/tiny.py \
         --config.data.source=video --config.data.path=FOLDER

@@ -42,7 +42,7 @@ LABELS = {
     "teacher": "teacher",
     "untrained": "untrained hybrid",
     "student": "converted hybrid",
-    "control": "control, no memory",
+    "control": "control, gate at 0",
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "arl2_jax")
 # Clips in the picture of the recall test: the first ones, not chosen ones.
@@ -410,7 +410,7 @@ _TABLE = (
     ("untrained hybrid", "", "error_untrained", "", "student"),
     ("after stage 1", "", "error_stage1", "", "student"),
     ("converted hybrid", "student_loss", "error_stage2", "student", "student"),
-    ("control, no memory", "", "", "control", ""),
+    ("control, gate at 0", "", "", "control", ""),
 )
 
 
@@ -423,7 +423,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         lines.append(f"gap closed: {_percent(report['gap_closed'])} of the untrained error is gone")
     seconds = [f"{phase} {value:.0f}" for phase, value in report["seconds"].items()]
     compiling = sum(report["compile_seconds"].values())
-    seconds += [f"compilation {compiling:.0f}", f"report {report['seconds_report']:.0f}"]
+    seconds += [f"compile {compiling:.0f}", f"report {report['seconds_report']:.0f}"]
     return lines + textwrap.wrap("seconds: " + ", ".join(seconds), 80, subsequent_indent="  ")
 
 
