@@ -325,7 +325,7 @@ def save_params(
             if place != target and place.exists():
                 place.rmtree()
         _sync("arl2_save_params")
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _params_checkpointer() as checkpointer:
             checkpointer.save(place / _WEIGHTS, args=ocp.args.PyTreeSave(params), force=True)
         if jax.process_index() == 0:
             (place / _CONFIG).write_text(json.dumps(_as_json(model_config), indent=2) + "\n")
@@ -357,7 +357,7 @@ def load_params_folder(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str
             )
     try:
         config = json.loads((path / _CONFIG).read_text())
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _params_checkpointer() as checkpointer:
             tree = checkpointer.metadata(path / _WEIGHTS).item_metadata.tree
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             params = checkpointer.restore(
@@ -499,6 +499,11 @@ def _replace(source: epath.Path, target: epath.Path) -> None:
 def _sync(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def _params_checkpointer() -> ocp.Checkpointer:
+    std_logging.getLogger("absl").addFilter(_quiet_orbax)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _quiet_orbax(record: std_logging.LogRecord) -> bool:
