@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         param_shapes,
     )
     from arl2_jax.models.attention import HybridAttention
-    from arl2_jax.training.checkpoint import save_params
     from arl2_jax.weights import load_params
+    from arl2_jax.weights.folder import save_params
 
 __all__ = [
     "Config",
@@ -62,7 +62,7 @@ _HOMES = {
     "load_params": "weights",
     "param_shapes": "models",
     "rollout": "generation.rollout",
-    "save_params": "training.checkpoint",
+    "save_params": "weights.folder",
 }
 
 

@@ -49,7 +49,7 @@ def parse(argv):
         name = str(error).strip("\"'")
         given = [flag.split("=")[0].lstrip("-") for flag in argv[1:]]
         field = next((flag for flag in given if flag.split(".")[-1] == name), name)
-        sys.exit(f"error: unknown config field {field}; the fields are those of arl2_jax/config.py")
+        sys.exit(f"error: unknown config field {field}; the fields are those of arl2_jax/config")
     except OSError as error:
         reason = str(error).splitlines()[-1].strip()
         sys.exit(f"error: the file of --config cannot be loaded: {reason}")

@@ -12,16 +12,17 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "arl2_jax.config": set(),
     "arl2_jax.sharding": {"config"},
+    "arl2_jax.storage": {"config"},
     "arl2_jax.nn": set(),
     "arl2_jax.memory": {"nn", "config"},
     "arl2_jax.models": {"memory", "nn", "config"},
     "arl2_jax.diffusion": {"config"},
     "arl2_jax.data": {"config"},
-    "arl2_jax.generation": {"models", "memory", "diffusion", "config", "data", "weights",
-                             "training.checkpoint"},
-    "arl2_jax.weights": {"models", "config", "training.checkpoint"},
+    "arl2_jax.generation": {"models", "memory", "diffusion", "config", "data", "weights"},
+    "arl2_jax.weights": {"models", "config", "storage"},
     "arl2_jax.training": {
-        "config", "sharding", "models", "memory", "diffusion", "generation", "data", "weights",
+        "config", "sharding", "storage", "models", "memory", "diffusion", "generation", "data",
+        "weights",
     },
     "arl2_jax.evaluation": {
         "config", "sharding", "models", "diffusion", "generation", "data", "training",

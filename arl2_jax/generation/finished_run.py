@@ -14,7 +14,7 @@ from arl2_jax.data import Codec, embed_caption, make_codec
 from arl2_jax.data.videos import read_frames
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.video import write_video
-from arl2_jax.training.checkpoint import load_params_folder
+from arl2_jax.weights.folder import load_params_folder
 
 MODELS = ("teacher", "stage1", "stage2", "control")
 

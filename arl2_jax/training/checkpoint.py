@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, and folders of final weights (Orbax).
+"""Checkpoints of a training run (Orbax).
 
 A checkpoint is one folder per step with two items: `state`, the arrays of the training state under
 their tree paths, and `meta`, a JSON file with the position of the data and the fingerprint of the
@@ -11,10 +11,6 @@ are read from it.
 import base64
 import contextlib
 import json
-import logging as std_logging
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -24,26 +20,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from arl2_jax.config import ConfigError
+from arl2_jax.storage import (
+    OTHER_FOLDER,
+    StorageError,
+    absolute,
+    as_json,
+    check_writable,
+    differences,
+    quiet_orbax,
+    reason,
+    sync,
+)
 
 _DELETED = "deleted"
 _ITEMS = ("state", "meta")
 _UNFINISHED = ".orbax-checkpoint-tmp*"
 _SIZES = "sizes.json"
-_WEIGHTS = "params"
-_CONFIG = "config.json"
-_PROBE_BYTES = 1 << 16
 _SAVE_TIMEOUT = 3600
-_OTHER_FOLDER = "name another folder with --config.train.workdir"
 
 T = TypeVar("T")
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be written or read: one line with the folder and the remedy."""
 
 
 class Checkpointer:
@@ -64,12 +61,12 @@ class Checkpointer:
           fingerprint: facts of the model, as JSON; `restore` insists that they agree.
 
         Raises:
-          CheckpointError: if the folder cannot be written.
+          StorageError: if the folder cannot be written.
         """
-        self._folder = _absolute(folder)
+        self._folder = absolute(folder)
         self._keep = keep
-        self._fingerprint = _as_json(fingerprint)
-        std_logging.getLogger("absl").addFilter(_quiet_orbax)
+        self._fingerprint = as_json(fingerprint)
+        quiet_orbax()
         self._saving: int | None = None
         check_writable(self._folder)
         self._sweep()
@@ -88,7 +85,7 @@ class Checkpointer:
           data_state: position of the data iterator, as JSON or bytes.
 
         Raises:
-          CheckpointError: if this save cannot start or the one before it has failed.
+          StorageError: if this save cannot start or the one before it has failed.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -110,7 +107,7 @@ class Checkpointer:
         """Returns when the save in progress, if any, is complete on disk.
 
         Raises:
-          CheckpointError: if it has failed; earlier checkpoints are untouched.
+          StorageError: if it has failed; earlier checkpoints are untouched.
         """
         self._write(self._manager.wait_until_finished)
 
@@ -126,7 +123,7 @@ class Checkpointer:
           (state, data_state) with arrays laid out as in `abstract_state`.
 
         Raises:
-          CheckpointError: if the checkpoint is of another model, or none can be read.
+          StorageError: if the checkpoint is of another model, or none can be read.
         """
         wanted = _flatten(abstract_state)
         args = ocp.args.PyTreeRestore(
@@ -137,21 +134,21 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 arrays, data_state = self._read(step, wanted, args)
-            except CheckpointError:
+            except StorageError:
                 raise
             except Exception as error:  # whatever a damaged file makes the reader raise
-                damaged[step] = _reason(error)
+                damaged[step] = reason(error)
                 continue
             if damaged:
                 self._set_aside(damaged, step)
             leaves = [_restored(arrays[name], leaf) for name, leaf in wanted.items()]
             return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), data_state
         if not damaged:
-            raise CheckpointError(f"{self._folder} holds no checkpoint; start the run without one")
+            raise StorageError(f"{self._folder} holds no checkpoint; start the run without one")
         newest = max(damaged)
-        raise CheckpointError(
+        raise StorageError(
             f"none of the {len(damaged)} checkpoints in {self._folder} can be read (step {newest}: "
-            f"{damaged[newest]}); {_OTHER_FOLDER}, or remove this one to start again"
+            f"{damaged[newest]}); {OTHER_FOLDER}, or remove this one to start again"
         )
 
     def close(self) -> None:
@@ -193,9 +190,9 @@ class Checkpointer:
         except Exception as error:
             latest = self._manager.latest_step()
             intact = "no earlier one exists" if latest is None else f"step {latest} is intact"
-            raise CheckpointError(
-                f"could not write the checkpoint {self._folder}/{self._saving}: {_reason(error)} "
-                f"({intact}); free space there, or {_OTHER_FOLDER}"
+            raise StorageError(
+                f"could not write the checkpoint {self._folder}/{self._saving}: {reason(error)} "
+                f"({intact}); free space there, or {OTHER_FOLDER}"
             ) from None
         finally:
             if not self._manager.is_saving_in_progress():
@@ -215,9 +212,9 @@ class Checkpointer:
     def _check_model(self, step: int, there: Mapping[str, Any]) -> None:
         found = differences(there, self._fingerprint)
         if found:
-            raise CheckpointError(
+            raise StorageError(
                 f"{self._folder}/{step} is a checkpoint of another model: {found[0]}"
-                f"{_and_more(found)}; set it back, or {_OTHER_FOLDER}"
+                f"{_and_more(found)}; set it back, or {OTHER_FOLDER}"
             )
 
     def _check_arrays(self, step: int, wanted: Mapping[str, Any]) -> None:
@@ -226,9 +223,9 @@ class Checkpointer:
         here = {name: _shape_dtype(_abstract_storable(leaf)) for name, leaf in wanted.items()}
         found = differences(there, here)
         if found:
-            raise CheckpointError(
+            raise StorageError(
                 f"{self._folder}/{step} has another training state: {found[0]}"
-                f"{_and_more(found)}; set back what that run had, or {_OTHER_FOLDER}"
+                f"{_and_more(found)}; set back what that run had, or {OTHER_FOLDER}"
             )
 
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
@@ -244,7 +241,7 @@ class Checkpointer:
                 if aside.exists():
                     aside.rmtree()
                 (self._folder / str(bad)).rename(aside)
-        _sync("arl2_set_aside")
+        sync("arl2_set_aside")
         self._manager.reload()
 
     def _record_sizes(self) -> None:
@@ -271,121 +268,6 @@ class Checkpointer:
                 # Threads of a failed save may still be writing; the next sweep takes the rest.
                 with contextlib.suppress(OSError):
                     path.rmtree(missing_ok=True)
-
-
-def check_writable(folder: epath.PathLike, size: int = 0) -> None:
-    """Creates a folder and proves that files can be written there; call it before compiling.
-
-    Args:
-      folder: local or remote folder.
-      size: bytes that must be free, e.g. of one checkpoint; only local disks are asked.
-
-    Raises:
-      CheckpointError: one line with the folder, the reason and the remedy.
-    """
-    path = _absolute(folder)
-    probe = path / f".write_probe_{jax.process_index()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * _PROBE_BYTES)
-        probe.unlink()
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot write to the folder {path}: {_reason(error)}; free space there, or "
-            f"{_OTHER_FOLDER}"
-        ) from None
-    free = None if _is_remote(path) else shutil.disk_usage(path).free
-    if free is not None and free < size:
-        raise CheckpointError(
-            f"{path} has {free / 2**30:.1f} GiB free, but a checkpoint takes {size / 2**30:.1f} "
-            f"GiB; free space there, or {_OTHER_FOLDER}"
-        )
-
-
-def save_params(
-    folder: epath.PathLike, params: Mapping[str, Any], model_config: Mapping[str, Any]
-) -> None:
-    """Writes final weights: an Orbax folder `params` and `config.json`, both or neither.
-
-    Args:
-      folder: destination; weights that are already there are replaced.
-      params: nested dict, with string keys, of arrays.
-      model_config: fields of the model, as JSON.
-
-    Raises:
-      CheckpointError: if the folder cannot be written.
-    """
-    target = _absolute(folder)
-    # Remote stores cannot rename a folder; there config.json comes last and marks the end.
-    place = target if _is_remote(target) else target.parent / f".{target.name}.unfinished"
-    try:
-        if jax.process_index() == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (place / _CONFIG).unlink(missing_ok=True)
-            if place != target and place.exists():
-                place.rmtree()
-        _sync("arl2_save_params")
-        with _params_checkpointer() as checkpointer:
-            checkpointer.save(place / _WEIGHTS, args=ocp.args.PyTreeSave(params), force=True)
-        if jax.process_index() == 0:
-            (place / _CONFIG).write_text(json.dumps(_as_json(model_config), indent=2) + "\n")
-            if place != target:
-                _replace(place, target)
-        _sync("arl2_save_params")
-    except Exception as error:
-        raise CheckpointError(
-            f"could not write weights to {target}: {_reason(error)}; free space there or name "
-            "another folder"
-        ) from None
-
-
-def load_params_folder(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a folder written by `save_params`.
-
-    Returns:
-      (params, model_config): a nested dict of numpy arrays and the stored fields of the model.
-
-    Raises:
-      CheckpointError: if a file is missing or cannot be read.
-    """
-    path = _absolute(folder)
-    for name in (_CONFIG, _WEIGHTS):
-        if not (path / name).exists():
-            raise CheckpointError(
-                f"{path / name} is missing: {path} is not a folder of saved weights; name one that "
-                f"holds {_CONFIG} and {_WEIGHTS}/"
-            )
-    try:
-        config = json.loads((path / _CONFIG).read_text())
-        with _params_checkpointer() as checkpointer:
-            tree = checkpointer.metadata(path / _WEIGHTS).item_metadata.tree
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            params = checkpointer.restore(
-                path / _WEIGHTS, args=ocp.args.PyTreeRestore(restore_args=restore_args)
-            )
-    except Exception as error:
-        raise CheckpointError(
-            f"the weights in {path} cannot be read: {_reason(error)}; copy or export them again"
-        ) from None
-    return params, config
-
-
-def differences(there: Any, here: Any, path: str = "") -> list[str]:
-    """Compares two JSON trees.
-
-    Returns:
-      For each field that differs, a text such as "model.dim is 128 there and 256 here".
-    """
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        absent = "absent"
-        return [
-            text
-            for name in sorted({*there, *here})
-            for text in differences(
-                there.get(name, absent), here.get(name, absent), f"{path}.{name}" if path else name
-            )
-        ]
-    return [] if there == here else [f"{path} is {there} there and {here} here"]
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -440,15 +322,10 @@ def _shape_dtype(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _as_json(tree: Any) -> Any:
-    """The tree as it comes back from a JSON file: tuples are lists, keys are strings."""
-    return json.loads(json.dumps(tree))
-
-
 def _encode(data_state: Any) -> dict[str, Any]:
     if isinstance(data_state, bytes):
         return {"base64": base64.b64encode(data_state).decode("ascii")}
-    return {"json": _as_json(data_state)}
+    return {"json": as_json(data_state)}
 
 
 def _decode(encoded: Mapping[str, Any]) -> Any:
@@ -459,54 +336,6 @@ def _and_more(found: list[str]) -> str:
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
-def _reason(error: BaseException) -> str:
-    """The cause in a few words: that of the operating system where there is one."""
-    system = re.search(r"os_error_code='(\d+)'", str(error))
-    if system:
-        return os.strerror(int(system[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _absolute(folder: epath.PathLike) -> epath.Path:
-    path = epath.Path(folder).expanduser()
-    return path if _is_remote(path) else path.absolute()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         yield from _files(path) if path.is_dir() else (path,)
-
-
-def _replace(source: epath.Path, target: epath.Path) -> None:
-    """Renames a folder over another; what was there is removed afterwards."""
-    old = target.parent / f".{target.name}.old"
-    if old.exists():
-        old.rmtree()
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    if old.exists():
-        old.rmtree()
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _params_checkpointer() -> ocp.Checkpointer:
-    std_logging.getLogger("absl").addFilter(_quiet_orbax)
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-
-
-def _quiet_orbax(record: std_logging.LogRecord) -> bool:
-    """Drops Orbax's progress notes and tracebacks: errors reach the caller as one line."""
-    from_orbax = os.path.join("orbax", "checkpoint") in record.pathname
-    return not from_orbax or (record.levelno >= std_logging.WARNING and not record.exc_info)

@@ -12,10 +12,11 @@ from arl2_jax import models, sharding
 from arl2_jax.config import Config, ConfigError, to_config_dict
 from arl2_jax.data import ClipData, open_data
 from arl2_jax.models import Params
-from arl2_jax.training.checkpoint import check_writable, load_params_folder, save_params
+from arl2_jax.storage import check_writable
 from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
 from arl2_jax.weights import load_params
+from arl2_jax.weights.folder import load_params_folder, save_params
 
 _CONFIG = "config.json"
 # What may change between two starts of one run: it decides nothing about the trained weights.

@@ -13,7 +13,8 @@ from flax import traverse_util
 
 from arl2_jax.config import ModelConfig, to_config_dict
 from arl2_jax.models import Params, init_params, param_shapes
-from arl2_jax.training.checkpoint import CheckpointError, differences, load_params_folder
+from arl2_jax.storage import StorageError, differences
+from arl2_jax.weights.folder import load_params_folder
 from arl2_jax.weights.wan import INDEX, SINGLE, WeightsError, read_json, read_wan, weight_files
 
 _CONFIG = "config.json"
@@ -65,7 +66,7 @@ def _read_saved(
 ) -> dict[str, np.ndarray]:
     try:
         params, config = load_params_folder(source)
-    except CheckpointError as error:
+    except StorageError as error:
         raise WeightsError(str(error)) from None
     # Without hybrid layers it is a teacher, which any hybrid of it may start from.
     facts = (*_FACTS, "hybrid_layers") if config.get("hybrid_layers") else _FACTS

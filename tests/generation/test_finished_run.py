@@ -17,7 +17,7 @@ from arl2_jax.generation import finished_run
 from arl2_jax.generation.finished_run import write_generated
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import param_shapes, without_delta
-from arl2_jax.training.checkpoint import save_params
+from arl2_jax.weights.folder import save_params
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Config(

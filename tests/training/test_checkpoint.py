@@ -22,13 +22,9 @@ import optax
 import pytest
 
 from arl2_jax.config import ConfigError
-from arl2_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    check_writable,
-    load_params_folder,
-    save_params,
-)
+from arl2_jax.storage import StorageError, check_writable
+from arl2_jax.training.checkpoint import Checkpointer
+from arl2_jax.weights.folder import load_params_folder, save_params
 
 ROOT = Path(__file__).parents[2]
 FINGERPRINT = {"model": {"dim": 128, "hybrid_layers": (0, 1)}}
@@ -265,7 +261,7 @@ def test_when_no_step_can_be_read_it_says_so_and_touches_nothing(tmp_path):
         cut_off(tmp_path / step)
     with (
         open_folder(tmp_path) as checkpointer,
-        pytest.raises(CheckpointError, match="none of the 2 checkpoints") as error,
+        pytest.raises(StorageError, match="none of the 2 checkpoints") as error,
     ):
         checkpointer.restore(small_state(0))
     assert_one_line(error, tmp_path)
@@ -275,7 +271,7 @@ def test_when_no_step_can_be_read_it_says_so_and_touches_nothing(tmp_path):
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     with (
         open_folder(tmp_path) as checkpointer,
-        pytest.raises(CheckpointError, match="holds no checkpoint"),
+        pytest.raises(StorageError, match="holds no checkpoint"),
     ):
         checkpointer.restore(small_state(0))
 
@@ -299,7 +295,7 @@ def test_another_model_is_one_line(tmp_path, model, parts):
     fill(tmp_path, 5)
     with (
         open_folder(tmp_path, fingerprint={"model": model}) as checkpointer,
-        pytest.raises(CheckpointError) as error,
+        pytest.raises(StorageError) as error,
     ):
         checkpointer.restore(small_state(0))
     assert_one_line(error, tmp_path, "--config.train.workdir", *parts)
@@ -316,7 +312,7 @@ def test_another_model_is_one_line(tmp_path, model, parts):
 )
 def test_another_training_state_is_one_line(tmp_path, state, part):
     fill(tmp_path, 5)
-    with open_folder(tmp_path) as checkpointer, pytest.raises(CheckpointError) as error:
+    with open_folder(tmp_path) as checkpointer, pytest.raises(StorageError) as error:
         checkpointer.restore(state)
     assert_one_line(error, tmp_path, part)
 
@@ -340,11 +336,11 @@ def test_a_save_that_fails_surfaces_and_leaves_the_earlier_one(tmp_path, caplog)
     with full_disk():
         checkpointer.save(1, small_state(1), {"position": 1})
         checkpointer.save(2, big, None)
-        with pytest.raises(CheckpointError, match="File too large") as error:
+        with pytest.raises(StorageError, match="File too large") as error:
             checkpointer.wait()
         assert_one_line(error, tmp_path / "2", "step 1 is intact", "free space")
         checkpointer.save(3, big, None)
-        with pytest.raises(CheckpointError, match="File too large"):
+        with pytest.raises(StorageError, match="File too large"):
             checkpointer.save(4, big, None)
     assert "Traceback" not in caplog.text
     assert_same(checkpointer.restore(small_state(0)), (small_state(1), {"position": 1}))
@@ -357,14 +353,14 @@ def test_a_save_that_fails_surfaces_and_leaves_the_earlier_one(tmp_path, caplog)
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for call in (check_writable, open_folder, lambda f: save_params(f, {"w": jnp.ones(2)}, {})):
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(StorageError) as error:
             call(tmp_path / "file" / "folder")
         assert_one_line(error, tmp_path / "file")
 
 
 def test_a_disk_that_is_too_small_is_one_line(tmp_path):
     check_writable(tmp_path / "new", size=10)
-    with pytest.raises(CheckpointError, match="GiB free") as error:
+    with pytest.raises(StorageError, match="GiB free") as error:
         check_writable(tmp_path, size=1 << 60)
     assert_one_line(error, tmp_path)
 
@@ -384,7 +380,7 @@ def test_an_interrupted_export_leaves_the_earlier_weights(tmp_path, monkeypatch)
     save_params(tmp_path / "weights", {"w": jnp.ones(2)}, {"dim": 1})
     with monkeypatch.context() as patch:
         patch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(StorageError):
             save_params(tmp_path / "weights", {"w": jnp.zeros(2)}, {"dim": 2})
     assert load_params_folder(tmp_path / "weights")[1] == {"dim": 1}
     save_params(tmp_path / "weights", {"w": jnp.zeros(2)}, {"dim": 2})
@@ -394,12 +390,12 @@ def test_an_interrupted_export_leaves_the_earlier_weights(tmp_path, monkeypatch)
 
 def test_weights_that_are_missing_or_damaged_are_one_line(tmp_path):
     folder = tmp_path / "weights"
-    with pytest.raises(CheckpointError, match=r"config\.json is missing") as error:
+    with pytest.raises(StorageError, match=r"config\.json is missing") as error:
         load_params_folder(folder)
     assert_one_line(error, folder)
     save_params(folder, {"w": jnp.ones(300)}, {})
     for file in (folder / "params" / "d").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="cannot be read") as error:
+    with pytest.raises(StorageError, match="cannot be read") as error:
         load_params_folder(folder)
     assert_one_line(error, folder)

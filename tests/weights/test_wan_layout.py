@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from arl2_jax.config import ConfigError, ModelConfig, to_config_dict
 from arl2_jax.models import param_shapes
-from arl2_jax.training.checkpoint import save_params
 from arl2_jax.weights import WeightsError, load_params
+from arl2_jax.weights.folder import save_params
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"

@@ -1,0 +1,36 @@
+"""Configuration: frozen dataclasses, presets of released models, strict conversion.
+
+Facts of a released model stand in the presets of `ModelConfig`; choices stand in the files under
+`configs/`. Every rule is checked when an object is made, before anything is compiled.
+"""
+
+from arl2_jax.config.convert import from_config_dict, to_config_dict
+from arl2_jax.config.data import DataConfig, SpriteConfig
+from arl2_jax.config.model import ModelConfig, SamplerConfig
+from arl2_jax.config.rules import ConfigError
+from arl2_jax.config.run import PHASES, Config, EvaluationConfig
+from arl2_jax.config.training import (
+    MeshConfig,
+    PhaseConfig,
+    Stage2Config,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PHASES",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "PhaseConfig",
+    "SamplerConfig",
+    "SpriteConfig",
+    "Stage2Config",
+    "TeacherConfig",
+    "TrainConfig",
+    "from_config_dict",
+    "to_config_dict",
+]

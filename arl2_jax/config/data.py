@@ -1,0 +1,90 @@
+"""Where clips come from."""
+
+import dataclasses
+from typing import Literal
+
+from arl2_jax.config.rules import require
+
+
+@dataclasses.dataclass(frozen=True)
+class SpriteConfig:
+    """Procedural videos: sprites that move, bounce, and pass behind occluders.
+
+    Attributes:
+      count: sprites in a clip (drawn uniformly from this inclusive range).
+      colors, shapes: how many of the palette's colours and of the shapes are in use.
+      size: side of a sprite's bounding box in pixels.
+      speed: range of the speed in pixels a frame.
+      vertical: whether sprites also move up and down; otherwise each keeps to its own lane.
+      occluders: number of occluders.
+      occluder_width: width of each in pixels.
+    """
+
+    count: tuple[int, int] = (2, 2)
+    colors: int = 4
+    shapes: int = 3
+    size: int = 5
+    speed: tuple[float, float] = (3.0, 3.0)
+    vertical: bool = False
+    occluders: int = 1
+    occluder_width: int = 14
+
+    def __post_init__(self):
+        require(
+            1 <= self.count[0] <= self.count[1],
+            f"data.sprites.count={self.count} must be a rising range from at least 1",
+        )
+        require(
+            0 < self.speed[0] <= self.speed[1],
+            f"data.sprites.speed={self.speed} must be a rising range above 0",
+        )
+        require(2 <= self.colors <= 8, f"data.sprites.colors={self.colors} must be in 2..8")
+        require(1 <= self.shapes <= 5, f"data.sprites.shapes={self.shapes} must be in 1..5")
+        require(self.size >= 3, f"data.sprites.size={self.size} must be at least 3 pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from.
+
+    Attributes:
+      source: "synthetic" makes sprite videos on the fly; "video" decodes a folder of video files;
+        "latents" reads stored latents and text embeddings.
+      path: folder of the video files or of the stored latents.
+      frames: latent frames in a clip; a multiple of model.frames_per_block.
+      height, width: pixels of the decoded video.
+      fps: frames a second of the decoded video.
+      codec: pixels <-> latents; "space_to_depth" is lossless and keeps the frame rate.
+      codec_factor: rows and columns of pixels that make one latent.
+      held_out: clips kept apart for evaluation.
+      sprites: the procedural videos.
+      workers: grain worker processes; 0 reads in the training process.
+    """
+
+    source: Literal["synthetic", "video", "latents"] = "synthetic"
+    path: str = ""
+    frames: int = 10
+    height: int = 12
+    width: int = 32
+    fps: float = 8.0
+    codec: Literal["space_to_depth"] = "space_to_depth"
+    codec_factor: int = 2
+    held_out: int = 64
+    sprites: SpriteConfig = SpriteConfig()
+    workers: int = 0
+
+    def __post_init__(self):
+        for name in ("frames", "height", "width", "fps", "codec_factor", "held_out"):
+            value = getattr(self, name)
+            require(value > 0, f"data.{name}={value} must be positive")
+        require(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(
+                value % self.codec_factor == 0,
+                f"data.{name}={value} must be a multiple of data.codec_factor={self.codec_factor}",
+            )
+        require(
+            self.source == "synthetic" or bool(self.path),
+            f"data.path is empty: data.source={self.source} needs the folder to read; set it",
+        )

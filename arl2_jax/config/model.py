@@ -1,0 +1,160 @@
+"""What is generated with: the network, with presets of released models, and the sampler."""
+
+import dataclasses
+from typing import Any, Literal
+
+from arl2_jax.config.rules import require
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A causal Wan video transformer, some of whose layers remember linearly.
+
+    The first group of fields carries the names of Wan's own config.json.
+
+    Attributes:
+      dim: model width C.
+      ffn_dim: inner width of the feed-forward network.
+      freq_dim: number of sinusoidal timestep features.
+      text_dim, text_len: width and number of the text tokens.
+      in_dim, out_dim: latent channels in and out.
+      num_heads, num_layers: attention heads and transformer layers.
+      eps: epsilon of every norm.
+      patch_size: (frames, rows, columns) of latents that make one token; frames must be 1.
+      hybrid_layers: indices of the layers whose memory is the gated delta state; the others keep
+        the softmax cache.
+      frames_per_block: latent frames denoised together.
+      lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN).
+      memory_gate: "learned" is ARL2; "zero" closes the memory branch (the ablation without memory).
+      dtype: compute type of activations; parameters and memory states stay float32.
+      remat: what training keeps of a layer: "none" keeps everything, "dots" the results of the
+        weight products, "layer" only the layer's input.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_dim: int = 16
+    out_dim: int = 16
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hybrid_layers: tuple[int, ...] = ()
+    frames_per_block: int = 3
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    memory_gate: Literal["learned", "zero"] = "learned"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "layer"] = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "hybrid_layers", tuple(sorted(set(self.hybrid_layers))))
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "frames_per_block", "lora_rank"):
+            value = getattr(self, name)
+            require(value > 0, f"model.{name}={value} must be positive")
+        require(
+            self.dim % self.num_heads == 0 and self.head_dim % 2 == 0 and self.head_dim >= 6,
+            f"model.dim={self.dim} over model.num_heads={self.num_heads} must give an even head "
+            "dimension of at least 6; change one of them",
+        )
+        require(self.freq_dim % 2 == 0, f"model.freq_dim={self.freq_dim} must be even")
+        require(
+            self.patch_size[0] == 1,
+            f"model.patch_size={self.patch_size} must span one latent frame; set its first entry "
+            "to 1",
+        )
+        outside = [i for i in self.hybrid_layers if not 0 <= i < self.num_layers]
+        require(
+            not outside,
+            f"model.hybrid_layers has {outside}, outside 0..{self.num_layers - 1}: the model has "
+            f"{self.num_layers} layers; remove them",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of one head."""
+        return self.dim // self.num_heads
+
+    def memory_of(self, layer: int) -> str:
+        """Name of the memory that a layer uses (see `arl2_jax.memory`)."""
+        return "gated_delta" if layer in self.hybrid_layers else "softmax_cache"
+
+    def layer_runs(self) -> list[tuple[int, int]]:
+        """Maximal runs [start, stop) of neighbouring layers with the same memory."""
+        runs = []
+        for layer in range(self.num_layers):
+            if runs and self.memory_of(runs[-1][0]) == self.memory_of(layer):
+                runs[-1] = (runs[-1][0], layer + 1)
+            else:
+                runs.append((layer, layer + 1))
+        return runs
+
+    def teacher(self) -> "ModelConfig":
+        """The same model with softmax memory in every layer."""
+        return dataclasses.replace(self, hybrid_layers=())
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "ModelConfig":
+        """A model for tests and for the example that runs on a laptop."""
+        values: dict[str, Any] = dict(
+            dim=128, ffn_dim=256, num_heads=4, num_layers=3, freq_dim=64, text_dim=32, text_len=8,
+            in_dim=12, out_dim=12, frames_per_block=2, lora_rank=32, lora_alpha=64.0,
+            hybrid_layers=(0, 1), remat="layer",
+        )  # fmt: skip
+        return cls(**values | changes)
+
+    @classmethod
+    def wan1p3b(cls, **changes: Any) -> "ModelConfig":
+        """Wan2.1 T2V 1.3B: 1,418,996,800 parameters; 480 x 832 pixels are 1560 tokens a frame."""
+        values: dict[str, Any] = dict(
+            dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, dtype="bfloat16", remat="layer"
+        )
+        return cls(**values | changes)
+
+    @classmethod
+    def wan14b(cls, **changes: Any) -> "ModelConfig":
+        """Wan2.1 T2V 14B."""
+        values: dict[str, Any] = dict(
+            dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, dtype="bfloat16", remat="layer"
+        )
+        return cls(**values | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How a block is denoised (flow matching).
+
+    Attributes:
+      method: "few_step" predicts x0 and re-noises with fresh noise; "euler" integrates the flow.
+      timesteps: the few-step list, in 0..1000 before the shift warp, falling.
+      steps: number of Euler steps.
+      shift: shift of the warp s' = shift s / (1 + (shift - 1) s); training draws its noise
+        levels through the same warp.
+      guidance: classifier-free guidance scale of the Euler sampler; 1 is off.
+    """
+
+    method: Literal["few_step", "euler"] = "few_step"
+    timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
+        require(
+            len(self.timesteps) > 0
+            and falling
+            and 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000,
+            f"sampler.timesteps={self.timesteps} must fall strictly within (0, 1000]",
+        )
+        require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
+        require(self.shift > 0, f"sampler.shift={self.shift} must be positive")
+        require(self.guidance >= 1, f"sampler.guidance={self.guidance} must be at least 1 (off)")
+        require(
+            self.guidance == 1 or self.method == "euler",
+            f"sampler.guidance={self.guidance} needs sampler.method=euler: few-step models carry "
+            "their guidance in the weights",
+        )

@@ -1,0 +1,93 @@
+"""A whole run, and the rules that join its parts."""
+
+import dataclasses
+
+from arl2_jax.config.data import DataConfig
+from arl2_jax.config.model import ModelConfig, SamplerConfig
+from arl2_jax.config.rules import require
+from arl2_jax.config.training import PhaseConfig, Stage2Config, TeacherConfig, TrainConfig
+
+PHASES = ("teacher", "stage1", "stage2")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The report at the end of a run.
+
+    Attributes:
+      clips: held-out clips for the losses and errors.
+      recall_clips: held-out synthetic clips for the recall test; 0 leaves it out.
+      control: also train the control whose memory gate is held at zero.
+      rollout_clips: videos made of each model; 0 leaves them out.
+      rollout_length: their length as a multiple of data.frames.
+    """
+
+    clips: int = 64
+    recall_clips: int = 128
+    control: bool = True
+    rollout_clips: int = 2
+    rollout_length: int = 4
+
+    def __post_init__(self):
+        require(self.clips > 0, f"evaluation.clips={self.clips} must be positive")
+        for name in ("recall_clips", "rollout_clips", "rollout_length"):
+            value = getattr(self, name)
+            require(value >= 0, f"evaluation.{name}={value} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run of `launch/train.py`."""
+
+    model: ModelConfig
+    sampler: SamplerConfig = SamplerConfig()
+    data: DataConfig = DataConfig()
+    phases: tuple[str, ...] = PHASES
+    teacher: TeacherConfig = TeacherConfig()
+    stage1: PhaseConfig = PhaseConfig()
+    stage2: Stage2Config = Stage2Config()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self):
+        unknown = [p for p in self.phases if p not in PHASES]
+        require(not unknown, f"phases has {unknown}; known are {', '.join(PHASES)}")
+        in_order = [p for p in PHASES if p in self.phases]
+        require(
+            list(self.phases) == in_order,
+            f"phases={self.phases} must follow the order {', '.join(PHASES)}, each once",
+        )
+        require(
+            self.data.frames % self.model.frames_per_block == 0,
+            f"data.frames={self.data.frames} must be a multiple of "
+            f"model.frames_per_block={self.model.frames_per_block}",
+        )
+        stages = [p for p in self.phases if p != "teacher"]
+        require(
+            not stages or bool(self.model.hybrid_layers),
+            f"phases={self.phases} convert layers, but model.hybrid_layers is empty; name some",
+        )
+        for axis, latents in (("height", self.latent_shape[0]), ("width", self.latent_shape[1])):
+            patch = self.model.patch_size[1 if axis == "height" else 2]
+            require(
+                latents % patch == 0,
+                f"data.{axis} gives {latents} latents, not a multiple of the patch {patch} in "
+                "model.patch_size; change it",
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of one latent frame."""
+        factor = self.data.codec_factor
+        return self.data.height // factor, self.data.width // factor, self.model.in_dim
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        rows, columns, _ = self.latent_shape
+        return rows * columns // (self.model.patch_size[1] * self.model.patch_size[2])
+
+    @property
+    def blocks(self) -> int:
+        """Frame blocks in a training clip."""
+        return self.data.frames // self.model.frames_per_block

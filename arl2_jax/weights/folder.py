@@ -1,0 +1,100 @@
+"""Folders of final weights: what a finished phase leaves, and `load_params` reads."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from arl2_jax.storage import StorageError, absolute, as_json, is_remote, quiet_orbax, reason, sync
+
+_WEIGHTS = "params"
+_CONFIG = "config.json"
+
+
+def save_params(
+    folder: epath.PathLike, params: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> None:
+    """Writes final weights: an Orbax folder `params` and `config.json`, both or neither.
+
+    Args:
+      folder: destination; weights that are already there are replaced.
+      params: nested dict, with string keys, of arrays.
+      model_config: fields of the model, as JSON.
+
+    Raises:
+      StorageError: if the folder cannot be written.
+    """
+    target = absolute(folder)
+    # Remote stores cannot rename a folder; there config.json comes last and marks the end.
+    place = target if is_remote(target) else target.parent / f".{target.name}.unfinished"
+    try:
+        if jax.process_index() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (place / _CONFIG).unlink(missing_ok=True)
+            if place != target and place.exists():
+                place.rmtree()
+        sync("arl2_save_params")
+        with _checkpointer() as checkpointer:
+            checkpointer.save(place / _WEIGHTS, args=ocp.args.PyTreeSave(params), force=True)
+        if jax.process_index() == 0:
+            (place / _CONFIG).write_text(json.dumps(as_json(model_config), indent=2) + "\n")
+            if place != target:
+                _replace(place, target)
+        sync("arl2_save_params")
+    except Exception as error:
+        raise StorageError(
+            f"could not write weights to {target}: {reason(error)}; free space there or name "
+            "another folder"
+        ) from None
+
+
+def load_params_folder(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a folder written by `save_params`.
+
+    Returns:
+      (params, model_config): a nested dict of numpy arrays and the stored fields of the model.
+
+    Raises:
+      StorageError: if a file is missing or cannot be read.
+    """
+    path = absolute(folder)
+    for name in (_CONFIG, _WEIGHTS):
+        if not (path / name).exists():
+            raise StorageError(
+                f"{path / name} is missing: {path} is not a folder of saved weights; name one that "
+                f"holds {_CONFIG} and {_WEIGHTS}/"
+            )
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+        with _checkpointer() as checkpointer:
+            tree = checkpointer.metadata(path / _WEIGHTS).item_metadata.tree
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            params = checkpointer.restore(
+                path / _WEIGHTS, args=ocp.args.PyTreeRestore(restore_args=restore_args)
+            )
+    except Exception as error:
+        raise StorageError(
+            f"the weights in {path} cannot be read: {reason(error)}; copy or export them again"
+        ) from None
+    return params, config
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    quiet_orbax()
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _replace(source: epath.Path, target: epath.Path) -> None:
+    """Renames a folder over another; what was there is removed afterwards."""
+    old = target.parent / f".{target.name}.old"
+    if old.exists():
+        old.rmtree()
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    if old.exists():
+        old.rmtree()
