@@ -43,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=8,
             optimizer="muon",
             learning_rate=8e-3,
+            # For the matrices that Muon moves; the rest bears less.
             learning_rates=(("blocks/.*/kernel$", 2.75),),
             warmup=40,
         ),

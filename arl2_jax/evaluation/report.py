@@ -406,11 +406,11 @@ def summary_table(report: dict[str, Any]) -> str:
 
 # label, then where its loss, error, recall and size of memory stand in the report.
 _TABLE = (
-    ("teacher", "teacher_loss", "", "teacher", "teacher"),
-    ("untrained hybrid", "", "error_untrained", "", "student"),
+    (LABELS["teacher"], "teacher_loss", "", "teacher", "teacher"),
+    (LABELS["untrained"], "", "error_untrained", "", "student"),
     ("after stage 1", "", "error_stage1", "", "student"),
-    ("converted hybrid", "student_loss", "error_stage2", "student", "student"),
-    ("control, gate at 0", "", "", "control", ""),
+    (LABELS["student"], "student_loss", "error_stage2", "student", "student"),
+    (LABELS["control"], "", "", "control", ""),
 )
 
 

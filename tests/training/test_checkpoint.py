@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import random
@@ -20,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from one_line import assert_one_line
 
-from arl2_jax.config import ConfigError
-from arl2_jax.storage import StorageError, check_writable
+from arl2_jax.storage import StorageError
 from arl2_jax.training.checkpoint import Checkpointer
-from arl2_jax.weights.folder import load_params_folder, save_params
 
 ROOT = Path(__file__).parents[2]
 FINGERPRINT = {"model": {"dim": 128, "hybrid_layers": (0, 1)}}
@@ -276,13 +274,6 @@ def test_an_empty_folder_has_nothing_to_restore(tmp_path):
         checkpointer.restore(small_state(0))
 
 
-def assert_one_line(error, *parts):
-    assert isinstance(error.value, ConfigError)
-    assert error.value.__context__ is None or error.value.__suppress_context__
-    text = str(error.value)
-    assert "\n" not in text and all(str(part) in text for part in parts)
-
-
 @pytest.mark.parametrize(
     "model, parts",
     [
@@ -348,54 +339,3 @@ def test_a_save_that_fails_surfaces_and_leaves_the_earlier_one(tmp_path, caplog)
     checkpointer.close()
     with open_folder(tmp_path) as checkpointer:
         assert_same(checkpointer.restore(small_state(0))[0], small_state(2))
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    for call in (check_writable, open_folder, lambda f: save_params(f, {"w": jnp.ones(2)}, {})):
-        with pytest.raises(StorageError) as error:
-            call(tmp_path / "file" / "folder")
-        assert_one_line(error, tmp_path / "file")
-
-
-def test_a_disk_that_is_too_small_is_one_line(tmp_path):
-    check_writable(tmp_path / "new", size=10)
-    with pytest.raises(StorageError, match="GiB free") as error:
-        check_writable(tmp_path, size=1 << 60)
-    assert_one_line(error, tmp_path)
-
-
-def test_weights_come_back_with_their_config(tmp_path):
-    params = train_state()["params"]
-    for value in (1.0, 2.0):  # the second replaces the first
-        params["half"] = jnp.full(5, value, jnp.bfloat16)
-        save_params(tmp_path / "weights", params, {"dim": 128, "hybrid_layers": (0, 2)})
-    found, config = load_params_folder(tmp_path / "weights")
-    assert config == {"dim": 128, "hybrid_layers": [0, 2]}
-    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-    assert_same(found, jax.tree.map(np.asarray, params))
-
-
-def test_an_interrupted_export_leaves_the_earlier_weights(tmp_path, monkeypatch):
-    save_params(tmp_path / "weights", {"w": jnp.ones(2)}, {"dim": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
-        with pytest.raises(StorageError):
-            save_params(tmp_path / "weights", {"w": jnp.zeros(2)}, {"dim": 2})
-    assert load_params_folder(tmp_path / "weights")[1] == {"dim": 1}
-    save_params(tmp_path / "weights", {"w": jnp.zeros(2)}, {"dim": 2})
-    assert load_params_folder(tmp_path / "weights")[1] == {"dim": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-
-
-def test_weights_that_are_missing_or_damaged_are_one_line(tmp_path):
-    folder = tmp_path / "weights"
-    with pytest.raises(StorageError, match=r"config\.json is missing") as error:
-        load_params_folder(folder)
-    assert_one_line(error, folder)
-    save_params(folder, {"w": jnp.ones(300)}, {})
-    for file in (folder / "params" / "d").iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(StorageError, match="cannot be read") as error:
-        load_params_folder(folder)
-    assert_one_line(error, folder)

@@ -8,9 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
+from one_line import assert_one_line
 from safetensors.numpy import save_file
 
-from arl2_jax.config import ConfigError, ModelConfig, to_config_dict
+from arl2_jax.config import ModelConfig, to_config_dict
 from arl2_jax.models import param_shapes
 from arl2_jax.weights import WeightsError, load_params
 from arl2_jax.weights.folder import save_params
@@ -126,15 +127,6 @@ def assert_is(params, tensors):
         np.testing.assert_array_equal(value, expected(tensors[name]).astype(np.float32), path)
         used.add(name)
     assert used == set(tensors)
-
-
-def assert_one_line(error, *parts):
-    assert isinstance(error.value, ConfigError)
-    assert error.value.__context__ is None or error.value.__suppress_context__
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text
 
 
 def test_a_single_file_with_and_without_its_folder(tmp_path):

@@ -1,0 +1,25 @@
+"""Folders that cannot be used are refused in one line."""
+
+import jax.numpy as jnp
+import pytest
+from one_line import assert_one_line
+
+from arl2_jax.storage import StorageError, check_writable
+from arl2_jax.training.checkpoint import Checkpointer
+from arl2_jax.weights.folder import save_params
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    open_folder = lambda f: Checkpointer(f, keep=2, fingerprint={})
+    for call in (check_writable, open_folder, lambda f: save_params(f, {"w": jnp.ones(2)}, {})):
+        with pytest.raises(StorageError) as error:
+            call(tmp_path / "file" / "folder")
+        assert_one_line(error, tmp_path / "file")
+
+
+def test_a_disk_that_is_too_small_is_one_line(tmp_path):
+    check_writable(tmp_path / "new", size=10)
+    with pytest.raises(StorageError, match="GiB free") as error:
+        check_writable(tmp_path, size=1 << 60)
+    assert_one_line(error, tmp_path)
