@@ -1,4 +1,4 @@
-"""Folders that a run writes and reads, local or remote, and what goes wrong with them."""
+"""Files and folders of a run, local or remote, and what goes wrong with them."""
 
 import json
 import logging as std_logging
@@ -49,6 +49,14 @@ def check_writable(folder: epath.PathLike, size: int = 0) -> None:
             f"{path} has {free / 2**30:.1f} GiB free, but a checkpoint takes {size / 2**30:.1f} "
             f"GiB; free space there, or {OTHER_FOLDER}"
         )
+
+
+def write_whole(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file under another name first, so that nobody finds half of it."""
+    path = epath.Path(path)
+    unfinished = path.parent / f"{path.name}.unfinished"
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 def differences(there: Any, here: Any, path: str = "") -> list[str]:

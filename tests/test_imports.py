@@ -18,14 +18,16 @@ ARROWS = {
     "arl2_jax.models": {"memory", "nn", "config"},
     "arl2_jax.diffusion": {"config"},
     "arl2_jax.data": {"config"},
-    "arl2_jax.generation": {"models", "memory", "diffusion", "config", "data", "weights"},
+    "arl2_jax.generation": {
+        "models", "memory", "diffusion", "config", "storage", "data", "weights",
+    },
     "arl2_jax.weights": {"models", "config", "storage"},
     "arl2_jax.training": {
         "config", "sharding", "storage", "models", "memory", "diffusion", "generation", "data",
         "weights",
     },
     "arl2_jax.evaluation": {
-        "config", "sharding", "models", "diffusion", "generation", "data", "training",
+        "config", "sharding", "storage", "models", "diffusion", "generation", "data", "training",
     },
 }  # fmt: skip
 KERNELS = {"arl2_jax.memory", "arl2_jax.models"}

@@ -33,8 +33,9 @@ from arl2_jax.evaluation.gap import (
 from arl2_jax.evaluation.plots import Row, contact_sheet, curves
 from arl2_jax.evaluation.recall import recall, recall_clips
 from arl2_jax.generation.rollout import generate_from_clean_past, rollout
-from arl2_jax.generation.video import side_by_side, timeline, write_video, write_whole
+from arl2_jax.generation.video import side_by_side, timeline, write_video
 from arl2_jax.models import Params
+from arl2_jax.storage import write_whole
 from arl2_jax.training.pipeline import Converted
 
 LABELS = {

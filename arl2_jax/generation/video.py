@@ -15,6 +15,8 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from arl2_jax.storage import write_whole
+
 Frames = UInt8[np.ndarray, "f h w 3"]
 
 # Narrower videos are shown as a blur by most players, which smooth when they enlarge.
@@ -52,14 +54,6 @@ def write_video(path: epath.PathLike, frames: Frames, fps: float) -> None:
     # Colours are stored for squares of 2 x 2 pixels.
     even = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
     write_whole(path, _encode(np.pad(frames, even, mode="edge"), fps))
-
-
-def write_whole(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file under another name first, so that nobody finds half of it."""
-    path = epath.Path(path)
-    unfinished = path.parent / f"{path.name}.unfinished"
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def enlarge(frames: Frames, width: int) -> Frames:

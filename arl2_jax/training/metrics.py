@@ -11,6 +11,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from arl2_jax.storage import is_remote, write_whole
+
 Metrics = Mapping[str, Any]
 
 
@@ -101,11 +103,9 @@ class JsonLinesWriter:
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = _lines_up_to(self._path, resume_step)
-        unfinished = self._path.parent / f"{self._path.name}.unfinished"
-        unfinished.write_text("".join(lines))
-        unfinished.replace(self._path)
+        write_whole(self._path, "".join(lines).encode())
         # Object stores cannot append: there the whole file is written anew at every flush.
-        remote = "://" in str(self._path)
+        remote = is_remote(self._path)
         self._lines = lines if remote else None
         self._file = None if remote else self._path.open("a")
 

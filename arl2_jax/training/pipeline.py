@@ -12,7 +12,7 @@ from arl2_jax import models, sharding
 from arl2_jax.config import Config, ConfigError, to_config_dict
 from arl2_jax.data import ClipData, open_data
 from arl2_jax.models import Params
-from arl2_jax.storage import check_writable
+from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
 from arl2_jax.weights import load_params
@@ -160,6 +160,4 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _write_json(path: epath.Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
     if jax.process_index() == 0:
-        unfinished = path.parent / f"{path.name}.unfinished"
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
-        unfinished.replace(path)
+        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from arl2_jax.config import ModelConfig, to_config_dict
 from arl2_jax.models import Params, init_params, param_shapes
-from arl2_jax.storage import StorageError, differences
+from arl2_jax.storage import StorageError, differences, is_remote
 from arl2_jax.weights.folder import load_params_folder
 from arl2_jax.weights.wan import INDEX, SINGLE, WeightsError, read_json, read_wan, weight_files
 
@@ -88,7 +88,7 @@ def _read_saved(
 
 
 def _find_wan(source: epath.Path, cfg: ModelConfig) -> list[Path]:
-    if "://" in str(source):
+    if is_remote(source):
         raise WeightsError(f"{source} is remote; copy the safetensors files to a local folder")
     path = Path(source)
     if not path.exists():
