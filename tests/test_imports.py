@@ -17,11 +17,12 @@ ARROWS = {
     "arl2_jax.memory": {"nn", "config"},
     "arl2_jax.models": {"memory", "nn", "config"},
     "arl2_jax.diffusion": {"config"},
-    "arl2_jax.data": {"config"},
-    "arl2_jax.generation": {
-        "models", "memory", "diffusion", "config", "storage", "data", "weights",
-    },
     "arl2_jax.weights": {"models", "config", "storage"},
+    "arl2_jax.text": {"models", "config", "storage", "weights"},
+    "arl2_jax.data": {"models", "config", "storage", "weights"},
+    "arl2_jax.generation": {
+        "models", "memory", "diffusion", "config", "storage", "data", "text", "weights",
+    },
     "arl2_jax.training": {
         "config", "sharding", "storage", "models", "memory", "diffusion", "generation", "data",
         "weights",

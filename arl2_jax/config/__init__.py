@@ -6,6 +6,7 @@ Facts of a released model stand in the presets of `ModelConfig`; choices stand i
 
 from arl2_jax.config.convert import from_config_dict, to_config_dict
 from arl2_jax.config.data import DataConfig, SpriteConfig
+from arl2_jax.config.encoders import UMT5Config, VAEConfig
 from arl2_jax.config.model import ModelConfig, SamplerConfig
 from arl2_jax.config.rules import ConfigError
 from arl2_jax.config.run import PHASES, Config, EvaluationConfig
@@ -31,6 +32,8 @@ __all__ = [
     "Stage2Config",
     "TeacherConfig",
     "TrainConfig",
+    "UMT5Config",
+    "VAEConfig",
     "from_config_dict",
     "to_config_dict",
 ]

@@ -1,0 +1,1 @@
+"""Prompts: cleaned, tokenised, and encoded once."""
