@@ -14,8 +14,9 @@ from flax import traverse_util
 from arl2_jax.config import ModelConfig, to_config_dict
 from arl2_jax.models import Params, init_params, param_shapes
 from arl2_jax.storage import StorageError, differences, is_remote
+from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.folder import load_params_folder
-from arl2_jax.weights.wan import INDEX, SINGLE, WeightsError, read_json, read_wan, weight_files
+from arl2_jax.weights.wan import INDEX, SINGLE, read_json, read_wan, weight_files
 
 _CONFIG = "config.json"
 _FACTS = (

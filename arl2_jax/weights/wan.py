@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that safetensors asks 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from arl2_jax.config import ConfigError
+from arl2_jax.weights.errors import WeightsError
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -48,10 +48,6 @@ TABLE = (
     (r"blocks\.(\d+)\.ffn\.2\.bias", r"blocks/\1/ffn/fc2/bias", "o -> o"),
     (r"blocks\.(\d+)\.modulation", r"blocks/\1/modulation", "1 n c -> n c"),
 )
-
-
-class WeightsError(ConfigError):
-    """Weights that are missing, cannot be read, or belong to another model."""
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Reading of a layout's tensors into our tree: strictly, lean and each device its own slice."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Sharding
+
+from arl2_jax.weights.errors import WeightsError
+from arl2_jax.weights.layout import Layout, recognise
+from arl2_jax.weights.moves import Index, Moves, fit_moves
+from arl2_jax.weights.tensors import StoredTensor
+
+# Rows that are cast and transposed together: the block stays in the processor's cache.
+_ROWS = 256
+_FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+# Bits of the exponent, all set in NaN and infinity alone.
+_EXPONENTS = {
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+}
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from: the tensor's name, the tensor, and how its axes move."""
+
+    name: str
+    tensor: StoredTensor
+    moves: Moves
+
+
+def read_tree(
+    tensors: Mapping[str, StoredTensor],
+    layouts: Sequence[Layout],
+    targets: Mapping[str, Any],
+    *,
+    where: object,
+    shardings: Mapping[str, Sharding] | None = None,
+) -> dict[str, Any]:
+    """Reads tensors into parameters: each tensor is used once, each parameter filled once.
+
+    Beside the result, host memory holds a block of rows a thread, or one tensor's slices where
+    devices have memory of their own. Pages of the file that the system keeps are its own affair.
+
+    Args:
+      tensors: from `open_tensors`.
+      layouts: the layouts that they may be in.
+      targets: shape and dtype of every parameter, by path ("blocks/0/ffn/fc1/kernel").
+      where: the file or folder, for messages.
+      shardings: by path; each device then gets its slice, read from the file alone.
+
+    Returns:
+      By path, numpy arrays; or jax arrays if shardings are given.
+
+    Raises:
+      WeightsError: names or shapes do not match (all of them in one message); a tensor is not of
+        floating point, holds NaN or infinity, or cannot be read.
+    """
+    layout = recognise(tensors, layouts, where)
+    sources = match(tensors, layout, targets, where=where)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        read = lambda path, index: _read_slice(
+            sources[path], index, np.dtype(targets[path].dtype), where, pool
+        )
+        if shardings is None:
+            whole = lambda path: tuple(slice(0, size) for size in targets[path].shape)
+            return {path: read(path, whole(path)) for path in targets}
+        return {path: _sharded(read, path, targets[path], shardings[path]) for path in targets}
+
+
+def match(
+    tensors: Mapping[str, StoredTensor],
+    layout: Layout,
+    targets: Mapping[str, Any],
+    *,
+    where: object,
+) -> dict[str, Source]:
+    """Finds the tensor of every parameter, by names and shapes alone.
+
+    Args, Raises: as in `read_tree`.
+
+    Returns:
+      Sources by path, one for each target.
+    """
+    sources: dict[str, Source] = {}
+    unexpected, misshaped, used = [], [], set()
+    for name, tensor in tensors.items():
+        first = layout.aliases.get(name, name)
+        if first != name and first in tensors and tensors[first].shape == tensor.shape:
+            continue
+        path, pattern = layout.to_path(name) or ("", "")
+        if path not in targets or path in used:
+            unexpected.append(name)
+            continue
+        used.add(path)
+        wanted = tuple(targets[path].shape)
+        moves = fit_moves(pattern, tensor.shape, wanted, layout.sizes)
+        if moves is None:
+            misshaped.append(f"{name} {list(tensor.shape)} (for {path} {list(wanted)})")
+        elif tensor.dtype not in _FLOATS:
+            raise WeightsError(
+                f"{where}: {name} is of type {tensor.dtype}; parameters are bfloat16, float16, "
+                "float32 or float64; name weights that are not quantised"
+            )
+        else:
+            sources[path] = Source(name, tensor, moves)
+    missing = [path for path in targets if path not in used]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    problems = [f"{len(n)} {kind}: {', '.join(sorted(n))}" for kind, n in kinds.items() if n]
+    if problems:
+        raise WeightsError(
+            f"{where} does not hold the weights of this model ({layout.name} layout); "
+            f"{'; '.join(problems)}; name other weights or change --config.model"
+        )
+    return sources
+
+
+def tree_tensors(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
+    """Parameters as the tensors of a layout; the inverse of `read_tree`.
+
+    Args:
+      params: nested dict of arrays.
+      layout: the layout.
+
+    Returns:
+      Arrays by name in a file, in their own dtypes.
+
+    Raises:
+      WeightsError: the layout has no place for some parameters.
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    return {name: stored(array, moves) for name, array, moves in placed(flat, layout)}
+
+
+def placed(flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, Any, Moves]]:
+    """(name, parameter, moves) for all parameters, in the order of the tree."""
+    places = {path: layout.to_source(path) for path in flat}
+    homeless = [path for path, place in places.items() if place is None]
+    if homeless:
+        raise WeightsError(
+            f"{layout.name} has no place for {len(homeless)} parameters: {', '.join(homeless[:8])}"
+            "; choose another layout"
+        )
+    for path, leaf in flat.items():
+        name, pattern = places[path] or ("", "")
+        moves = fit_moves(pattern, None, leaf.shape, layout.sizes)
+        if moves is None:
+            raise WeightsError(f"{path} {list(leaf.shape)} does not fit {pattern} ({layout.name})")
+        yield name, leaf, moves
+
+
+def stored(array: Any, moves: Moves) -> np.ndarray:
+    """A parameter as a tensor of a file."""
+    tensor = moves.as_stored(np.asarray(array)).reshape(moves.stored_shape)
+    return np.ascontiguousarray(tensor).reshape(moves.stored_shape)
+
+
+def _read_slice(
+    source: Source, index: Index, dtype: np.dtype, where: object, pool: ThreadPoolExecutor
+) -> np.ndarray:
+    """A slice of a parameter, filled block by block."""
+    moves, within, rest = source.moves.slices(index)
+    out = np.empty(moves.shape, dtype)
+    target = moves.as_stored(out)
+    first = within[0] if moves.by_rows else slice(0, 1)
+
+    def fill(start: int) -> None:
+        stop = min(start + _ROWS, first.stop)
+        if moves.by_rows:
+            read = (slice(start, stop), *within[1:])
+            place = target[start - first.start : stop - first.start]
+        else:
+            read, place = within, target
+        _fill(place, source, read, where)
+
+    # A list, so that the first error of any thread is raised here.
+    list(pool.map(fill, range(first.start, first.stop, _ROWS)))
+    return out[rest]
+
+
+def _fill(place: np.ndarray, source: Source, index: Index, where: object) -> None:
+    """Reads, checks and casts one block."""
+    try:
+        block = source.tensor.read(index).astype(place.dtype, copy=False)
+    except Exception as error:
+        raise WeightsError(
+            f"{where}: {source.name} cannot be read: {error}; download it again"
+        ) from None
+    if place.dtype in _EXPONENTS:  # whole numbers are faster to compare and to copy
+        unsigned, exponent = _EXPONENTS[place.dtype]
+        block, place = np.ascontiguousarray(block).view(unsigned), place.view(unsigned)
+        finite = ((block & unsigned(exponent)) != exponent).all()
+    else:
+        finite = np.isfinite(block).all()
+    if not finite:
+        raise WeightsError(
+            f"{where}: {source.name} holds NaN or infinity; the file is damaged or its training "
+            "diverged; name other weights"
+        )
+    place[...] = block.reshape(place.shape)
+
+
+def _sharded(read: Any, path: str, target: Any, sharding: Sharding) -> jax.Array:
+    """One parameter on its devices; a slice that several devices hold is read once."""
+    slices: dict[tuple, np.ndarray] = {}
+
+    def slice_at(index: Index) -> np.ndarray:
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, target.shape, strict=True))
+        if bounds not in slices:
+            slices[bounds] = read(path, tuple(slice(*pair) for pair in bounds))
+        return slices[bounds]
+
+    return jax.make_array_from_callback(tuple(target.shape), sharding, slice_at)

@@ -1,0 +1,265 @@
+"""Tensors in files, opened without being read: safetensors, and PyTorch's .pt and .pth."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from arl2_jax.storage import absolute, is_remote, reason
+from arl2_jax.weights.errors import WeightsError
+from arl2_jax.weights.moves import Index
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_SINGLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_PT = (".pt", ".pth")
+_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
+}  # fmt: skip
+# What trainers wrap modules in; it says nothing about a tensor.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
+# Under which keys a .pt holds its tensors, the best first.
+_ENTRIES = ("generator_ema", "generator", "ema", "model", "state_dict")
+_SAMPLE = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+      shape: its shape.
+      dtype: its type, as numpy and ml_dtypes name it.
+      read_slice: reads one slice, given with bounds for each axis.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_slice: Callable[[Index], np.ndarray]
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """Reads a slice alone; axes past the index are whole."""
+        return self.read_slice((*index, *map(slice, self.shape[len(index) :])))
+
+
+def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, StoredTensor]:
+    """Opens the tensors of a file or folder without reading them.
+
+    Args:
+      path: a .safetensors, .pt or .pth file, the index of shards, or a folder that holds one of
+        these. A .pt is read without running any code in it.
+      entry: key of a .pt's tensors, e.g. "generator"; by default "generator_ema" or what is there.
+
+    Returns:
+      Tensors by name, without the prefixes of wrappers ("model.", "_fsdp_wrapped_module.", ...).
+
+    Raises:
+      WeightsError: one line: a file is missing, damaged or of an unknown kind, a tensor is there
+        twice, or torch is needed and missing.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    files = weight_files(path)
+    for file in files:
+        if file.suffix in _PT:
+            found = _open_pt(file, entry)
+        elif entry is not None:
+            raise WeightsError(f"entry={entry}: {file} is not a .pt, it has none; leave entry out")
+        else:
+            found = _open_safetensors(file)
+        for name, tensor in found:
+            name = _unwrapped(name)
+            if name in tensors:
+                raise WeightsError(
+                    f"{file.parent} does not hold one model; 1 unexpected: {name} is there twice; "
+                    "name other weights"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def weight_files(path: epath.PathLike) -> list[Path]:
+    """The files that hold the weights named by a path; see `open_tensors`.
+
+    Raises:
+      WeightsError: one line naming the first file that is missing.
+    """
+    source = absolute(path)
+    if is_remote(source):
+        raise WeightsError(f"{source} is remote; copy the files of weights to a local folder")
+    file = Path(source)
+    if not file.exists():
+        raise WeightsError(f"{file} does not exist; name another file or folder")
+    if file.is_dir():
+        file = _main_file(file)
+    if file.name.endswith(INDEX_SUFFIX):
+        return _shards(file)
+    if file.suffix not in (".safetensors", *_PT):
+        raise WeightsError(
+            f"{file} is not a .safetensors, .pt or .pth file; name one, or a folder of them"
+        )
+    return [file]
+
+
+def fingerprint(path: epath.PathLike) -> str:
+    """Tells files apart by their contents, in milliseconds.
+
+    Args:
+      path: any file, or a folder of weights. Its place and name do not count.
+
+    Returns:
+      64 hex digits made of sizes, beginnings (which name and shape all tensors), ends, and samples
+      between. Files that differ in a few bytes alone may be equal to it.
+    """
+    source = Path(path).expanduser()
+    if (source / "params").is_dir():
+        files = [file for file in (source / "params").rglob("*") if file.is_file()]
+    else:
+        files = weight_files(source) if source.is_dir() else [source]
+    try:
+        digests = sorted(_digest(file) for file in files)
+    except OSError as error:
+        raise WeightsError(f"{source} cannot be read: {reason(error)}; name another") from None
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON file that comes with weights; a damaged one is a WeightsError."""
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}; download it again") from None
+
+
+def _main_file(folder: Path) -> Path:
+    """The one file of a folder that holds its weights, or the index of them."""
+    for pattern in (f"*{INDEX_SUFFIX}", *_SINGLE, "*.safetensors", "*.pt", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise WeightsError(
+                f"{folder} holds {len(found)} files that may be meant: "
+                f"{', '.join(file.name for file in found[:5])}; name one of them, or download the "
+                f"index (*{INDEX_SUFFIX}) if they are shards"
+            )
+        if found:
+            return found[0]
+    raise WeightsError(
+        f"no weights in {folder}: looked for *{INDEX_SUFFIX}, {_SINGLE[0]}, other .safetensors, "
+        ".pt, .pth and params/ there; name another folder"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    names = set(read_json(index).get("weight_map", {}).values())
+    if not names:
+        raise WeightsError(f"{index} lists no files; download it again")
+    files = [index.parent / name for name in sorted(names)]
+    for file in files:
+        if not file.exists():
+            raise WeightsError(
+                f"{file} is missing: {index} lists it among {len(files)} files; download it"
+            )
+    return files
+
+
+def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        opened = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} cannot be read: {reason(error)}; download it again") from None
+    for name in opened.keys():  # noqa: SIM118 - not a mapping
+        view = opened.get_slice(name)
+        dtype = _DTYPES.get(view.get_dtype())
+        if dtype is None:
+            raise WeightsError(
+                f"{file}: {name} is of type {view.get_dtype()}, which numpy has not; name weights "
+                "of bfloat16, float16 or float32"
+            )
+        yield name, StoredTensor(tuple(view.get_shape()), np.dtype(dtype), view.__getitem__)
+
+
+def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        import torch
+    except ImportError:
+        raise WeightsError(
+            f"{file} is a file of PyTorch, which takes torch to read: pip install 'arl2-jax[pt]' "
+            "(here: pip install -e '.[pt]'), or name safetensors files"
+        ) from None
+    try:
+        with file.open("rb") as opened:
+            zipped = opened.read(2) == b"PK"  # the older form cannot be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower().replace(" ", "_"):
+            raise WeightsError(
+                f"{file} cannot be read: {reason(error)}; download it again"
+            ) from None
+        raise WeightsError(
+            f"{file} holds Python objects besides tensors; code in it was not run; name a file of "
+            "tensors alone, e.g. save its state_dict()"
+        ) from None
+    except Exception as error:
+        raise WeightsError(f"{file} cannot be read: {reason(error)}; download it again") from None
+    for name, tensor in _find_entry(file, content, entry).items():
+        if not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise WeightsError(
+                f"{file}: {name} is of type {kind}, not a tensor; name other weights"
+            )
+        array = _as_numpy(torch, tensor)
+        yield name, StoredTensor(array.shape, array.dtype, array.__getitem__)
+
+
+def _find_entry(file: Path, content: Any, entry: str | None) -> Mapping[str, Any]:
+    """The mapping of names to tensors inside the content of a .pt."""
+    nested = lambda: [k for k, v in content.items() if isinstance(v, Mapping) and v]
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise WeightsError(f"{file} holds a {kind}, not tensors by name; name other weights")
+    if entry is not None:
+        if entry not in nested():
+            raise WeightsError(
+                f"entry={entry} is not in {file}; it has {', '.join(map(str, nested())) or 'none'}"
+            )
+        content = content[entry]
+    while nested():
+        found = [key for key in _ENTRIES if key in nested()] or nested()
+        content = content[found[0]]
+    return content
+
+
+def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    """The tensor's memory as numpy's; types that numpy has not go through their bits."""
+    bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        bits[getattr(torch, name)] = (torch.int8, getattr(ml_dtypes, name))
+    if tensor.dtype not in bits:
+        return tensor.detach().numpy()
+    integer, dtype = bits[tensor.dtype]
+    return tensor.detach().view(integer).numpy().view(dtype)
+
+
+def _unwrapped(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(parts[1:] if parts[0] == "model" else parts)
+
+
+def _digest(file: Path) -> bytes:
+    size = file.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with file.open("rb") as opened:
+        digest.update(opened.read(16 * _SAMPLE))
+        for k in range(17):
+            opened.seek(max(size - _SAMPLE, 0) * k // 16)
+            digest.update(opened.read(_SAMPLE))
+    return digest.digest()
