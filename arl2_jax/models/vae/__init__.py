@@ -1,0 +1,25 @@
+"""Wan2.1's video autoencoder: whole clips, streams of frames, and pictures in tiles."""
+
+from arl2_jax.models.vae.clips import decode, decode_block, encode
+from arl2_jax.models.vae.codec import WanCodec
+from arl2_jax.models.vae.frames import (
+    decode_frame,
+    encode_frame,
+    init_decoder_state,
+    init_encoder_state,
+    init_vae,
+    vae_shapes,
+)
+
+__all__ = [
+    "WanCodec",
+    "decode",
+    "decode_block",
+    "decode_frame",
+    "encode",
+    "encode_frame",
+    "init_decoder_state",
+    "init_encoder_state",
+    "init_vae",
+    "vae_shapes",
+]

@@ -1,0 +1,143 @@
+"""The video autoencoder on whole clips and on runs of frames: scans over single latent frames.
+
+A clip and a stream of its frames give the same numbers, and memory for features does not grow with
+the length.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from arl2_jax.config import VAEConfig
+from arl2_jax.models.vae.frames import (
+    Params,
+    State,
+    check_latents,
+    check_pixels,
+    decode_frame,
+    encode_frame,
+    init_decoder_state,
+    init_encoder_state,
+)
+from arl2_jax.models.vae.tiling import over_tiles
+
+
+def encode(
+    params: Params,
+    cfg: VAEConfig,
+    pixels: Float[Array, "b f rows columns 3"],
+    *,
+    tile: tuple[int, int] | None = None,
+) -> Float[Array, "b t h w z"]:
+    """Encodes whole clips.
+
+    Args:
+      params: parameters, from `init_vae` or `load_vae`.
+      cfg: autoencoder.
+      pixels: in [-1, 1]; F = 1 + k * cfg.temporal_factor.
+      tile: rows and columns of latents that are computed together, at least 2 x 2, to save memory;
+        `None` takes the whole picture.
+
+    Returns:
+      Latents (float32), the mean of the encoder's distribution, normalised; T = 1 + k.
+
+    Raises:
+      ValueError: the pixels' shape or the tile does not fit.
+    """
+    check_pixels(cfg, pixels)
+    if (pixels.shape[1] - 1) % cfg.temporal_factor:
+        raise ValueError(
+            f"pixels have {pixels.shape[1]} frames, not 1 + a multiple of {cfg.temporal_factor}; "
+            f"leave {(pixels.shape[1] - 1) % cfg.temporal_factor} out"
+        )
+
+    def step(pixels, state, first):
+        latent, state = encode_frame(params, cfg, pixels, state, first=first)
+        return latent[:, None], state
+
+    def whole(pixels):
+        rows, columns = (size // cfg.spatial_factor for size in pixels.shape[2:4])
+        state = init_encoder_state(cfg, pixels.shape[0], rows, columns)
+        return _scan_frames(step, pixels, state, cfg.temporal_factor, first=True)[0]
+
+    if tile is None:
+        return whole(pixels)
+    return over_tiles(whole, pixels, tile, source=cfg.spatial_factor)
+
+
+def decode(
+    params: Params,
+    cfg: VAEConfig,
+    latents: Float[Array, "b t h w z"],
+    *,
+    tile: tuple[int, int] | None = None,
+) -> Float[Array, "b f rows columns 3"]:
+    """Decodes whole clips.
+
+    Args:
+      params, cfg, tile: as in `encode`.
+      latents: normalised.
+
+    Returns:
+      Pixels (float32, in [-1, 1]); F = 1 + (T - 1) * cfg.temporal_factor.
+
+    Raises:
+      ValueError: the latents' shape or the tile does not fit.
+    """
+    check_latents(cfg, latents)
+
+    def whole(latents):
+        state = init_decoder_state(cfg, latents.shape[0], *latents.shape[2:4])
+        return decode_block(params, cfg, latents, state, first=True)[0]
+
+    if tile is None:
+        return whole(latents)
+    return over_tiles(whole, latents, tile, target=cfg.spatial_factor)
+
+
+def decode_block(
+    params: Params,
+    cfg: VAEConfig,
+    latents: Float[Array, "b f h w z"],
+    state: State,
+    *,
+    first: bool,
+) -> tuple[Float[Array, "b n rows columns 3"], State]:
+    """Decodes a run of latent frames; runs one after the other give what `decode` gives.
+
+    Args:
+      params, cfg: as in `decode`.
+      latents: normalised.
+      state: from `init_decoder_state` or the run before.
+      first: whether a video begins with this run.
+
+    Returns:
+      Pixels, and the state for the next run.
+
+    Raises:
+      ValueError: the latents' shape does not fit, or the state is of another shape.
+    """
+    check_latents(cfg, latents)
+
+    def step(latents, state, first):
+        return decode_frame(params, cfg, latents[:, 0], state, first=first)
+
+    return _scan_frames(step, latents, state, 1, first=first)
+
+
+def _scan_frames(step: Callable, x, state: State, length: int, *, first: bool):
+    """`step` on runs of `length` frames, and on the first frame alone if a video begins with it."""
+    outputs = []
+    if first:
+        y, state = step(x[:, :1], state, True)
+        outputs.append(y)
+        x = x[:, 1:]
+    if x.shape[1]:
+        later = lambda state, frames: step(frames, state, False)[::-1]
+        runs = rearrange(x, "b (k n) h w c -> k b n h w c", n=length)
+        state, ys = jax.lax.scan(later, state, runs)
+        outputs.append(rearrange(ys, "k b n h w c -> b (k n) h w c"))
+    return jnp.concatenate(outputs, axis=1), state

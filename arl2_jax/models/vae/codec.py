@@ -1,0 +1,79 @@
+"""Wan's autoencoder as the codec of data and generation, with its programs compiled."""
+
+import dataclasses
+
+import jax
+
+from arl2_jax.config import VAEConfig
+from arl2_jax.models.vae import clips, frames
+
+_encode = jax.jit(clips.encode, static_argnums=1, static_argnames="tile")
+_decode = jax.jit(clips.decode, static_argnums=1, static_argnames="tile")
+_decode_block = jax.jit(
+    clips.decode_block, static_argnums=1, static_argnames="first", donate_argnames="state"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WanCodec:
+    """A map between pixel frames and latent frames, causal in time.
+
+    Each new shape is compiled once.
+
+    Attributes:
+      params: parameters, from `load_vae`; they are put on the default device unless they are on
+        one.
+      cfg: autoencoder.
+      tile: rows and columns of latents that `encode` and `decode` compute together; see `encode`.
+    """
+
+    params: frames.Params
+    cfg: VAEConfig
+    tile: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "params", jax.device_put(self.params))
+
+    @property
+    def spatial_factor(self) -> int:
+        """Rows and columns of pixels that make one latent."""
+        return self.cfg.spatial_factor
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.cfg.z_dim
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """One for the first latent frame, and `cfg.temporal_factor` for every later one."""
+        return 1 + (latent_frames - 1) * self.cfg.temporal_factor
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Latent frames that `pixel_frames` give; frames short of a whole one are not counted."""
+        return 1 + (pixel_frames - 1) // self.cfg.temporal_factor
+
+    def encode(self, pixels):
+        """Encodes pixels [B, F, H, W, 3], float in [-1, 1], as float32 latents [B, T, h, w, z]."""
+        return _encode(self.params, self.cfg, pixels, tile=self.tile)
+
+    def decode(self, latents):
+        """Decodes latents [B, T, h, w, z] to float32 pixels [B, F, H, W, 3] in [-1, 1]."""
+        return _decode(self.params, self.cfg, latents, tile=self.tile)
+
+    def init_state(self, batch: int, rows: int, columns: int) -> frames.State:
+        """The decoder's state before the first block of `rows` x `columns` latents."""
+        return frames.init_decoder_state(self.cfg, batch, rows, columns)
+
+    def decode_block(self, latents, state: frames.State, *, first: bool):
+        """Decodes the next frames of a video; blocks in turn give what `decode` gives of the whole.
+
+        Args:
+          latents: [B, f, h, w, z].
+          state: from `init_state` or the block before; its buffers are used up.
+          first: whether a video begins with this block.
+
+        Returns:
+          Pixels (float32, in [-1, 1]), `pixel_frames(f)` of them if `first`, else
+          f * cfg.temporal_factor; and the state for the next block.
+        """
+        return _decode_block(self.params, self.cfg, latents, state, first=first)

@@ -1,0 +1,183 @@
+"""The video autoencoder as functions of parameters, one latent frame at a time.
+
+Parameters are a nested dict {"encoder": ..., "decoder": ...} whose paths follow Wan's names
+(`decoder/upsamples/0/conv1/kernel`).
+
+Convolutions and attention compute in `cfg.dtype` and features between layers are of that type.
+Norms with their SiLU, the 1 x 1 x 1 convolutions next to the latents, and latents and pixels
+themselves are float32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from arl2_jax.config import VAEConfig
+from arl2_jax.models.vae.networks import Decoder, Encoder
+
+Params = dict[str, Any]
+# What a network keeps of the frames before: a pytree of arrays in cfg.dtype.
+State = Any
+
+
+def init_vae(cfg: VAEConfig, key: Array) -> Params:
+    """Random parameters, a nested dict with string keys, in the dtypes of `vae_shapes`."""
+    return _init(cfg, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(cfg: VAEConfig, key: Array) -> Params:
+    networks = {"encoder": Encoder, "decoder": Decoder}
+    keys = jax.random.split(key)
+    return {
+        name: nnx.to_pure_dict(nnx.split(network(cfg, rngs=nnx.Rngs(key)))[1])
+        for key, (name, network) in zip(keys, networks.items(), strict=True)
+    }
+
+
+def vae_shapes(cfg: VAEConfig) -> Params:
+    """Shapes and dtypes of the parameters, without making any array.
+
+    Everything that is computed with in `cfg.dtype` is of that type, the rest float32.
+    """
+    return jax.eval_shape(functools.partial(init_vae, cfg), jax.random.key(0))
+
+
+@functools.lru_cache
+def _graph(network: type[nnx.Module], cfg: VAEConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: network(cfg, rngs=nnx.Rngs(0))))[0]
+
+
+def init_encoder_state(cfg: VAEConfig, batch: int, rows: int, columns: int) -> State:
+    """The encoder's state before the first frame.
+
+    Args:
+      cfg: autoencoder.
+      batch: videos encoded together.
+      rows, columns: size in latents; pixels are `cfg.spatial_factor` times as many.
+    """
+    factor = cfg.spatial_factor
+    return _init_state(Encoder, cfg, batch, rows * factor, columns * factor)
+
+
+def init_decoder_state(cfg: VAEConfig, batch: int, rows: int, columns: int) -> State:
+    """The decoder's state before the first frame.
+
+    Args:
+      cfg: autoencoder.
+      batch: videos decoded together.
+      rows, columns: size in latents.
+    """
+    return _init_state(Decoder, cfg, batch, rows, columns)
+
+
+def encode_frame(
+    params: Params,
+    cfg: VAEConfig,
+    pixels: Float[Array, "b f rows columns 3"],
+    state: State,
+    *,
+    first: bool,
+) -> tuple[Float[Array, "b h w z"], State]:
+    """Encodes the pixel frames of one latent frame.
+
+    Args:
+      params: parameters, from `init_vae` or `load_vae`.
+      cfg: autoencoder.
+      pixels: in [-1, 1]; one frame if it is the first, else `cfg.temporal_factor` frames.
+      state: from `init_encoder_state` or the frame before.
+      first: whether it is the first frame of a video.
+
+    Returns:
+      The latent frame (float32, normalised), and the state for the next one.
+
+    Raises:
+      ValueError: the pixels' shape does not fit, or the state is of another shape.
+    """
+    check_pixels(cfg, pixels)
+    wanted = 1 if first else cfg.temporal_factor
+    if pixels.shape[1] != wanted:
+        raise ValueError(
+            f"pixels have {pixels.shape[1]} frames; with first={first} a latent frame is made of "
+            f"{wanted}"
+        )
+    batch, _, rows, columns, _ = pixels.shape
+    _check_state(state, Encoder, cfg, batch, rows, columns)
+    encoder = nnx.merge(_graph(Encoder, cfg), params["encoder"])
+    latents, state = encoder(pixels, state, first)
+    return latents[:, 0], state
+
+
+def decode_frame(
+    params: Params, cfg: VAEConfig, latent: Float[Array, "b h w z"], state: State, *, first: bool
+) -> tuple[Float[Array, "b f rows columns 3"], State]:
+    """Decodes one latent frame.
+
+    Args:
+      params: parameters, from `init_vae` or `load_vae`.
+      cfg: autoencoder.
+      latent: normalised.
+      state: from `init_decoder_state` or the frame before.
+      first: whether it is the first frame of a video.
+
+    Returns:
+      Pixels (float32, in [-1, 1]), one frame if `first`, else `cfg.temporal_factor` frames; and
+      the state for the next frame.
+
+    Raises:
+      ValueError: the latents' shape does not fit, or the state is of another shape.
+    """
+    latents = latent[:, None]
+    check_latents(cfg, latents)
+    batch, _, rows, columns, _ = latents.shape
+    _check_state(state, Decoder, cfg, batch, rows, columns)
+    decoder = nnx.merge(_graph(Decoder, cfg), params["decoder"])
+    return decoder(latents, state, first)
+
+
+def check_pixels(cfg: VAEConfig, pixels) -> None:
+    """Raises ValueError unless pixels are [B, F, H, W, 3] in whole latents."""
+    if pixels.ndim != 5 or pixels.shape[-1] != 3:
+        raise ValueError(
+            f"pixels have shape {pixels.shape}; the encoder takes [batch, frames, rows, columns, 3]"
+        )
+    factor = cfg.spatial_factor
+    if pixels.shape[2] % factor or pixels.shape[3] % factor or not pixels.size:
+        raise ValueError(
+            f"pixels have {pixels.shape[2]} x {pixels.shape[3]} rows and columns, not multiples of "
+            f"{factor}; crop or resize them"
+        )
+
+
+def check_latents(cfg: VAEConfig, latents) -> None:
+    """Raises ValueError unless latents are [B, T, h, w, z]."""
+    if latents.ndim != 5 or latents.shape[-1] != cfg.z_dim or not latents.size:
+        raise ValueError(
+            f"latents have shape {latents.shape}; the decoder takes [batch, frames, rows, columns, "
+            f"vae.z_dim={cfg.z_dim}]; name latents of this autoencoder"
+        )
+
+
+def _init_state(network, cfg: VAEConfig, *size: int) -> State:
+    shapes = _state_shapes(network, cfg, *size)
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+@functools.lru_cache
+def _state_shapes(network, cfg: VAEConfig, *size: int) -> State:
+    init = lambda: network(cfg, rngs=nnx.Rngs(0)).init_state(*size)
+    return jax.eval_shape(init)
+
+
+def _check_state(state: State, network, cfg: VAEConfig, *size: int) -> None:
+    wanted = _state_shapes(network, cfg, *size)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    if shapes(state) != shapes(wanted):
+        raise ValueError(
+            f"the state is not one for batch, rows and columns {size} in {cfg.dtype}; start from "
+            f"init_{network.__name__.lower()}_state of these sizes"
+        )

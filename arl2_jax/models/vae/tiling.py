@@ -1,0 +1,89 @@
+"""Pictures in overlapping tiles, for memory that does not grow with the picture."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Part of a tile that its neighbour covers too, at least.
+OVERLAP = 1 / 4
+
+
+class Tiles(NamedTuple):
+    """Tiles of one size along one axis.
+
+    Attributes:
+      size: latents of a tile.
+      starts: first latent of each tile, [n].
+      weights: share of each tile in what is put together from them, [n, size * scale].
+    """
+
+    size: int
+    starts: np.ndarray
+    weights: np.ndarray
+
+
+def make_tiles(length: int, size: int, scale: int) -> Tiles:
+    """Evenly spread tiles that cover an axis.
+
+    The weight of a tile falls linearly to both of its ends, and at every place the weights are
+    divided by their sum: where two tiles overlap, one fades into the other.
+
+    Args:
+      length: latents of the axis.
+      size: latents of a tile; a longer one is cut to the axis.
+      scale: places of the result that a latent stands for.
+    """
+    size = min(size, length)
+    stride = size - max(1, int(size * OVERLAP))
+    count = 1 if size == length else 1 + math.ceil((length - size) / stride)
+    starts = np.round(np.linspace(0, length - size, count)).astype(np.int32)
+    tent = np.minimum(np.arange(size * scale), np.arange(size * scale)[::-1]) + 0.5
+    total = np.zeros(length * scale)
+    places = [slice(start * scale, (start + size) * scale) for start in starts]
+    for place in places:
+        total[place] += tent
+    weights = np.stack([tent / total[place] for place in places])
+    return Tiles(size, starts, weights.astype(np.float32))
+
+
+def over_tiles(compute: Callable, x, tile: tuple[int, int], *, source: int = 1, target: int = 1):
+    """Computes one tile of x after the other and blends the results.
+
+    Args:
+      compute: part of x -> its result.
+      x: [B, F, h * source, w * source, C].
+      tile: rows and columns of latents in a tile, at least 2 x 2.
+      source, target: rows and columns of x, and of the result, that stand for one latent.
+
+    Returns:
+      The result, [B, F', h * target, w * target, C'].
+
+    Raises:
+      ValueError: the tile is too small.
+    """
+    if min(tile) < 2:
+        raise ValueError(f"tile={tile} must be at least 2 x 2 latents, so that tiles overlap")
+    height, width = (length // source for length in x.shape[2:4])
+    rows, columns = make_tiles(height, tile[0], target), make_tiles(width, tile[1], target)
+
+    def part(row, column):
+        strip = jax.lax.dynamic_slice_in_dim(x, row * source, rows.size * source, axis=2)
+        return jax.lax.dynamic_slice_in_dim(strip, column * source, columns.size * source, axis=3)
+
+    def add(picture, place):
+        row, column, row_weights, column_weights = place
+        weights = row_weights[:, None, None] * column_weights[:, None]
+        result = compute(part(row, column)) * weights
+        corner = (0, 0, row * target, column * target, 0)
+        before = jax.lax.dynamic_slice(picture, corner, result.shape)
+        return jax.lax.dynamic_update_slice(picture, before + result, corner), None
+
+    shape = jax.eval_shape(lambda: compute(part(0, 0))).shape
+    empty = jnp.zeros((*shape[:2], height * target, width * target, shape[-1]))
+    i, j = (index.ravel() for index in np.indices((len(rows.starts), len(columns.starts))))
+    places = (rows.starts[i], columns.starts[j], rows.weights[i], columns.weights[j])
+    return jax.lax.scan(add, empty, jax.tree.map(jnp.asarray, places))[0]
