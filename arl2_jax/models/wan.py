@@ -108,15 +108,24 @@ def stack_params(params: Params | StackedParams, cfg: ModelConfig) -> StackedPar
     """
     if isinstance(params, StackedParams):
         return params
-    compute = jnp.dtype(cfg.dtype)
-    cast = functools.partial(_cast, dtype=compute)
-    layers = jax.tree_util.tree_map_with_path(cast, params["blocks"])
+    params = cast_params(params, cfg)
+    layers = params["blocks"]
     runs = tuple(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(*run)))
         for run in cfg.layer_runs()
     )
-    stem = {name: node for name, node in params.items() if name != "blocks"}
-    return StackedParams(jax.tree_util.tree_map_with_path(cast, stem), runs)
+    return StackedParams({name: node for name, node in params.items() if name != "blocks"}, runs)
+
+
+def cast_params(params: Params, cfg: ModelConfig) -> Params:
+    """Casts weight matrices to the compute dtype; small parameters stay as they are."""
+    cast = functools.partial(_cast, dtype=jnp.dtype(cfg.dtype))
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def compute_shapes(cfg: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters as they are computed with."""
+    return jax.eval_shape(functools.partial(cast_params, cfg=cfg), param_shapes(cfg))
 
 
 # Small parameters that steer the network or the state; they stay float32.

@@ -1,6 +1,22 @@
-"""Released weights as our parameters."""
+"""Released weights as our parameters, and our parameters as other programs read them."""
 
 from arl2_jax.weights.errors import WeightsError
-from arl2_jax.weights.load import load_params
+from arl2_jax.weights.export import export_params
+from arl2_jax.weights.facts import model_config, umt5_config, vae_config
+from arl2_jax.weights.load import load_params, load_text_encoder, load_vae
+from arl2_jax.weights.release import Release, find_release
+from arl2_jax.weights.tensors import fingerprint
 
-__all__ = ["WeightsError", "load_params"]
+__all__ = [
+    "Release",
+    "WeightsError",
+    "export_params",
+    "find_release",
+    "fingerprint",
+    "load_params",
+    "load_text_encoder",
+    "load_vae",
+    "model_config",
+    "umt5_config",
+    "vae_config",
+]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from arl2_jax.storage import StorageError, absolute, as_json, is_remote, quiet_orbax, reason, sync
 
@@ -43,7 +44,7 @@ def save_params(
         if jax.process_index() == 0:
             (place / _CONFIG).write_text(json.dumps(as_json(model_config), indent=2) + "\n")
             if place != target:
-                _replace(place, target)
+                replace_folder(place, target)
         sync("arl2_save_params")
     except Exception as error:
         raise StorageError(
@@ -52,14 +53,51 @@ def save_params(
         ) from None
 
 
-def load_params_folder(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_params_folder(
+    folder: epath.PathLike,
+    *,
+    dtypes: Mapping[str, Any] | None = None,
+    shardings: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a folder written by `save_params`.
 
+    Args:
+      folder: the folder.
+      dtypes: by path ("blocks/0/ffn/fc1/kernel"), to cast to; by default as they were saved.
+      shardings: by path; every device then gets its slice.
+
     Returns:
-      (params, model_config): a nested dict of numpy arrays and the stored fields of the model.
+      (params, model_config): a nested dict of arrays, numpy's unless shardings are given, and the
+      stored fields of the model.
 
     Raises:
       StorageError: if a file is missing or cannot be read.
+    """
+    path = absolute(folder)
+    shapes, config = saved_shapes(path)
+
+    def restore_args(name: str) -> ocp.RestoreArgs:
+        dtype = None if dtypes is None else dtypes[name]
+        if shardings is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+        return ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[name])
+
+    args = traverse_util.unflatten_dict({name: restore_args(name) for name in shapes}, sep="/")
+    try:
+        with _checkpointer() as checkpointer:
+            params = checkpointer.restore(
+                path / _WEIGHTS, args=ocp.args.PyTreeRestore(restore_args=args)
+            )
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    return params, config
+
+
+def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes (`.shape`) by path and stored fields of the model, without reading the weights.
+
+    Raises:
+      StorageError: as in `load_params_folder`.
     """
     path = absolute(folder)
     for name in (_CONFIG, _WEIGHTS):
@@ -72,15 +110,15 @@ def load_params_folder(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str
         config = json.loads((path / _CONFIG).read_text())
         with _checkpointer() as checkpointer:
             tree = checkpointer.metadata(path / _WEIGHTS).item_metadata.tree
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            params = checkpointer.restore(
-                path / _WEIGHTS, args=ocp.args.PyTreeRestore(restore_args=restore_args)
-            )
     except Exception as error:
-        raise StorageError(
-            f"the weights in {path} cannot be read: {reason(error)}; copy or export them again"
-        ) from None
-    return params, config
+        raise _unreadable(path, error) from None
+    return traverse_util.flatten_dict(tree, sep="/"), config
+
+
+def _unreadable(path: epath.Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"the weights in {path} cannot be read: {reason(error)}; copy or export them again"
+    )
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -88,7 +126,7 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-def _replace(source: epath.Path, target: epath.Path) -> None:
+def replace_folder(source: epath.Path, target: epath.Path) -> None:
     """Renames a folder over another; what was there is removed afterwards."""
     old = target.parent / f".{target.name}.old"
     if old.exists():

@@ -1,119 +1,164 @@
 """Loading of weights, whatever their layout."""
 
 import functools
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from arl2_jax.config import ModelConfig, to_config_dict
-from arl2_jax.models import Params, init_params, param_shapes
-from arl2_jax.storage import StorageError, differences, is_remote
+from arl2_jax.config import ModelConfig, UMT5Config, VAEConfig, to_config_dict
+from arl2_jax.models import Params, compute_shapes, init_params, param_shapes
+from arl2_jax.models.umt5 import umt5_shapes
+from arl2_jax.models.vae import vae_shapes
+from arl2_jax.storage import StorageError, as_json, differences
 from arl2_jax.weights.errors import WeightsError
-from arl2_jax.weights.folder import load_params_folder
-from arl2_jax.weights.wan import INDEX, SINGLE, read_json, read_wan, weight_files
+from arl2_jax.weights.facts import MODEL_FACTS, told_facts
+from arl2_jax.weights.folder import load_params_folder, saved_shapes
+from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layouts import umt5, vae
+from arl2_jax.weights.layouts.transformer import LAYOUTS
+from arl2_jax.weights.read import read_tree
+from arl2_jax.weights.tensors import StoredTensor, open_tensors
 
-_CONFIG = "config.json"
-_FACTS = (
-    "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim",
-    "out_dim", "eps", "patch_size",
-)  # fmt: skip
-_ADDITION = "/delta/"
-_RANDOM = "set --config.teacher.weights=random to start from random weights"
+# What weights may lack and a model have: all that ARL2 adds; its low-rank updates, before stage 2;
+# those of the FFN, where they were merged. Initialised low-rank updates are zero.
+_ADDITIONS = ("/delta/", "/delta/lora_", "/delta/lora_fc")
 
 
-def load_params(path: epath.PathLike, cfg: ModelConfig, key: jax.Array | None = None) -> Params:
-    """Reads weights into the tree of `init_params`.
+def load_params(
+    path: epath.PathLike,
+    cfg: ModelConfig,
+    key: jax.Array | None = None,
+    *,
+    precision: Literal["master", "compute"] = "master",
+    shardings: Any = None,
+    entry: str | None = None,
+) -> Params:
+    """Reads weights of a transformer into the tree of `init_params`.
 
     Args:
-      path: a folder of `save_params`; a folder in Wan2.1's original layout (config.json and
-        diffusion_pytorch_model.safetensors, or its shards and their index); or one safetensors
-        file of that layout.
-      cfg: the model. Weights without memory may be loaded into a model with hybrid layers: what
-        these add is initialised.
+      path: a folder of `save_params`; or a file or folder in the layout of Wan2.1, ARL2 or
+        Diffusers: safetensors (one, or shards and their index) or .pt.
+      cfg: the model. Weights that lack all that ARL2 adds, or its low-rank updates, may be loaded
+        into a model with hybrid layers: what is missing is initialised.
       key: for that initialisation; `jax.random.key(0)` by default.
+      precision: "master" is float32; "compute" has the matrices in cfg.dtype, as they are computed
+        with, and takes half the memory in bfloat16.
+      shardings: a tree like the result's of `jax.sharding.Sharding`; every device then gets its
+        slice from the file.
+      entry: which of the models in a .pt, e.g. "generator"; by default the averaged one.
 
     Returns:
-      Nested dict of numpy arrays in host memory, with the shapes and dtypes of `param_shapes(cfg)`.
+      Nested dict with the shapes of `param_shapes(cfg)`: numpy arrays in host memory, or jax arrays
+      if shardings are given.
 
     Raises:
-      WeightsError: if a file is missing or cannot be read, or is of another model (one line each);
-        or if tensors are missing, unexpected or mis-shaped (all of them in one message).
+      WeightsError: if a file is missing or cannot be read, is of another model, or holds NaN (one
+        line each); or if tensors are missing, unexpected or mis-shaped (all in one message).
     """
     source = epath.Path(path).expanduser()
-    targets = _flat(param_shapes(cfg))
+    targets = _flat(compute_shapes(cfg) if precision == "compute" else param_shapes(cfg))
+    places = None if shardings is None else _flat(shardings)
     if (source / "params").exists():
-        values = _read_saved(source, cfg, targets)
+        values = _read_saved(source, cfg, targets, places)
     else:
-        backbone = {name: leaf for name, leaf in targets.items() if _ADDITION not in name}
-        values = read_wan(_find_wan(source, cfg), backbone)
-    if len(values) < len(targets):
+        values = _read_layout(source, cfg, targets, places, entry)
+    missing = targets.keys() - values.keys()
+    if missing:
         key = jax.random.key(0) if key is None else key
-        values |= jax.device_get(_additions(cfg, key))
-    return traverse_util.unflatten_dict({name: values[name] for name in targets}, sep="/")
+        made = _initial_additions(cfg, key)
+        for path in missing:
+            value = np.asarray(made[path]).astype(targets[path].dtype)
+            values[path] = value if places is None else jax.device_put(value, places[path])
+    return _nested({path: values[path] for path in targets})
 
 
-def _flat(tree: Params) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep="/")
+def load_text_encoder(path: epath.PathLike, cfg: UMT5Config, *, shardings: Any = None) -> Params:
+    """Reads weights of the text encoder into the tree of `init_umt5`.
+
+    Args:
+      path: models_t5_*.pth of Wan2.1, or the text_encoder folder of Diffusers; or a file of them.
+      cfg, shardings, Raises: as in `load_params`.
+
+    Returns:
+      Nested dict with the shapes and dtypes of `umt5_shapes(cfg)`.
+    """
+    return _read_encoder(path, umt5.LAYOUTS, umt5_shapes(cfg), shardings)
+
+
+def load_vae(path: epath.PathLike, cfg: VAEConfig, *, shardings: Any = None) -> Params:
+    """Reads weights of the VAE into the tree of `init_vae`.
+
+    Args:
+      path: Wan2.1_VAE.pth, or the vae folder of Diffusers; or a file of them.
+      cfg, shardings, Raises: as in `load_params`.
+
+    Returns:
+      Nested dict with the shapes and dtypes of `vae_shapes(cfg)`.
+    """
+    return _read_encoder(path, vae.layouts(cfg), vae_shapes(cfg), shardings)
+
+
+def _read_encoder(path: epath.PathLike, layouts, shapes: Params, shardings: Any) -> Params:
+    places = None if shardings is None else _flat(shardings)
+    tensors = open_tensors(path)
+    return _nested(read_tree(tensors, layouts, _flat(shapes), where=path, shardings=places))
+
+
+def _read_layout(
+    source: epath.Path, cfg: ModelConfig, targets: Mapping[str, Any], places, entry: str | None
+) -> dict[str, Any]:
+    tensors = open_tensors(source, entry)
+    held = _held_paths(tensors, source)
+    told = {name: value for name, value in told_facts(source).items() if name in MODEL_FACTS}
+    hybrid = sorted({int(path.split("/")[1]) for path in held if "/delta/" in path})
+    _check_facts(source, told | ({"hybrid_layers": hybrid} if hybrid else {}), cfg)
+    wanted = _without_additions(targets, held)
+    return read_tree(tensors, LAYOUTS, wanted, where=source, shardings=places)
+
+
+def _held_paths(tensors: Mapping[str, StoredTensor], where: object) -> list[str]:
+    layout = recognise(tensors, LAYOUTS, where)
+    return [found[0] for name in tensors if (found := layout.to_path(name))]
+
+
+def _without_additions(targets: Mapping[str, Any], held) -> dict[str, Any]:
+    """The targets less those groups of additions of which the weights hold nothing."""
+    absent = [part for part in _ADDITIONS if not any(part in path for path in held)]
+    return {
+        path: leaf for path, leaf in targets.items() if not any(part in path for part in absent)
+    }
 
 
 def _read_saved(
-    source: epath.Path, cfg: ModelConfig, targets: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+    source: epath.Path, cfg: ModelConfig, targets: Mapping[str, Any], places
+) -> dict[str, Any]:
     try:
-        params, config = load_params_folder(source)
+        shapes, config = saved_shapes(source)
+        facts = MODEL_FACTS
+        if config.get("hybrid_layers"):  # else any hybrid of it may start from this teacher
+            facts += ("hybrid_layers", "lora_alpha")
+        _check_facts(source, {name: config[name] for name in facts if name in config}, cfg)
+        wanted = _without_additions(targets, shapes)
+        there, here = ({n: list(x.shape) for n, x in tree.items()} for tree in (shapes, wanted))
+        problems = differences(there, here)
+        if problems:
+            raise WeightsError(
+                f"{source} does not hold the weights of this model: {'; '.join(problems)}; name "
+                "other weights or change --config.model"
+            )
+        dtypes = {path: leaf.dtype for path, leaf in wanted.items()}
+        return _flat(load_params_folder(source, dtypes=dtypes, shardings=places)[0])
     except StorageError as error:
         raise WeightsError(str(error)) from None
-    # Without hybrid layers it is a teacher, which any hybrid of it may start from.
-    facts = (*_FACTS, "hybrid_layers") if config.get("hybrid_layers") else _FACTS
-    _check_facts(source, config, cfg, facts)
-    values = _flat(params)
-    wanted = {
-        name: leaf
-        for name, leaf in targets.items()
-        if config.get("hybrid_layers") or _ADDITION not in name
-    }
-    there, here = ({n: list(leaf.shape) for n, leaf in d.items()} for d in (values, wanted))
-    problems = differences(there, here)
-    if problems:
-        raise WeightsError(
-            f"{source} does not hold the weights of this model: {'; '.join(problems)}; name other "
-            "weights or change --config.model"
-        )
-    return {name: np.asarray(values[name], leaf.dtype) for name, leaf in wanted.items()}
 
 
-def _find_wan(source: epath.Path, cfg: ModelConfig) -> list[Path]:
-    if is_remote(source):
-        raise WeightsError(f"{source} is remote; copy the safetensors files to a local folder")
-    path = Path(source)
-    if not path.exists():
-        raise WeightsError(f"{path.absolute()} does not exist; name another file, or {_RANDOM}")
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise WeightsError(f"{path} is not a .safetensors file; name one, or a folder of them")
-        return [path]
-    if not (path / INDEX).exists() and not (path / SINGLE).exists():
-        raise WeightsError(
-            f"no weights in {path.absolute()}: looked for {SINGLE}, {INDEX} and params/ there; "
-            f"name another folder, or {_RANDOM}"
-        )
-    if (path / _CONFIG).exists():
-        _check_facts(path, read_json(path / _CONFIG), cfg, _FACTS)
-    return weight_files(path)
-
-
-def _check_facts(
-    source: epath.PathLike, config: Mapping[str, Any], cfg: ModelConfig, facts: tuple[str, ...]
-) -> None:
-    ours = json.loads(json.dumps(to_config_dict(cfg)))
-    common = [name for name in facts if name in config]
-    problems = differences({n: config[n] for n in common}, {n: ours[n] for n in common})
+def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConfig) -> None:
+    ours = to_config_dict(cfg)
+    problems = differences(as_json(told), as_json({name: ours[name] for name in told}))
     if problems:
         raise WeightsError(
             f"{source} holds the weights of another model: {', '.join(problems)}; change "
@@ -122,7 +167,15 @@ def _check_facts(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _additions(cfg: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
+def _initial_additions(cfg: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
     """What the hybrid layers add, as `init_params` makes it; XLA leaves the rest out."""
     params = _flat(init_params(cfg, key))
-    return {name: leaf for name, leaf in params.items() if _ADDITION in name}
+    return {path: leaf for path, leaf in params.items() if _ADDITIONS[0] in path}
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _nested(flat: Mapping[str, Any]) -> Params:
+    return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -57,7 +57,7 @@ class Moves:
           (moves of what is read, index of the file's tensor, index that is left to apply to ours).
           Axes that are parts of a product, here or there, are read whole.
         """
-        sizes, stored, rest = dict(self.sizes), list(map(slice, self.stored_shape)), []
+        sizes, stored, rest = dict(self.sizes), [slice(0, size) for size in self.stored_shape], []
         for axis, wanted in zip(self.ours, index, strict=True):
             if len(axis) == 1 and axis in self.stored:
                 stored[self.stored.index(axis)] = wanted

@@ -1,7 +1,7 @@
 """Reading of a layout's tensors into our tree: strictly, lean and each device its own slice."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.layout import Layout, recognise
 from arl2_jax.weights.moves import Index, Moves, fit_moves
+from arl2_jax.weights.safetensors_file import Placed, stored
 from arl2_jax.weights.tensors import StoredTensor
 
 # Rows that are cast and transposed together: the block stays in the processor's cache.
@@ -44,8 +45,8 @@ def read_tree(
 ) -> dict[str, Any]:
     """Reads tensors into parameters: each tensor is used once, each parameter filled once.
 
-    Beside the result, host memory holds a block of rows a thread, or one tensor's slices where
-    devices have memory of their own. Pages of the file that the system keeps are its own affair.
+    Beside the result, host memory holds a block of rows a thread (a whole tensor where axes are
+    merged or split); with shardings, one parameter's slices.
 
     Args:
       tensors: from `open_tensors`.
@@ -63,14 +64,15 @@ def read_tree(
     """
     layout = recognise(tensors, layouts, where)
     sources = match(tensors, layout, targets, where=where)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        read = lambda path, index: _read_slice(
-            sources[path], index, np.dtype(targets[path].dtype), where, pool
-        )
-        if shardings is None:
-            whole = lambda path: tuple(slice(0, size) for size in targets[path].shape)
-            return {path: read(path, whole(path)) for path in targets}
-        return {path: _sharded(read, path, targets[path], shardings[path]) for path in targets}
+    read = lambda path, index: _read_slice(
+        sources[path], index, np.dtype(targets[path].dtype), where
+    )
+    if shardings is None:
+        whole = lambda path: read(path, tuple(slice(0, size) for size in targets[path].shape))
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            return dict(zip(targets, pool.map(whole, targets), strict=True))
+    # One after another: what is on its way to the devices is one parameter at most.
+    return {path: _sharded(read, path, targets[path], shardings[path]) for path in targets}
 
 
 def match(
@@ -134,52 +136,43 @@ def tree_tensors(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndar
       WeightsError: the layout has no place for some parameters.
     """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    return {name: stored(array, moves) for name, array, moves in placed(flat, layout)}
+    return {tensor.name: stored(tensor) for tensor in placed(flat, layout)}
 
 
-def placed(flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, Any, Moves]]:
-    """(name, parameter, moves) for all parameters, in the order of the tree."""
+def placed(flat: Mapping[str, Any], layout: Layout) -> list[Placed]:
+    """The place of every parameter in a file, in the order of the tree; see `tree_tensors`."""
     places = {path: layout.to_source(path) for path in flat}
     homeless = [path for path, place in places.items() if place is None]
     if homeless:
         raise WeightsError(
-            f"{layout.name} has no place for {len(homeless)} parameters: {', '.join(homeless[:8])}"
-            "; choose another layout"
+            f"the {layout.name} layout has no place for {len(homeless)} parameters: "
+            f"{', '.join(homeless[:8])}; choose another layout"
         )
+    result = []
     for path, leaf in flat.items():
         name, pattern = places[path] or ("", "")
         moves = fit_moves(pattern, None, leaf.shape, layout.sizes)
         if moves is None:
-            raise WeightsError(f"{path} {list(leaf.shape)} does not fit {pattern} ({layout.name})")
-        yield name, leaf, moves
+            raise WeightsError(
+                f"{path} {list(leaf.shape)} does not fit the {layout.name} layout ({pattern})"
+            )
+        result.append(Placed(name, leaf, moves))
+    return result
 
 
-def stored(array: Any, moves: Moves) -> np.ndarray:
-    """A parameter as a tensor of a file."""
-    tensor = moves.as_stored(np.asarray(array)).reshape(moves.stored_shape)
-    return np.ascontiguousarray(tensor).reshape(moves.stored_shape)
-
-
-def _read_slice(
-    source: Source, index: Index, dtype: np.dtype, where: object, pool: ThreadPoolExecutor
-) -> np.ndarray:
+def _read_slice(source: Source, index: Index, dtype: np.dtype, where: object) -> np.ndarray:
     """A slice of a parameter, filled block by block."""
     moves, within, rest = source.moves.slices(index)
     out = np.empty(moves.shape, dtype)
     target = moves.as_stored(out)
-    first = within[0] if moves.by_rows else slice(0, 1)
-
-    def fill(start: int) -> None:
+    if not moves.by_rows:
+        _fill(target, source, within, where)
+        return out[rest]
+    first, *others = within
+    for start in range(first.start, first.stop, _ROWS):
         stop = min(start + _ROWS, first.stop)
-        if moves.by_rows:
-            read = (slice(start, stop), *within[1:])
-            place = target[start - first.start : stop - first.start]
-        else:
-            read, place = within, target
-        _fill(place, source, read, where)
-
-    # A list, so that the first error of any thread is raised here.
-    list(pool.map(fill, range(first.start, first.stop, _ROWS)))
+        place = target[start - first.start : stop - first.start]
+        _fill(place, source, (slice(start, stop), *others), where)
     return out[rest]
 
 
@@ -209,8 +202,9 @@ def _sharded(read: Any, path: str, target: Any, sharding: Sharding) -> jax.Array
     """One parameter on its devices; a slice that several devices hold is read once."""
     slices: dict[tuple, np.ndarray] = {}
 
-    def slice_at(index: Index) -> np.ndarray:
-        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, target.shape, strict=True))
+    def slice_at(index: Index | None) -> np.ndarray:
+        pairs = zip(index or (), target.shape, strict=True)
+        bounds = tuple(part.indices(size)[:2] for part, size in pairs)
         if bounds not in slices:
             slices[bounds] = read(path, tuple(slice(*pair) for pair in bounds))
         return slices[bounds]

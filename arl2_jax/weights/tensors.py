@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ class StoredTensor:
 
     def read(self, index: Index = ()) -> np.ndarray:
         """Reads a slice alone; axes past the index are whole."""
-        return self.read_slice((*index, *map(slice, self.shape[len(index) :])))
+        return self.read_slice((*index, *(slice(0, size) for size in self.shape[len(index) :])))
 
 
 def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, StoredTensor]:
@@ -173,18 +174,39 @@ def _shards(index: Path) -> list[Path]:
 
 def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
-        opened = safe_open(file, framework="numpy")
+        with safe_open(file, framework="numpy"):  # checks the header against the file's size
+            pass
+        content = np.memmap(file, np.uint8, "r")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} cannot be read: {reason(error)}; download it again") from None
-    for name in opened.keys():  # noqa: SIM118 - not a mapping
-        view = opened.get_slice(name)
-        dtype = _DTYPES.get(view.get_dtype())
-        if dtype is None:
+    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:begin].tobytes())
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
             raise WeightsError(
-                f"{file}: {name} is of type {view.get_dtype()}, which numpy has not; name weights "
+                f"{file}: {name} is of type {entry['dtype']}, which numpy has not; name weights "
                 "of bfloat16, float16 or float32"
             )
-        yield name, StoredTensor(tuple(view.get_shape()), np.dtype(dtype), view.__getitem__)
+        start, stop = (begin + offset for offset in entry["data_offsets"])
+        mapped = content[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        yield name, _in_file(file, start, mapped.view(np.ndarray))
+
+
+def _in_file(file: Path, start: int, mapped: np.ndarray) -> StoredTensor:
+    """A tensor whose bytes begin at `start`, and whose memory is mapped."""
+    row_size = math.prod(mapped.shape[1:])
+
+    def read_slice(index: Index) -> np.ndarray:
+        block = mapped[index]
+        if block.shape[1:] != mapped.shape[1:] or not block.ndim:
+            return block
+        # Whole rows are read: twice as fast as the faults of mapped pages, and it holds no pages.
+        first = start + index[0].start * row_size * mapped.itemsize
+        return np.fromfile(file, mapped.dtype, block.size, offset=first).reshape(block.shape)
+
+    return StoredTensor(mapped.shape, mapped.dtype, read_slice)
 
 
 def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]]:

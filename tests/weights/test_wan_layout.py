@@ -241,15 +241,14 @@ def test_a_tensor_in_two_shards_is_unexpected(tmp_path):
 
 
 def test_missing_files_are_one_line(tmp_path):
-    random = "--config.teacher.weights=random"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "model.pt").write_bytes(b"")
+    (tmp_path / "model.bin").write_bytes(b"")
     shards = write_shards(tmp_path / "wan", wan_tensors())
     (shards / "a-2-of-2.safetensors").unlink()
     expected = {
-        "nowhere": (tmp_path / "nowhere", "does not exist", random),
-        "empty": (tmp_path / "empty", SINGLE, INDEX, random),
-        "model.pt": ("not a .safetensors file",),
+        "nowhere": (tmp_path / "nowhere", "does not exist", "name another"),
+        "empty": (tmp_path / "empty", SINGLE, "index.json", "name another"),
+        "model.bin": ("not a .safetensors, .pt or .pth file",),
         "wan": (shards / "a-2-of-2.safetensors is missing", "download"),
     }
     for name, parts in expected.items():

@@ -2,7 +2,6 @@
 
 from arl2_jax.weights.layout import LINEAR, Layout, Rule, linear_rules
 
-
 _FFN = (
     *linear_rules("blocks.{i}.ffn.0", "blocks/{i}/ffn/fc1"),
     *linear_rules("blocks.{i}.ffn.2", "blocks/{i}/ffn/fc2"),

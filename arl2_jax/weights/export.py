@@ -1,0 +1,138 @@
+"""Our parameters in the layouts of other programs."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from arl2_jax.config import ModelConfig, to_config_dict
+from arl2_jax.models import Params
+from arl2_jax.storage import absolute, is_remote, reason
+from arl2_jax.weights.errors import WeightsError
+from arl2_jax.weights.facts import CONFIG, HYBRID_FACTS, MODEL_FACTS
+from arl2_jax.weights.folder import replace_folder
+from arl2_jax.weights.layouts.diffusers import DIFFUSERS
+from arl2_jax.weights.layouts.wan import ARL2, WAN, wrapped_name
+from arl2_jax.weights.read import placed
+from arl2_jax.weights.safetensors_file import Placed, write_shards
+
+_LAYOUTS = {"arl2": ARL2, "wan": WAN, "diffusers": DIFFUSERS}
+
+
+def export_params(
+    path: epath.PathLike,
+    params: Params,
+    cfg: ModelConfig,
+    layout: Literal["arl2", "wan", "diffusers"] = "arl2",
+    lora: Literal["apart", "merged"] = "apart",
+    *,
+    shard_size: float = 5e9,
+    overwrite: bool = False,
+) -> None:
+    """Writes safetensors and config.json into a folder, whole or not at all.
+
+    Args:
+      path: the folder, local.
+      params: nested dict of arrays, written in their own dtypes, a block of rows at a time.
+      cfg: their model.
+      layout: "arl2" has the names of an ARL2 .pt, "wan" those of Wan2.1's release, "diffusers"
+        makes a transformer folder of a pipeline. The last two have no place for hybrid layers.
+      lora: "apart" keeps the low-rank updates, and can be read back exactly. "merged" adds those
+        of the FFN to its kernels; those of q, k and v act on the memory alone and stay apart.
+      shard_size: bytes above which the file is split into shards with an index.
+      overwrite: whether to replace a folder that is there.
+
+    Raises:
+      WeightsError: the folder is there, the layout has no place for the model, or writing fails.
+    """
+    target = absolute(path)
+    if is_remote(target):
+        raise WeightsError(f"{target} is remote; export to a local folder and copy it")
+    if target.exists() and not overwrite:
+        raise WeightsError(f"{target} is there already; name another folder, or pass --overwrite")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    if layout != "arl2" and any("/delta/" in name for name in flat):
+        raise WeightsError(
+            f"layout={layout} has no place for hybrid layers ({list(cfg.hybrid_layers)}); export "
+            "them with layout=arl2"
+        )
+    if lora == "merged":
+        flat = _merged(flat, cfg.lora_alpha / cfg.lora_rank)
+    tensors = _placed(flat, cfg, layout)
+    place = Path(target.parent / f".{target.name}.unfinished")
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        write_shards(place, tensors, shard_size)
+        (place / CONFIG).write_text(json.dumps(_config(cfg, layout), indent=2) + "\n")
+        replace_folder(epath.Path(place), target)
+    except OSError as error:
+        raise WeightsError(
+            f"could not write {target}: {reason(error)}; free space there or name another folder"
+        ) from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _placed(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> list[Placed]:
+    sizes = dict(zip("thw", cfg.patch_size, strict=True))
+    tensors = placed(flat, dataclasses.replace(_LAYOUTS[layout], sizes=sizes))
+    if layout != "arl2":
+        return tensors
+    wrapped = {path.split("/")[1] for path in flat if "/delta/lora_fc" in path}
+    return [tensor._replace(name=f"model.{_arl2_name(tensor.name, wrapped)}") for tensor in tensors]
+
+
+def _arl2_name(name: str, wrapped: set[str]) -> str:
+    """The FFN of a layer whose low-rank updates are apart is one node further down."""
+    parts = name.split(".")
+    return wrapped_name(name) if parts[0] == "blocks" and parts[1] in wrapped else name
+
+
+class _Merged:
+    """kernel + a b * scale in float32, cast to the kernel's dtype; made when it is written."""
+
+    def __init__(self, kernel: Any, a: Any, b: Any, scale: float):
+        self.shape, self.dtype, self.size = kernel.shape, kernel.dtype, kernel.size
+        self._parts, self._scale = (kernel, a, b), scale
+
+    def __array__(self, dtype=None, copy=None):
+        kernel, a, b = (np.asarray(part, np.float32) for part in self._parts)
+        return (kernel + a @ b * self._scale).astype(dtype or self.dtype)
+
+
+def _merged(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Parameters with the low-rank updates of the FFN in its kernels."""
+    merged = {path: leaf for path, leaf in flat.items() if "/delta/lora_fc" not in path}
+    for path in flat:
+        if "/delta/lora_fc" in path and path.endswith("/a"):
+            low_rank = path.removesuffix("/a")
+            kernel = low_rank.replace("delta/lora_", "ffn/") + "/kernel"
+            merged[kernel] = _Merged(flat[kernel], flat[path], flat[f"{low_rank}/b"], scale)
+    return merged
+
+
+def _config(cfg: ModelConfig, layout: str) -> dict[str, Any]:
+    """config.json: for "wan" and "diffusers" what these programs make their model of."""
+    ours = to_config_dict(cfg)
+    if layout == "arl2":
+        return {name: ours[name] for name in (*MODEL_FACTS, *HYBRID_FACTS)}
+    if layout == "wan":
+        facts = {name: ours[name] for name in MODEL_FACTS}
+        return {"_class_name": "WanModel", "model_type": "t2v"} | facts
+    same = ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": cfg.num_heads,
+        "attention_head_dim": cfg.head_dim,
+        "in_channels": cfg.in_dim,
+        "out_channels": cfg.out_dim,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+    } | {name: ours[name] for name in same}

@@ -1,0 +1,185 @@
+"""What weights tell of their model: config.json beside them, and the shapes of their tensors."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from arl2_jax.config import ModelConfig, UMT5Config, VAEConfig
+from arl2_jax.storage import absolute, differences
+from arl2_jax.weights.errors import WeightsError
+from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layouts import umt5, vae
+from arl2_jax.weights.layouts.transformer import LAYOUTS
+from arl2_jax.weights.moves import fit_moves
+from arl2_jax.weights.tensors import open_tensors, read_json
+
+CONFIG = "config.json"
+# Fields of `ModelConfig` that belong to the weights; Wan's own config.json has the first of them.
+MODEL_FACTS = (
+    "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim",
+    "out_dim", "eps", "patch_size",
+)  # fmt: skip
+HYBRID_FACTS = ("hybrid_layers", "lora_rank", "lora_alpha", "frames_per_block", "memory_gate")
+# Other programs' names of the same fields.
+_MODEL_NAMES = {
+    "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
+}  # fmt: skip
+_UMT5_NAMES = {
+    "vocab_size": "vocab_size", "d_model": "dim", "d_ff": "ffn_dim", "num_heads": "num_heads",
+    "d_kv": "head_dim", "num_layers": "num_layers", "layer_norm_epsilon": "eps",
+    "relative_attention_num_buckets": "num_buckets",
+    "relative_attention_max_distance": "max_distance",
+}  # fmt: skip
+_VAE_NAMES = {
+    "base_dim": "dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
+    "temperal_downsample": "temporal_downsample", "z_dim": "z_dim",
+    "latents_mean": "latents_mean", "latents_std": "latents_std",
+}  # fmt: skip
+_HEAD_DIM = 128
+
+
+class Shapes:
+    """Shapes of tensors by the path of their parameter; those that cannot be told are left out."""
+
+    def __init__(self, path: epath.PathLike, layouts, entry: str | None = None):
+        tensors = open_tensors(path, entry)
+        layout = recognise(tensors, layouts, path)
+        self._where = path
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in tensors.items():
+            target, pattern = layout.to_path(name) or ("", "")
+            moves = fit_moves(pattern, tensor.shape, None, layout.sizes)
+            if target:
+                self._shapes[target] = moves.shape if moves else ()
+
+    def paths(self, part: str = "") -> list[str]:
+        """Paths that have the part in them."""
+        return [path for path in self._shapes if part in path]
+
+    def of(self, path: str, axis: int) -> int:
+        """Size of one axis."""
+        shape = self._shapes.get(path, ())
+        if not -len(shape) <= axis < len(shape):
+            raise WeightsError(
+                f"{self._where} does not tell its model: {path} is missing or has another number "
+                "of axes; name other weights"
+            )
+        return shape[axis]
+
+    def layers(self, part: str = "") -> list[int]:
+        """Indices of the layers that have parameters with the part in their path."""
+        return sorted({int(p.split("/")[1]) for p in self.paths(part) if p.startswith("blocks/")})
+
+
+def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: Any) -> ModelConfig:
+    """The model of a transformer's weights.
+
+    Args:
+      path: what `load_params` reads.
+      entry: which of the models in a .pt.
+      **choices: fields of the result that go before what is found, e.g. dtype or hybrid_layers.
+
+    Returns:
+      The model. Heads have 128 dimensions where nothing tells their number.
+
+    Raises:
+      WeightsError: config.json and the tensors disagree, or neither tells a field.
+    """
+    told = told_facts(path)
+    if (epath.Path(path).expanduser() / "params").exists():
+        return ModelConfig(**told | choices)
+    shapes = Shapes(path, LAYOUTS, entry)
+    patch = told.get("patch_size", ModelConfig.patch_size)
+    found: dict[str, Any] = {
+        "dim": shapes.of("blocks/0/ffn/fc1/kernel", 0),
+        "ffn_dim": shapes.of("blocks/0/ffn/fc1/kernel", 1),
+        "num_layers": len(shapes.layers()),
+        "freq_dim": shapes.of("time_embedding/fc1/kernel", 0),
+        "text_dim": shapes.of("text_embedding/fc1/kernel", 0),
+        "in_dim": shapes.of("patch_embedding/kernel", 0) // math.prod(patch),
+        "out_dim": shapes.of("head/linear/kernel", 1) // math.prod(patch),
+        "hybrid_layers": tuple(shapes.layers("/delta/")),
+    }
+    for layer in shapes.layers("/delta/A_log")[:1]:
+        found["num_heads"] = shapes.of(f"blocks/{layer}/delta/A_log", 0)
+    for layer in shapes.layers("/delta/lora_q/a")[:1]:
+        found["lora_rank"] = shapes.of(f"blocks/{layer}/delta/lora_q/a", 1)
+    check_told(path, told, found)
+    if found["dim"] % _HEAD_DIM == 0:
+        found = {"num_heads": found["dim"] // _HEAD_DIM} | found
+    elif "num_heads" not in told | found | choices:
+        raise WeightsError(
+            f"{path} has no {CONFIG} that tells num_heads, and its width dim={found['dim']} is no "
+            f"multiple of {_HEAD_DIM}; name num_heads"
+        )
+    return ModelConfig(**found | told | choices)
+
+
+def umt5_config(path: epath.PathLike, **choices: Any) -> UMT5Config:
+    """The text encoder of weights in one of its layouts; as `model_config`."""
+    told = told_facts(path, _UMT5_NAMES)
+    shapes = Shapes(path, umt5.LAYOUTS)
+    heads = shapes.of("blocks/0/attn/relative_bias", 1)
+    found: dict[str, Any] = {
+        "vocab_size": shapes.of("token_embedding/embedding", 0),
+        "dim": shapes.of("token_embedding/embedding", 1),
+        "ffn_dim": shapes.of("blocks/0/ffn/fc1/kernel", 1),
+        "num_heads": heads,
+        "head_dim": shapes.of("blocks/0/attn/q/kernel", 1) // heads,
+        "num_layers": len(shapes.layers()),
+        "num_buckets": shapes.of("blocks/0/attn/relative_bias", 0),
+    }
+    check_told(path, told, found)
+    return UMT5Config(**found | told | choices)
+
+
+def vae_config(path: epath.PathLike, **choices: Any) -> VAEConfig:
+    """The VAE of weights in one of its layouts; as `model_config`.
+
+    Multiples and strides of the levels are those of Wan2.1 where config.json does not tell them.
+    """
+    told = told_facts(path, _VAE_NAMES)
+    cfg = VAEConfig(**told | choices)
+    shapes = Shapes(path, vae.layouts(cfg))
+    found: dict[str, Any] = {
+        "dim": shapes.of("encoder/conv_in/kernel", -1),
+        "z_dim": shapes.of("decoder/post_quant_conv/kernel", 0),
+    }
+    check_told(path, told, found)
+    return VAEConfig(**found | told | choices)
+
+
+def told_facts(path: epath.PathLike, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Fields that config.json beside weights tells, under our names; none if there is no such file.
+
+    Args:
+      path: weights. A .pt's neighbours are not its own.
+      names: their names of fields, and ours; by default those of a transformer.
+    """
+    source = absolute(path)
+    if source.suffix in (".pt", ".pth"):
+        return {}
+    file = (source if source.is_dir() else source.parent) / CONFIG
+    if not file.exists():
+        return {}
+    content = read_json(Path(file))
+    if names is None:
+        names = {name: name for name in (*MODEL_FACTS, *HYBRID_FACTS)} | _MODEL_NAMES
+        if "attention_head_dim" in content and "num_attention_heads" in content:
+            content["dim"] = content["num_attention_heads"] * content["attention_head_dim"]
+    told = {names[name]: value for name, value in content.items() if name in names}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in told.items() if v is not None}
+
+
+def check_told(path: epath.PathLike, told: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises WeightsError if config.json and the tensors disagree on a field."""
+    common = sorted(told.keys() & found.keys())
+    problems = differences({n: told[n] for n in common}, {n: found[n] for n in common})
+    if problems:
+        text = (
+            "; ".join(problems).replace(" there", f" in {CONFIG}").replace(" here", " in the file")
+        )
+        raise WeightsError(f"{path} is not of one model: {text}; copy both from the same place")

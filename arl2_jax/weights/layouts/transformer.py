@@ -1,0 +1,6 @@
+"""All layouts of a transformer; where several know a file equally well, the first is taken."""
+
+from arl2_jax.weights.layouts.diffusers import DIFFUSERS
+from arl2_jax.weights.layouts.wan import ARL2, WAN
+
+LAYOUTS = (WAN, ARL2, DIFFUSERS)
