@@ -232,7 +232,9 @@ def test_blocks_of_a_causal_clip(apply, error):
         now = slice(start, start + 2)
         step = dict(memory=memory, position=jnp.int32(start))
         in_blocks.append(apply(params, cfg, noisy[:, now], timestep[:, now], text, **step)[0])
-        _, memory = apply(params, cfg, clean[:, now], 0 * timestep[:, now], text, **step, write=True)
+        _, memory = apply(
+            params, cfg, clean[:, now], 0 * timestep[:, now], text, **step, write=True
+        )
     assert error(jnp.concatenate(in_blocks, axis=1), wanted) < 1e-5
     at_once, _ = models.apply_clip(params, cfg, clean, noisy, timestep, text)
     assert error(at_once, wanted) < 1e-5
