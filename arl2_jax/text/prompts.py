@@ -1,0 +1,121 @@
+"""Prompts as Wan prepares them: cleaned, then split into tokens."""
+
+import functools
+import hashlib
+import html
+from collections.abc import Sequence
+
+import ftfy
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int
+
+from arl2_jax.config import ConfigError
+from arl2_jax.storage import absolute, reason
+
+_FILE = "tokenizer.json"
+_END = "</s>"
+_PADDING = 0
+_DOWNLOAD = "it is part of the Wan2.1 release, in google/umt5-xxl or tokenizer"
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repairs mis-decoded characters, resolves HTML entities twice, joins words by single blanks.
+
+    Source: Wan2.1.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(text.split())
+
+
+class Tokenizer:
+    """The tokenizer of T5, from the file of the `tokenizers` library."""
+
+    def __init__(self, path: epath.PathLike):
+        """Finds the file; it is parsed when it is first needed.
+
+        Args:
+          path: tokenizer.json, or the folder that holds it.
+
+        Raises:
+          ConfigError: it is not there or cannot be read.
+        """
+        source = absolute(path)
+        self.file = source / _FILE if source.is_dir() else source
+        try:
+            self._content = self.file.read_bytes()
+        except Exception as error:
+            raise ConfigError(
+                f"the tokenizer {self.file} cannot be read: {reason(error)}; name the folder that "
+                f"holds {_FILE} ({_DOWNLOAD})"
+            ) from None
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits that tell tokenizers apart."""
+        return hashlib.sha256(self._content).hexdigest()
+
+    def __call__(
+        self, prompts: Sequence[str], text_len: int, *, allow_empty: bool = False
+    ) -> tuple[Int[np.ndarray, "b text_len"], Int[np.ndarray, "b"]]:
+        """Cleans prompts and splits them into tokens.
+
+        Args:
+          prompts: texts of any length.
+          text_len: tokens that a prompt has room for, its end mark included.
+          allow_empty: whether a prompt may be empty, as the text of unguided generation is.
+
+        Returns:
+          Token ids, int32 [B, text_len], each prompt closed by </s> and padded with 0; and how many
+          tokens each has, int32 [B].
+
+        Raises:
+          ConfigError: a prompt is empty or has too many tokens.
+        """
+        tokens = np.full((len(prompts), text_len), _PADDING, np.int32)
+        lengths = np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids = self._split(check_filled(clean_prompt(prompt), allow_empty))
+            if len(ids) > text_len:
+                raise ConfigError(
+                    f"the prompt {shorten(prompt)!r} has {len(ids)} tokens, but there is room for "
+                    f"{text_len}; shorten it"
+                )
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        return tokens, lengths
+
+    def _split(self, text: str) -> list[int]:
+        library, end = self._library
+        return [*library.encode(text, add_special_tokens=False).ids, end]
+
+    @functools.cached_property
+    def _library(self) -> tuple[tokenizers.Tokenizer, int]:
+        """The library's tokenizer without limits of its own, and the id of the end mark."""
+        try:
+            library = tokenizers.Tokenizer.from_buffer(self._content)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.file} is not a tokenizer: {reason(error)}; download it again ({_DOWNLOAD})"
+            ) from None
+        library.no_truncation()
+        library.no_padding()
+        end = library.token_to_id(_END)
+        if end is None:
+            raise ConfigError(
+                f"{self.file} has no token {_END}, so it is not a T5 tokenizer; name another "
+                f"({_DOWNLOAD})"
+            )
+        return library, end
+
+
+def check_filled(text: str, allow_empty: bool) -> str:
+    """Returns a cleaned prompt; an empty one is a ConfigError unless it is allowed."""
+    if not text and not allow_empty:
+        raise ConfigError("the prompt is empty; describe what is to be seen")
+    return text
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """The beginning of a text, for messages."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
