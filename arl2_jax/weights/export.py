@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -23,14 +23,15 @@ from arl2_jax.weights.read import placed
 from arl2_jax.weights.safetensors_file import Placed, write_shards
 
 _LAYOUTS = {"arl2": ARL2, "wan": WAN, "diffusers": DIFFUSERS}
+_LORA = ("apart", "merged")
 
 
 def export_params(
     path: epath.PathLike,
     params: Params,
     cfg: ModelConfig,
-    layout: Literal["arl2", "wan", "diffusers"] = "arl2",
-    lora: Literal["apart", "merged"] = "apart",
+    layout: str = "arl2",
+    lora: str = "apart",
     *,
     shard_size: float = 5e9,
     overwrite: bool = False,
@@ -51,6 +52,9 @@ def export_params(
     Raises:
       WeightsError: the folder is there, the layout has no place for the model, or writing fails.
     """
+    for name, value, known in (("layout", layout, _LAYOUTS), ("lora", lora, _LORA)):
+        if value not in known:
+            raise WeightsError(f"{name}={value} is unknown; take one of {', '.join(known)}")
     target = absolute(path)
     if is_remote(target):
         raise WeightsError(f"{target} is remote; export to a local folder and copy it")

@@ -48,6 +48,11 @@ class StoredTensor:
     dtype: np.dtype
     read_slice: Callable[[Index], np.ndarray]
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self, index: Index = ()) -> np.ndarray:
         """Reads a slice alone; axes past the index are whole."""
         return self.read_slice((*index, *(slice(0, size) for size in self.shape[len(index) :])))

@@ -1,0 +1,105 @@
+"""From a file on disk to another: import into our folder, export out of it."""
+
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+from etils import epath
+
+from arl2_jax.config import to_config_dict
+from arl2_jax.storage import absolute
+from arl2_jax.weights.errors import WeightsError
+from arl2_jax.weights.export import export_params
+from arl2_jax.weights.facts import model_config
+from arl2_jax.weights.folder import save_params
+from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layouts.transformer import LAYOUTS
+from arl2_jax.weights.load import load_params
+from arl2_jax.weights.tensors import open_tensors
+
+
+class Imported(NamedTuple):
+    """What was imported.
+
+    Attributes:
+      layout: its name.
+      tensors: number of tensors that were read.
+      bytes_read: their size in the file.
+      parameters: number of parameters that were written.
+      read_seconds, write_seconds: time that both took.
+    """
+
+    layout: str
+    tensors: int
+    bytes_read: int
+    parameters: int
+    read_seconds: float
+    write_seconds: float
+
+
+def import_weights(
+    path: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    hybrid_layers: Iterable[int] | None = None,
+    entry: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> Imported:
+    """Reads a transformer in any layout and writes a folder of `save_params`.
+
+    Args:
+      path, entry: as in `load_params`.
+      out: the folder to write.
+      hybrid_layers: layers to be hybrid; by default those that are in the file.
+      dtype: of the matrices, float32 or bfloat16; small parameters stay float32.
+      overwrite: whether to replace a folder that is there.
+
+    Raises:
+      WeightsError: as `load_params`, or the folder is there already.
+      StorageError: the folder cannot be written.
+    """
+    target = absolute(out)
+    if target.exists() and not overwrite:
+        raise WeightsError(f"{target} is there already; name another folder, or pass --overwrite")
+    if (absolute(path) / "params").exists():
+        raise WeightsError(f"{path} is such a folder already; name weights in another layout")
+    choices = {} if hybrid_layers is None else {"hybrid_layers": tuple(hybrid_layers)}
+    tensors = open_tensors(path, entry)
+    layout = recognise(tensors, LAYOUTS, path)
+    cfg = model_config(path, entry=entry, dtype=dtype, **choices)
+    start = time.perf_counter()
+    params = load_params(path, cfg, precision="compute", entry=entry)
+    read = time.perf_counter()
+    save_params(target, params, to_config_dict(cfg))
+    return Imported(
+        layout.name,
+        len(tensors),
+        sum(tensor.size for tensor in tensors.values()),
+        sum(leaf.size for leaf in jax.tree.leaves(params)),
+        read - start,
+        time.perf_counter() - read,
+    )
+
+
+def export_weights(
+    path: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    layout: str = "arl2",
+    lora: str = "apart",
+    entry: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Reads a transformer in any layout and writes it in another; see `export_params`.
+
+    Args:
+      path, entry: as in `load_params`.
+      out, layout, lora, overwrite: as in `export_params`.
+      dtype: of the matrices, float32 or bfloat16; small parameters stay float32.
+    """
+    cfg = model_config(path, entry=entry, dtype=dtype)
+    params = load_params(path, cfg, precision="compute", entry=entry)
+    export_params(out, params, cfg, layout, lora, overwrite=overwrite)

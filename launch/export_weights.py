@@ -1,0 +1,49 @@
+"""Writes weights in the layout of another program, as safetensors with config.json.
+
+    python launch/export_weights.py --run=runs/wan1p3b --model=stage2 --out=arl2
+    python launch/export_weights.py --weights=weights/wan1p3b --layout=diffusers --out=transformer
+
+The layouts of Wan2.1 and Diffusers have no place for hybrid layers. With --lora=merged the low-rank
+updates of the FFN go into its kernels; those of q, k and v act on the memory alone and stay.
+"""
+
+from absl import flags
+
+from arl2_jax import command_line
+
+_WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights, in any layout.")
+_RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
+_MODEL = flags.DEFINE_enum(
+    "model", "stage2", ["teacher", "stage1", "stage2", "control"], "Which of the run's models."
+)
+_ENTRY = flags.DEFINE_enum(
+    "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
+)
+_LAYOUT = flags.DEFINE_enum("layout", "arl2", ["arl2", "wan", "diffusers"], "Layout to write.")
+_LORA = flags.DEFINE_enum("lora", "apart", ["apart", "merged"], "Low-rank updates of the FFN.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the matrices.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is there.")
+
+
+def main():
+    """Flags -> the folder."""
+    # Imported late: a mistyped flag should not wait for jax.
+    from arl2_jax.weights import find_release
+    from arl2_jax.weights.transfer import export_weights
+
+    weights = _WEIGHTS.value or f"{_RUN.value}/{_MODEL.value}/weights"
+    export_weights(
+        find_release(weights).transformer or weights,
+        _OUT.value,
+        layout=_LAYOUT.value,
+        lora=_LORA.value,
+        entry=_ENTRY.value,
+        dtype=_DTYPE.value,
+        overwrite=_OVERWRITE.value,
+    )
+    print(f"weights: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, one_of=["weights", "run"], required=["out"])
