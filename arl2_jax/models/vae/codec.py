@@ -46,7 +46,7 @@ class WanCodec:
 
     def pixel_frames(self, latent_frames: int) -> int:
         """One for the first latent frame, and `cfg.temporal_factor` for every later one."""
-        return 1 + (latent_frames - 1) * self.cfg.temporal_factor
+        return max(1 + (latent_frames - 1) * self.cfg.temporal_factor, 0)
 
     def latent_frames(self, pixel_frames: int) -> int:
         """Latent frames that `pixel_frames` give; frames short of a whole one are not counted."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -22,33 +23,50 @@ from arl2_jax.models.vae.networks import Decoder, Encoder
 Params = dict[str, Any]
 # What a network keeps of the frames before: a pytree of arrays in cfg.dtype.
 State = Any
+Network = type[Encoder] | type[Decoder]
 
 
 def init_vae(cfg: VAEConfig, key: Array) -> Params:
-    """Random parameters, a nested dict with string keys, in the dtypes of `vae_shapes`."""
+    """Random parameters, a nested dict with string keys, in the dtypes of `vae_shapes`.
+
+    Kernels are uniform with variance 1 / inputs, scales are one and biases zero.
+    """
     return _init(cfg, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(cfg: VAEConfig, key: Array) -> Params:
-    networks = {"encoder": Encoder, "decoder": Decoder}
-    keys = jax.random.split(key)
-    return {
-        name: nnx.to_pure_dict(nnx.split(network(cfg, rngs=nnx.Rngs(key)))[1])
-        for key, (name, network) in zip(keys, networks.items(), strict=True)
-    }
+    leaves, tree = jax.tree_util.tree_flatten_with_path(vae_shapes(cfg))
+    # One draw for all: compiling a generator for every kernel takes many seconds.
+    ends = np.cumsum([leaf.size for _, leaf in leaves])
+    noise = jax.random.uniform(key, (int(ends[-1]),), minval=-1, maxval=1)
+    parts = jnp.split(noise, ends[:-1])
+    filled = [_fill(path[-1].key, leaf, x) for (path, leaf), x in zip(leaves, parts, strict=True)]
+    return jax.tree.unflatten(tree, filled)
+
+
+def _fill(name: str, leaf: jax.ShapeDtypeStruct, noise: Array) -> Array:
+    if name != "kernel":
+        return jnp.full(leaf.shape, name == "scale", leaf.dtype)
+    limit = (3 * leaf.shape[-1] / leaf.size) ** 0.5
+    return (limit * noise).reshape(leaf.shape).astype(leaf.dtype)
 
 
 def vae_shapes(cfg: VAEConfig) -> Params:
     """Shapes and dtypes of the parameters, without making any array.
 
-    Everything that is computed with in `cfg.dtype` is of that type, the rest float32.
+    What is computed with in `cfg.dtype` is of that type, the rest float32.
     """
-    return jax.eval_shape(functools.partial(init_vae, cfg), jax.random.key(0))
+    return jax.eval_shape(
+        lambda: {
+            name: nnx.to_pure_dict(nnx.split(network(cfg, rngs=nnx.Rngs(0)))[1])
+            for name, network in (("encoder", Encoder), ("decoder", Decoder))
+        }
+    )
 
 
 @functools.lru_cache
-def _graph(network: type[nnx.Module], cfg: VAEConfig) -> nnx.GraphDef:
+def _graph(network: Network, cfg: VAEConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: network(cfg, rngs=nnx.Rngs(0))))[0]
 
 
@@ -162,18 +180,18 @@ def check_latents(cfg: VAEConfig, latents) -> None:
         )
 
 
-def _init_state(network, cfg: VAEConfig, *size: int) -> State:
+def _init_state(network: Network, cfg: VAEConfig, *size: int) -> State:
     shapes = _state_shapes(network, cfg, *size)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
 
 @functools.lru_cache
-def _state_shapes(network, cfg: VAEConfig, *size: int) -> State:
+def _state_shapes(network: Network, cfg: VAEConfig, *size: int) -> State:
     init = lambda: network(cfg, rngs=nnx.Rngs(0)).init_state(*size)
     return jax.eval_shape(init)
 
 
-def _check_state(state: State, network, cfg: VAEConfig, *size: int) -> None:
+def _check_state(state: State, network: Network, cfg: VAEConfig, *size: int) -> None:
     wanted = _state_shapes(network, cfg, *size)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     if shapes(state) != shapes(wanted):

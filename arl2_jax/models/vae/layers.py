@@ -17,6 +17,7 @@ from arl2_jax.nn.norm import RMSNorm
 
 # Wan divides by the length of the channel vector, and by 1e-12 where that is shorter.
 NORM_EPS = 1e-24
+kernel_init = nnx.initializers.lecun_normal()
 
 
 def activate(norm: RMSNorm, x):
@@ -25,7 +26,7 @@ def activate(norm: RMSNorm, x):
 
 
 def stack_frames(frames, stride: int = 1):
-    """Three consecutive frames in the channels: [B, F, H, W, C] to [B, (F - 3) / stride + 1, ...]."""
+    """Three consecutive frames in the channels, at every `stride`-th place in time."""
     count = frames.shape[1] - 2
     return jnp.concatenate([frames[:, i : i + count : stride] for i in range(3)], axis=-1)
 
@@ -39,13 +40,12 @@ class CausalConv(nnx.Module):
     """3 x 3 x 3 convolution over a frame and the two before it.
 
     It is computed as one 2D convolution over three frames stacked in the channels, which
-    accelerators do up to 1.4 times as fast as a 3D convolution. Kernel [time, row, column, in, out].
+    accelerators do up to 1.4 times as fast as a 3D convolution. The kernel is [time, row, column,
+    in, out].
     """
 
     def __init__(self, in_dim: int, out_dim: int, dtype, *, rngs: nnx.Rngs):
-        # Drawn as a matrix: XLA for CPUs is slow to compile random numbers of many axes.
-        kernel = nnx.initializers.lecun_normal()(rngs.params(), (27 * in_dim, out_dim), dtype)
-        self.kernel = nnx.Param(kernel.reshape(3, 3, 3, in_dim, out_dim))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (3, 3, 3, in_dim, out_dim), dtype))
         self.bias = nnx.Param(jnp.zeros(out_dim, dtype))
         self.dtype = dtype
 
@@ -72,8 +72,7 @@ class TimeConv(nnx.Module):
     """3 x 1 x 1 convolution over given frames, without padding; kernel [time, in, out]."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int, dtype, *, rngs: nnx.Rngs):
-        kernel = nnx.initializers.lecun_normal()(rngs.params(), (3 * in_dim, out_dim), dtype)
-        self.kernel = nnx.Param(kernel.reshape(3, in_dim, out_dim))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (3, in_dim, out_dim), dtype))
         self.bias = nnx.Param(jnp.zeros(out_dim, dtype))
         self.stride, self.dtype = stride, dtype
 
@@ -131,9 +130,16 @@ class Downsample(nnx.Module):
     """Halves rows and columns and, if temporal, the frames; the very first frame stays one."""
 
     def __init__(self, dim: int, temporal: bool, dtype, *, rngs: nnx.Rngs):
-        # Rows and columns are padded at their end alone.
-        settings = dict(strides=2, padding=((0, 1), (0, 1)), dtype=dtype, param_dtype=dtype)
-        self.conv = nnx.Conv(dim, dim, (3, 3), **settings, rngs=rngs)
+        self.conv = nnx.Conv(
+            dim,
+            dim,
+            (3, 3),
+            strides=2,
+            padding=((0, 1), (0, 1)),  # at the end of rows and columns alone
+            dtype=dtype,
+            param_dtype=dtype,
+            rngs=rngs,
+        )
         self.time_conv = TimeConv(dim, dim, 2, dtype, rngs=rngs) if temporal else None
 
     def __call__(self, x, past, first: bool):
@@ -161,8 +167,9 @@ class Upsample(nnx.Module):
     """
 
     def __init__(self, dim: int, temporal: bool, dtype, *, rngs: nnx.Rngs):
-        settings = dict(padding=1, dtype=dtype, param_dtype=dtype)
-        self.conv = nnx.Conv(dim, dim // 2, (3, 3), **settings, rngs=rngs)
+        self.conv = nnx.Conv(
+            dim, dim // 2, (3, 3), padding=1, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
         self.time_conv = TimeConv(dim, 2 * dim, 1, dtype, rngs=rngs) if temporal else None
 
     def __call__(self, x, past, first: bool):

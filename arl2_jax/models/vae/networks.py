@@ -1,5 +1,7 @@
 """Encoder and decoder of the video autoencoder, for a few frames at a time."""
 
+import itertools
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -25,7 +27,7 @@ class Encoder(nnx.Module):
         dims = [cfg.dim * factor for factor in (1, *cfg.dim_mult)]
         self.conv_in = CausalConv(3, dims[0], dtype, rngs=rngs)
         layers = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             layers += _residual_blocks(in_dim, out_dim, cfg.num_res_blocks, dtype, rngs=rngs)
             if level < len(cfg.temporal_downsample):
                 temporal = cfg.temporal_downsample[level]
