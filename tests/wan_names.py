@@ -4,7 +4,20 @@ The package has tables that read these layouts. What stands here shares nothing 
 each checks the other.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
+
+from arl2_jax.config import ModelConfig
+
+
+def golden(name):
+    """What tests/golden/make_transformer.py stored: (cfg, weights by their names, arrays)."""
+    arrays = dict(np.load(Path(__file__).with_name("golden") / f"{name}.npz"))
+    cfg, start = ModelConfig(**json.loads(str(arrays.pop("config")))), "weights/"
+    weights = {key: arrays.pop(key) for key in list(arrays) if key.startswith(start)}
+    return cfg, {key.removeprefix(start): x for key, x in weights.items()}, arrays
 
 
 def original_tensors(cfg, seed=0):
@@ -13,11 +26,17 @@ def original_tensors(cfg, seed=0):
     Hybrid layers carry ARL2's additions. Nothing is zero, one or the identity.
     """
     rng = np.random.default_rng(seed)
+    draw = lambda shape, size, mean: mean + size * rng.standard_normal(shape)
+    return {name: draw(*kind).astype(np.float32) for name, kind in original_kinds(cfg).items()}
+
+
+def original_kinds(cfg):
+    """(shape, spread, mean) of every tensor by its name."""
     c, heads, width, rank = cfg.dim, cfg.num_heads, cfg.dim // cfg.num_heads, cfg.lora_rank
-    tensors = {}
+    kinds = {}
 
     def put(name, *shape, size=0.3, mean=0.0):
-        tensors[name] = (mean + size * rng.standard_normal(shape)).astype(np.float32)
+        kinds[name] = shape, size, mean
 
     def linear(name, n_in, n_out):
         put(f"{name}.weight", n_out, n_in, size=n_in**-0.5)
@@ -62,7 +81,7 @@ def original_tensors(cfg, seed=0):
             low_rank(f"{attention}.lora_{letter}_", c, c)
         low_rank(f"{block}.ffn.0.lora_", c, cfg.ffn_dim)
         low_rank(f"{block}.ffn.2.lora_", cfg.ffn_dim, c)
-    return tensors
+    return kinds
 
 
 def from_original(tensors, cfg):

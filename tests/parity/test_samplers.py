@@ -1,7 +1,7 @@
 """Noise levels and steps of our samplers against Diffusers' scheduler of flow matching.
 
-The scheduler is given its levels before the warp, as Wan lists them. Left to itself it ends its list
-at the smallest training level, warped twice, where Wan's own list divides (0, 1] evenly.
+The scheduler is given its levels before the warp, as Wan lists them. Left to itself it ends its
+list at the smallest training level, warped twice, where Wan's own list divides (0, 1] evenly.
 """
 
 import jax
