@@ -22,7 +22,7 @@ _ENTRY = flags.DEFINE_enum(
 _LAYOUT = flags.DEFINE_enum("layout", "arl2", ["arl2", "wan", "diffusers"], "Layout to write.")
 _LORA = flags.DEFINE_enum("lora", "apart", ["apart", "merged"], "Low-rank updates of the FFN.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the matrices.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is there.")
 
 
@@ -46,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, one_of=["weights", "run"], required=["out"])
+    command_line.run(main, one_of=["weights", "run"])

@@ -11,8 +11,8 @@ from absl import flags
 
 from arl2_jax import command_line
 
-_WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _HYBRID = flags.DEFINE_list("hybrid_layers", None, "Layers to be hybrid; by default the file's.")
 _ENTRY = flags.DEFINE_enum(
     "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
@@ -32,7 +32,7 @@ def main():
         layers = None if _HYBRID.value is None else [int(layer) for layer in _HYBRID.value]
     except ValueError:
         raise ConfigError(
-            f"--hybrid_layers={','.join(_HYBRID.value)} must be whole numbers, such as 0,1,2"
+            f"--hybrid_layers={','.join(_HYBRID.value or ())} must be whole numbers, such as 0,1,2"
         ) from None
     done = import_weights(
         find_release(_WEIGHTS.value).transformer or _WEIGHTS.value,
@@ -53,4 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=["weights", "out"])
+    command_line.run(main)
