@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,12 +23,13 @@ class StorageError(ConfigError):
     """A folder that cannot be written or read: one line with the folder and the remedy."""
 
 
-def check_writable(folder: epath.PathLike, size: int = 0) -> None:
+def check_writable(folder: epath.PathLike, size: int = 0, remedy: str = OTHER_FOLDER) -> None:
     """Creates a folder and proves that files can be written there; call it before compiling.
 
     Args:
       folder: local or remote folder.
       size: bytes that must be free, e.g. of one checkpoint; only local disks are asked.
+      remedy: what else the user can do.
 
     Raises:
       StorageError: one line with the folder, the reason and the remedy.
@@ -40,14 +42,13 @@ def check_writable(folder: epath.PathLike, size: int = 0) -> None:
         probe.unlink()
     except Exception as error:
         raise StorageError(
-            f"cannot write to the folder {path}: {reason(error)}; free space there, or "
-            f"{OTHER_FOLDER}"
+            f"cannot write to the folder {path}: {reason(error)}; free space there, or {remedy}"
         ) from None
     free = None if is_remote(path) else shutil.disk_usage(path).free
     if free is not None and free < size:
         raise StorageError(
             f"{path} has {free / 2**30:.1f} GiB free, but a checkpoint takes {size / 2**30:.1f} "
-            f"GiB; free space there, or {OTHER_FOLDER}"
+            f"GiB; free space there, or {remedy}"
         )
 
 
@@ -57,6 +58,15 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     unfinished = path.parent / f"{path.name}.unfinished"
     unfinished.write_bytes(content)
     unfinished.replace(path)
+
+
+def move_whole(source: Path, path: epath.PathLike) -> None:
+    """Moves a finished local file to its place, local or remote, where nobody finds half of it."""
+    path = epath.Path(path)
+    unfinished = path.parent / f"{path.name}.unfinished"
+    epath.Path(source).copy(unfinished, overwrite=True)
+    unfinished.replace(path)
+    source.unlink()
 
 
 def differences(there: Any, here: Any, path: str = "") -> list[str]:

@@ -1,19 +1,20 @@
 """Wan2.1 T2V 1.3B, 22 of 30 layers converted (as the paper's example), 480 x 832.
 
-    python launch/train.py --config=configs/wan1p3b.py \
-        --config.teacher.weights=FOLDER --config.data.path=FOLDER
+    python launch/train.py --config=configs/wan1p3b.py --config.teacher.weights=causal_forcing.pt \
+        --config.data.path=data/latents --config.data.vae=Wan2.1-T2V-1.3B
 
-teacher.weights: folder of the released checkpoint (config.json and
-diffusion_pytorch_model.safetensors); the causal teacher that is to be converted.
-data.path: stored latents with text embeddings (see arl2_jax/data/latents.py).
+teacher.weights: the causal teacher that is to be converted, in any released layout.
+data.path: stored latents with text embeddings, as launch/prepare_data.py makes them.
+data.vae: the release that has the VAE, for the report's videos; may be left out.
 
-Without either, at true shapes, to try a machine:
+To try a machine at the same shapes, with random weights and synthetic clips:
 
-    python launch/train.py --config=configs/wan1p3b.py \
-        --config.teacher.weights=random --config.data.source=synthetic
+    python launch/train.py --config=configs/wan1p3b.py:random
 
 Hardware: GPUs or TPUs with 80 GB or more each; batches are shared out over all devices.
 """
+
+from typing import Any, cast
 
 import ml_collections
 
@@ -24,7 +25,6 @@ from arl2_jax.config import (
     ModelConfig,
     PhaseConfig,
     SamplerConfig,
-    SpriteConfig,
     Stage2Config,
     TeacherConfig,
     TrainConfig,
@@ -32,7 +32,9 @@ from arl2_jax.config import (
 )
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(variant: str = "released") -> ml_collections.ConfigDict:
+    if variant not in ("released", "random"):
+        raise ValueError(f"configs/wan1p3b.py:{variant} is not known; known is :random")
     config = Config(
         model=ModelConfig.wan1p3b(hybrid_layers=tuple(range(22))),
         sampler=SamplerConfig(
@@ -42,14 +44,12 @@ def get_config() -> ml_collections.ConfigDict:
             source="latents",
             path="data/wan1p3b-latents",
             frames=21,
-            # 60 x 104 latents; the Wan VAE takes 480 x 832 pixels to them, the lossless codec of
-            # the synthetic videos 120 x 208.
-            height=120,
-            width=208,
-            codec_factor=2,
+            codec="wan_vae",
+            codec_factor=8,
+            height=480,
+            width=832,
             fps=16.0,
             held_out=16,
-            sprites=SpriteConfig(size=20, speed=(12.0, 12.0), occluder_width=80),
         ),
         phases=("stage1", "stage2"),
         teacher=TeacherConfig(
@@ -70,4 +70,18 @@ def get_config() -> ml_collections.ConfigDict:
             clips=4, recall_clips=0, control=False, rollout_clips=1, rollout_length=4
         ),
     )
-    return ml_collections.ConfigDict(to_config_dict(config))
+    tree = ml_collections.ConfigDict(to_config_dict(config))
+    return tree if variant == "released" else _random(tree)
+
+
+def _random(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same shapes with nothing on disk; nothing is learned."""
+    fields = cast(Any, tree)
+    fields.teacher.weights = "random"
+    # 60 x 104 latents of 16 channels, which the lossless codec makes of 120 x 208 pixels.
+    fields.data.update(
+        source="synthetic", path="", codec="space_to_depth", codec_factor=2, height=120, width=208
+    )
+    fields.data.sprites.update(size=20, speed=(12.0, 12.0), occluder_width=80)
+    fields.train.workdir = "runs/wan1p3b-random"
+    return tree

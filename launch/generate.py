@@ -1,58 +1,79 @@
-"""Generates a video with a model of a finished run.
+"""Generates a video, with released weights or with a model of a finished run.
 
+    python launch/generate.py --weights=FOLDER --prompt="a corgi surfing" --out=video.mp4
     python launch/generate.py --run=runs/tiny-synthetic --model=stage2 \
-        --prompt="two sprites on a navy background" --frames=40 --out=video.mp4
+        --prompt="one sprite on a navy background" --frames=40 --out=video.mp4
+
+--weights: a folder of a Wan2.1 release (original or Diffusers), or the transformer alone (a folder,
+a .safetensors or .pt file); then --release names a folder with text encoder, tokenizer and VAE, or
+--text_encoder, --tokenizer and --vae each of them. A causal few-step model needs no more. Others
+are sampled with, for example, --method=euler --steps=50 --guidance=6 --shift=8, and a model that
+was never made causal takes the whole video as one block: --frames_per_block=21.
 
 With --condition=clip.mp4 the beginning of that video comes first and is continued. The video may be
 longer than any clip of training.
 """
 
-import sys
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
-_RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)
+from arl2_jax import command_line
+
+_WEIGHTS = flags.DEFINE_string("weights", None, "Released weights: a folder or a file.")
+_ENTRY = flags.DEFINE_enum(
+    "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
+)
+_RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
 _MODEL = flags.DEFINE_enum(
     "model", "stage2", ["teacher", "stage1", "stage2", "control"], "Which of the run's models."
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Words that describe the video.")
-_FRAMES = flags.DEFINE_integer("frames", 40, "Frames to generate, whole blocks.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+_FRAMES = flags.DEFINE_integer("frames", None, "Frames to generate, whole blocks.")
 _OUT = flags.DEFINE_string("out", "video.mp4", "File to write.")
 _CONDITION = flags.DEFINE_string("condition", None, "Video file to continue.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_HEIGHT = flags.DEFINE_integer("height", 480, "Rows of pixels, with --weights.")
+_WIDTH = flags.DEFINE_integer("width", 832, "Columns of pixels, with --weights.")
+_BLOCK = flags.DEFINE_integer(
+    "frames_per_block", None, "Latent frames denoised together, where the weights do not say: 3."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Compute type; float32 on CPUs, else bfloat16."
+)
+_encoders, _sampler = command_line.encoder_flags(), command_line.sampler_flags()
 
 
-def main(argv):
+def main():
     """Flags -> the video."""
-    if len(argv) > 1:
-        sys.exit(f"error: unknown argument {argv[1]}; flags are set as --NAME=VALUE")
     # Imported late: a mistyped flag should not wait for jax.
-    from arl2_jax.config import ConfigError
-    from arl2_jax.generation.finished_run import write_generated
+    from arl2_jax.generation.finished_run import write_from_run
+    from arl2_jax.generation.released import Picture, write_from_weights
 
-    logging.set_verbosity(logging.WARNING)
-    try:
-        write_generated(
-            _RUN.value,
-            _MODEL.value,
-            prompt=_PROMPT.value,
-            frames=_FRAMES.value,
-            out=_OUT.value,
-            condition=_CONDITION.value,
-            seed=_SEED.value,
+    common: dict[str, Any] = dict(
+        prompt=_PROMPT.value,
+        negative_prompt=_NEGATIVE.value,
+        frames=_FRAMES.value,
+        out=_OUT.value,
+        encoders=_encoders(),
+        condition=_CONDITION.value,
+        seed=_SEED.value,
+    )
+    if _RUN.value:
+        write_from_run(_RUN.value, _MODEL.value, **common)
+    else:
+        write_from_weights(
+            str(_WEIGHTS.value),
+            sampler=_sampler(),
+            picture=Picture(_HEIGHT.value, _WIDTH.value),
+            frames_per_block=_BLOCK.value,
+            entry=_ENTRY.value,
+            dtype=_DTYPE.value,
+            **common,
         )
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     print(f"video: {_OUT.value}")
 
 
-def parse(argv):
-    """Parses flags; a wrong one is an error of one line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    command_line.run(main, one_of=["weights", "run"])

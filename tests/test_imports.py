@@ -23,6 +23,8 @@ ARROWS = {
     "arl2_jax.generation": {
         "models", "memory", "diffusion", "config", "storage", "data", "text", "weights",
     },
+    "arl2_jax.preparation": {"generation", "data", "weights", "config", "storage"},
+    "arl2_jax.command_line": {"config", "generation"},
     "arl2_jax.training": {
         "config", "sharding", "storage", "models", "memory", "diffusion", "generation", "data",
         "weights",

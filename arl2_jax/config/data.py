@@ -54,8 +54,11 @@ class DataConfig:
       frames: latent frames in a clip; a multiple of model.frames_per_block.
       height, width: pixels of the decoded video.
       fps: frames a second of the decoded video.
-      codec: pixels <-> latents; "space_to_depth" is lossless and keeps the frame rate.
-      codec_factor: rows and columns of pixels that make one latent.
+      codec: pixels <-> latents; "space_to_depth" is lossless and keeps the frame rate, "wan_vae" is
+        Wan's autoencoder, whose latents are stored before training.
+      codec_factor: rows and columns of pixels that make one latent; 8 for Wan's autoencoder.
+      vae: file or folder with the weights of "wan_vae", which decodes the report's pictures and
+        videos; without it the report has none.
       held_out: clips kept apart for evaluation.
       sprites: the procedural videos.
       workers: grain worker processes; 0 reads in the training process.
@@ -67,8 +70,9 @@ class DataConfig:
     height: int = 12
     width: int = 32
     fps: float = 8.0
-    codec: Literal["space_to_depth"] = "space_to_depth"
+    codec: Literal["space_to_depth", "wan_vae"] = "space_to_depth"
     codec_factor: int = 2
+    vae: str = ""
     held_out: int = 64
     sprites: SpriteConfig = SpriteConfig()
     workers: int = 0
@@ -84,6 +88,16 @@ class DataConfig:
                 value % self.codec_factor == 0,
                 f"data.{name}={value} must be a multiple of data.codec_factor={self.codec_factor}",
             )
+        require(
+            self.codec != "wan_vae" or self.source == "latents",
+            f"data.codec=wan_vae needs data.source=latents, not {self.source}: encode the clips "
+            "first with launch/prepare_data.py, or set data.codec=space_to_depth",
+        )
+        require(
+            self.codec == "wan_vae" or not self.vae,
+            f"data.vae={self.vae} has no use with data.codec={self.codec}; remove it or set "
+            "data.codec=wan_vae",
+        )
         require(
             self.source == "synthetic" or bool(self.path),
             f"data.path is empty: data.source={self.source} needs the folder to read; set it",

@@ -45,6 +45,12 @@ class UMT5Config:
             f"text_encoder.num_buckets={self.num_buckets} must be a multiple of 4: half of them "
             "for each direction, half of those for single distances",
         )
+        require(
+            self.max_distance > self.num_buckets // 4,
+            f"text_encoder.max_distance={self.max_distance} must be more than the "
+            f"{self.num_buckets // 4} single distances that text_encoder.num_buckets="
+            f"{self.num_buckets} gives",
+        )
 
     @classmethod
     def tiny(cls, **changes: Any) -> "UMT5Config":

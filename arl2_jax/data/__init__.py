@@ -1,7 +1,8 @@
 """Clips to train and evaluate on: procedural videos, video files, stored latents."""
 
 from arl2_jax.data.codec import Codec, SpaceToDepth, make_codec
-from arl2_jax.data.latents import LatentSource, LatentWriter
+from arl2_jax.data.latent_writer import LatentWriter
+from arl2_jax.data.latents import LatentSource
 from arl2_jax.data.loader import ClipData, open_data
 from arl2_jax.data.sprites import (
     Reveal,

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from arl2_jax.config import Config, ConfigError
+from arl2_jax.models.vae import WanCodec
+from arl2_jax.weights import find_release, load_vae, vae_config
 
 Array = Any  # numpy or jax, traced or not
 
@@ -39,6 +42,22 @@ class Codec(Protocol):
 
     def decode(self, latents: Array) -> Array:
         """Decodes latents [B, T, h, w, C] to pixels [B, F, H, W, 3]."""
+        ...
+
+    def init_state(self, batch: int, rows: int, columns: int) -> Any:
+        """What `decode_block` knows before the first block of `rows` x `columns` latents."""
+        ...
+
+    def decode_block(self, latents: Array, state: Any, *, first: bool) -> tuple[Array, Any]:
+        """Decodes the next frames of a video: (pixels [B, F, H, W, 3], state).
+
+        All blocks in turn give the frames that `decode` gives of the whole.
+
+        Args:
+          latents: [B, f, h, w, C].
+          state: of `init_state`, or as the block before has left it.
+          first: whether the video begins with this block.
+        """
         ...
 
 
@@ -94,6 +113,18 @@ class SpaceToDepth:
         p = self.spatial_factor
         return rearrange(latents, "b f h w (p q c) -> b f (h p) (w q) c", p=p, q=p)
 
+    def init_state(self, batch: int, rows: int, columns: int) -> tuple[()]:
+        """Nothing: frames are decoded one by one."""
+        del batch, rows, columns
+        return ()
+
+    def decode_block(
+        self, latents: Array, state: tuple[()], *, first: bool
+    ) -> tuple[Array, tuple[()]]:
+        """Decodes a block like any other."""
+        del first
+        return self.decode(latents), state
+
     def _lift(self) -> np.ndarray:
         """Q [values, channels]: the first rows of the orthonormal cosine transform."""
         row, column = np.ogrid[: self.values, : self.channels]
@@ -102,15 +133,56 @@ class SpaceToDepth:
         return q
 
 
-def make_codec(config: Config) -> Codec:
-    """The codec that `config.data.codec` names, for the channels of `config.model`."""
-    model = config.model
+def make_codec(config: Config) -> Codec | None:
+    """The codec that `config.data.codec` names, for the channels of `config.model`.
+
+    Returns:
+      The codec; None for Wan's autoencoder if `config.data.vae` names no weights, without which
+      stored latents can be trained on, but not be shown.
+
+    Raises:
+      ConfigError: the codec does not fit the model, or its weights cannot be read.
+    """
+    model, data = config.model, config.data
     if model.in_dim != model.out_dim:
         raise ConfigError(
             f"model.out_dim={model.out_dim} must equal model.in_dim={model.in_dim}: the codec "
             "decodes what the model puts out"
         )
-    return SpaceToDepth(config.data.codec_factor, model.in_dim)
+    if data.codec == "space_to_depth":
+        return SpaceToDepth(data.codec_factor, model.in_dim)
+    if not data.vae:
+        return None
+    codec = load_wan_codec(data.vae)
+    for field, value, wanted in (
+        ("data.codec_factor", data.codec_factor, codec.spatial_factor),
+        ("model.in_dim", model.in_dim, codec.channels),
+    ):
+        if value != wanted:
+            raise ConfigError(f"{field}={value} must be {wanted}, that of data.vae={data.vae}")
+    return codec
+
+
+def vae_weights(path: str) -> str:
+    """The file or folder of the autoencoder's weights: in a release's folder, or `path` itself."""
+    return str(find_release(path).vae or path)
+
+
+def load_wan_codec(path: str, dtype: str | None = None) -> WanCodec:
+    """Wan's autoencoder with the weights of a file or folder, on the default device.
+
+    Args:
+      path: weights in any layout that `arl2_jax.weights` reads, or a release with them.
+      dtype: type of the convolutions; by default bfloat16, on CPUs float32.
+
+    Raises:
+      WeightsError: the weights cannot be read, or are of another network.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    weights = vae_weights(path)
+    cfg = dataclasses.replace(vae_config(weights), dtype=dtype)
+    return WanCodec(jax.device_put(load_vae(weights, cfg)), cfg)
 
 
 def _matmul(x: Array, matrix: np.ndarray) -> Array:

@@ -1,173 +1,87 @@
-"""Stored latents: clips that were encoded once, before training.
+"""Stored latents: clips that were encoded once, before training."""
 
-A folder of stored latents holds `manifest.json` and ArrayRecord shards. A record is the bytes of
-the latents [T, h, w, C] followed by those of the text's rows up to the last one that is not zero,
-both in the manifest's dtype, little-endian, last axis fastest.
-"""
-
-import hashlib
-import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from arl2_jax.config import Config, ConfigError
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-DTYPES = ("bfloat16", "float16", "float32")
-_REMEDY = (
-    "the folder is made by arl2_jax.data.LatentWriter; or run with --config.data.source=synthetic"
-)
+from arl2_jax.data.codec import vae_weights
+from arl2_jax.data.manifest import MANIFEST, Manifest, damaged, empty, read_manifest, sha256
+from arl2_jax.weights import fingerprint
 
 
-class LatentWriter:
-    """Writes a folder of stored latents; a context manager.
+class LatentFolder:
+    """Random access to the clips of a folder of stored latents.
 
-    Shards get their names when they are complete, the manifest is written last: a folder with a
-    manifest is whole. After an exception there is none.
+    Opening compares names, sizes and counts with the manifest; damage inside a shard is found by
+    its checksums when the record is read, or all at once by `check_latents`.
 
     Args:
-      path: folder; made if missing. It must not hold a manifest yet.
-      latent_shape: (T, h, w, C) of every clip.
-      text_shape: (text_len, text_dim) of every text.
-      dtype: "bfloat16", "float16" or "float32"; what is written is cast to it.
-      records_per_shard: clips in a file.
-      source: free words on where the clips came from.
+      path: the folder.
 
     Raises:
-      ValueError: an unknown dtype.
-      FileExistsError: the folder holds stored latents already.
+      ConfigError: a file is missing or damaged, or the folder has no clips.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        latent_shape: tuple[int, int, int, int],
-        text_shape: tuple[int, int],
-        dtype: str = "bfloat16",
-        records_per_shard: int = 256,
-        source: str = "",
-    ):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    def __init__(self, path: str | Path):
         self._folder = Path(path)
-        if (self._folder / MANIFEST).exists():
-            raise FileExistsError(f"{self._folder / MANIFEST} exists; name another folder")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._records_per_shard = records_per_shard
-        self._latent_shape, self._text_shape, self._dtype = latent_shape, text_shape, dtype
-        self._source = source
-        self._shards: list[dict[str, Any]] = []
-        self._writer: Any = None
-        self._pending = 0
+        self.manifest = read_manifest(self._folder / MANIFEST)
+        if not self.manifest.shards:
+            raise empty(self._folder / MANIFEST)
+        self._records = self._open_shards()
 
-    def __enter__(self) -> "LatentWriter":
-        return self
+    def __len__(self) -> int:
+        return len(self._records)
 
-    def write(self, latents: np.ndarray, text: np.ndarray) -> None:
-        """Appends a clip.
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Clip `index`: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
+        try:
+            return self.manifest.unpack(self._records[index])
+        except (RuntimeError, ValueError) as error:
+            raise damaged(self._shard_of(index), f"record {index}: {error}") from None
 
-        Args:
-          latents: [T, h, w, C], any float type.
-          text: [text_len, text_dim], any float type, zeros past the prompt.
+    def _open_shards(self) -> ArrayRecordDataSource:
+        faults = shard_faults(self._folder, self.manifest)
+        if faults:
+            raise faults[0]
+        paths = [str(self._folder / shard.name) for shard in self.manifest.shards]
+        try:
+            records = ArrayRecordDataSource(paths)
+            count = len(records)
+        except RuntimeError as error:
+            raise damaged(self._folder, error) from None
+        if count != self.manifest.count:
+            raise damaged(self._folder, f"{count} records instead of {self.manifest.count}")
+        return records
 
-        Raises:
-          ValueError: a wrong shape, or values that are not finite in the dtype of the folder.
-        """
-        used = int(np.flatnonzero(np.any(np.asarray(text) != 0, axis=-1)).max(initial=-1)) + 1
-        record = self._bytes("latents", latents, self._latent_shape)
-        text_bytes = self._bytes("text", text, self._text_shape)
-        record += text_bytes[: used * len(text_bytes) // self._text_shape[0]]
-        if self._writer is None:
-            # One record a chunk, so that reading a clip reads no other; floats do not compress.
-            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
-        self._writer.write(record)
-        self._pending += 1
-        if self._pending == self._records_per_shard:
-            self._finish_shard()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            if self._writer is not None:
-                self._writer.close()
-                self._temporary.unlink(missing_ok=True)
-            return
-        if self._pending:
-            self._finish_shard()
-        manifest = {
-            "format": FORMAT,
-            "latent_shape": self._latent_shape,
-            "text_shape": self._text_shape,
-            "dtype": self._dtype,
-            "count": sum(shard["count"] for shard in self._shards),
-            "shards": self._shards,
-            "source": self._source,
-        }
-        temporary = self._folder / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(manifest, indent=1))
-        temporary.replace(self._folder / MANIFEST)
-
-    @property
-    def _temporary(self) -> Path:
-        return self._folder / f"{len(self._shards):05d}.tmp"
-
-    def _bytes(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> bytes:
-        array = np.asarray(array)
-        if array.shape != tuple(shape):
-            raise ValueError(f"{name} {array.shape} must have the shape {tuple(shape)}")
-        with np.errstate(over="ignore"):
-            array = array.astype(_stored(self._dtype))
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise ValueError(f"{name} hold values that are not finite in {self._dtype}")
-        return array.tobytes()
-
-    def _finish_shard(self) -> None:
-        self._writer.close()
-        path = self._folder / f"{len(self._shards):05d}.array_record"
-        shard = {
-            "name": path.name,
-            "count": self._pending,
-            "bytes": self._temporary.stat().st_size,
-            "sha256": _sha256(self._temporary),
-        }
-        self._temporary.replace(path)
-        self._shards.append(shard)
-        self._writer, self._pending = None, 0
+    def _shard_of(self, index: int) -> Path:
+        ends = np.cumsum([shard.count for shard in self.manifest.shards])
+        shard = self.manifest.shards[int(np.searchsorted(ends, index, "right"))]
+        return self._folder / shard.name
 
 
 class LatentSource:
-    """Random access to a folder of stored latents; the last `data.held_out` clips are held out.
-
-    Opening compares names, sizes and counts with the manifest; damage inside a shard is found by
-    its checksums when the record is read, or all at once by `verify`.
+    """The clips of a folder for a run; the last `data.held_out` clips are held out.
 
     Args:
-      config: data.path, data.held_out and the shapes of the model and of the data are read.
+      config: data.path, data.held_out, the codec and the shapes of the model and of the data are
+        read.
 
     Raises:
-      ConfigError: a file is missing or damaged, the shapes are not the configuration's, or
-        `data.held_out` leaves nothing to train on.
+      ConfigError: a file is missing or damaged, the shapes or the codec are not the
+        configuration's, or `data.held_out` leaves nothing to train on.
     """
 
     def __init__(self, config: Config):
-        self._folder = Path(config.data.path)
-        self.manifest = _read_manifest(self._folder)
-        _compare(self.manifest, config, self._folder)
-        self._dtype = _stored(self.manifest["dtype"])
-        self._latent_shape = tuple(self.manifest["latent_shape"])
-        self._text_shape = tuple(self.manifest["text_shape"])
-        self._records = self._open_shards()
-        self._training = len(self._records) - config.data.held_out
+        self.folder = LatentFolder(config.data.path)
+        _compare(self.folder.manifest, config)
+        self._training = len(self.folder) - config.data.held_out
         if self._training < 1:
             raise ConfigError(
-                f"data.held_out={config.data.held_out} leaves none of the {len(self._records)} "
-                f"clips in data.path={self._folder} for training; lower it"
+                f"data.held_out={config.data.held_out} leaves none of the {len(self.folder)} "
+                f"clips in data.path={config.data.path} for training; lower it"
             )
 
     def __len__(self) -> int:
@@ -176,88 +90,96 @@ class LatentSource:
     def training(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Clip `index`: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
         del rng
-        return self[index]
+        return self.folder[index]
 
     def held_out(self, index: int) -> dict[str, np.ndarray]:
         """Held-out clip `index`, of the same keys."""
-        return self[self._training + index]
+        return self.folder[self._training + index]
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        try:
-            values = np.frombuffer(self._records[index], self._dtype).astype(np.float32)
-        except (RuntimeError, ValueError) as error:
-            raise _damaged(self._shard_of(index), error) from error
-        size, width = math.prod(self._latent_shape), self._text_shape[1]
-        used = values[size:]
-        if len(values) < size or len(used) % width or len(used) > math.prod(self._text_shape):
-            raise _damaged(self._shard_of(index), f"record {index} has {len(values)} values")
-        text = np.zeros(self._text_shape, np.float32)
-        text[: len(used) // width] = used.reshape(-1, width)
-        return {"latents": values[:size].reshape(self._latent_shape), "text": text}
 
-    def verify(self) -> None:
-        """Reads every shard and compares its SHA-256 with the manifest's.
+def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) -> list[ConfigError]:
+    """What is wrong with the files of a folder: missing, of another size, or changed.
 
-        Raises:
-          ConfigError: naming the first shard that differs.
-        """
-        for shard in self.manifest["shards"]:
-            if _sha256(self._folder / shard["name"]) != shard["sha256"]:
-                raise _damaged(self._folder / shard["name"], "its SHA-256 is not the manifest's")
-
-    def _open_shards(self) -> ArrayRecordDataSource:
-        paths = []
-        for shard in self.manifest["shards"]:
-            path = self._folder / shard["name"]
-            if not path.is_file():
-                raise ConfigError(
-                    f"{shard['name']} is missing in data.path={self._folder}, but {MANIFEST} "
-                    f"lists it; copy it there again ({_REMEDY})"
+    Args:
+      folder: the folder.
+      manifest: its manifest.
+      contents: whether to read the files and compare their SHA-256, too.
+    """
+    faults = []
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            faults.append(
+                ConfigError(
+                    f"{shard.name} is missing in data.path={folder}, but {MANIFEST} lists it; copy "
+                    "it there again, or write the folder anew"
                 )
-            if path.stat().st_size != shard["bytes"]:
-                sizes = f"{path.stat().st_size} bytes instead of {shard['bytes']}"
-                raise _damaged(path, sizes)
-            paths.append(str(path))
+            )
+        elif path.stat().st_size != shard.bytes:
+            faults.append(damaged(path, f"{path.stat().st_size} bytes instead of {shard.bytes}"))
+        elif contents and sha256(path) != shard.sha256:
+            faults.append(damaged(path, "its SHA-256 is not the manifest's"))
+    return faults
+
+
+class Check(NamedTuple):
+    """What `check_latents` has found.
+
+    Attributes:
+      manifest: the folder's manifest.
+      problems: one line each; empty if the folder is good.
+      mean, std: of the latents, per channel, float64 [C].
+      text_rows: mean number of used text slots.
+    """
+
+    manifest: Manifest
+    problems: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    text_rows: float
+
+
+def check_latents(path: str | Path) -> Check:
+    """Reads every clip of a folder of stored latents, whoever wrote it.
+
+    Clips are looked at once all files are those of the manifest.
+
+    Raises:
+      ConfigError: there is no manifest that can be read, or no clip.
+    """
+    manifest = read_manifest(Path(path) / MANIFEST)
+    nothing = np.zeros(manifest.latent_shape[-1])
+    problems = [str(fault) for fault in shard_faults(Path(path), manifest, contents=True)]
+    if problems:
+        return Check(manifest, tuple(problems), nothing, nothing, 0.0)
+    folder = LatentFolder(path)
+    sums, rows = np.zeros((2, manifest.latent_shape[-1])), 0
+    for index in range(len(folder)):
         try:
-            records = ArrayRecordDataSource(paths)
-            count = len(records)
-        except RuntimeError as error:
-            raise _damaged(self._folder, error) from error
-        if count != self.manifest["count"]:
-            raise _damaged(self._folder, f"{count} records instead of {self.manifest['count']}")
-        return records
-
-    def _shard_of(self, index: int) -> Path:
-        ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]])
-        shard = self.manifest["shards"][int(np.searchsorted(ends, index, "right"))]
-        return self._folder / shard["name"]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        missing = MANIFEST if folder.is_dir() else f"the folder with {MANIFEST}"
-        raise ConfigError(f"{missing} is missing: looked for {path} (data.path); {_REMEDY}")
-    try:
-        manifest = json.loads(path.read_text())
-        found = manifest["format"]
-        known = {"latent_shape", "text_shape", "dtype", "count", "shards"} <= manifest.keys()
-        for shard in manifest.get("shards", ()):
-            known &= {"name", "count", "bytes", "sha256"} <= shard.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, repr(error)) from error
-    if found != FORMAT or not known or manifest["dtype"] not in DTYPES:
-        raise ConfigError(
-            f"{path} has format {found!r}, this program reads format {FORMAT}; write the folder "
-            f"again ({_REMEDY})"
+            clip = folder[index]
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        bad = [name for name, values in clip.items() if not np.isfinite(values).all()]
+        if bad:
+            problems.append(f"clip {index}: {' and '.join(bad)} with values that are not finite")
+            continue
+        values = clip["latents"].astype(np.float64)
+        sums += [values.mean((0, 1, 2)), np.square(values).mean((0, 1, 2))]
+        rows += int(np.any(clip["text"] != 0, axis=-1).sum())
+    mean, square = sums / max(len(folder) - len(problems), 1)
+    size = float(np.sqrt(np.mean(square)))
+    if not problems and not 0.1 < size < 10:
+        problems.append(
+            f"the latents' root mean square is {size:.3g}; normalised ones have about 1"
         )
-    if not manifest["shards"]:
-        raise ConfigError(f"{path} lists no clips; {_REMEDY}")
-    return manifest
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    return Check(manifest, tuple(problems), mean, std, rows / len(folder))
 
 
-def _compare(manifest: dict[str, Any], config: Config, folder: Path) -> None:
+def _compare(manifest: Manifest, config: Config) -> None:
     model, data = config.model, config.data
+    where = Path(data.path) / MANIFEST
     for key, expected, fields in (
         (
             "latent_shape",
@@ -266,24 +188,21 @@ def _compare(manifest: dict[str, Any], config: Config, folder: Path) -> None:
         ),
         ("text_shape", (model.text_len, model.text_dim), "model.text_len and model.text_dim"),
     ):
-        if tuple(manifest[key]) != expected:
+        found = getattr(manifest, key)
+        if found != expected:
             raise ConfigError(
-                f"{folder / MANIFEST} has {key}={tuple(manifest[key])}, but {fields} give "
-                f"{expected}; change them or store the latents again"
+                f"{where} has {key}={found}, but {fields} give {expected}; change them or store "
+                "the latents again"
             )
-
-
-def _damaged(path: Path, reason: object) -> ConfigError:
-    words = " ".join(str(reason).split())
-    return ConfigError(
-        f"{path} (data.path) is damaged: {words}; copy or write it again ({_REMEDY})"
-    )
-
-
-def _stored(dtype: str) -> np.dtype:
-    return np.dtype(jnp.dtype(dtype)).newbyteorder("<")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if manifest.codec["name"] != data.codec:
+        raise ConfigError(
+            f"{where} has latents of the codec {manifest.codec['name']}, but data.codec="
+            f"{data.codec}; change it or store the latents again"
+        )
+    if data.vae and manifest.codec.get("weights"):
+        ours = fingerprint(vae_weights(data.vae))
+        if ours != manifest.codec["weights"]:
+            raise ConfigError(
+                f"{where} has latents of other weights of the VAE than data.vae={data.vae}; name "
+                "those weights or store the latents again"
+            )

@@ -83,12 +83,12 @@ class ClipData:
     """The clips of a run.
 
     Attributes:
-      codec: how their pixels became latents.
+      codec: how their pixels became latents; None if its weights are not known.
       clips: the source.
       config: the run's configuration.
     """
 
-    codec: Codec
+    codec: Codec | None
     clips: Clips
     config: Config
 
@@ -165,14 +165,14 @@ def open_data(config: Config) -> ClipData:
             f"data.held_out={data.held_out}; lower it or hold out more"
         )
     codec = make_codec(config)
+    if data.source == "latents":
+        return ClipData(codec, LatentSource(config), config)
+    assert codec is not None  # clips of pixels have one that needs no weights
     frames = codec.pixel_frames(data.frames)
-    match data.source:
-        case "synthetic":
-            sprites.check(config)
-            pixel_clips = sprites.SpriteClips(data, frames)
-        case "video":
-            pixel_clips = VideoClips(data, frames)
-        case "latents":
-            return ClipData(codec, LatentSource(config), config)
+    if data.source == "synthetic":
+        sprites.check(config)
+        pixel_clips = sprites.SpriteClips(data, frames)
+    else:
+        pixel_clips = VideoClips(data, frames)
     clips = EncodedClips(pixel_clips, codec, model.text_len, model.text_dim)
     return ClipData(codec, clips, config)

@@ -29,18 +29,21 @@ class Video(NamedTuple):
       times: float64 [N], seconds in the file at which its frames are taken.
       training: its first frames, from which training clips are cut; held-out clips are cut from
         the rest.
+      caption: what it shows.
     """
 
     path: Path
     times: np.ndarray
     training: int
+    caption: str
 
 
 class VideoClips:
     """Clips of a folder's video files, resized to cover the frame and cropped at its centre.
 
     Files are found recursively, in sorted order. The end of each file (a fifth of it, at least one
-    clip) is kept for the held-out clips. The caption is made of the words in the file's name.
+    clip) is kept for the held-out clips. The caption is the text of a file beside it (a.txt for
+    a.mp4) or, without one, the words in the video's name.
 
     Args:
       data: path, height, width, fps and held_out are read.
@@ -52,7 +55,8 @@ class VideoClips:
 
     def __init__(self, data: DataConfig, pixel_frames: int):
         self._data, self._frames = data, pixel_frames
-        self.videos = _split(_index(Path(data.path), data.fps, pixel_frames), pixel_frames, data)
+        videos = index_videos(Path(data.path), data.fps, pixel_frames)
+        self.videos = _split(videos, pixel_frames, data)
         self._first = np.cumsum([0] + [video.training // pixel_frames for video in self.videos])
         held_out = [len(video.times) - video.training for video in self.videos]
         starts = [max(frames - pixel_frames + 1, 0) for frames in held_out]
@@ -82,14 +86,13 @@ class VideoClips:
 
     def _clip(self, video: Video, start: int) -> tuple[np.ndarray, str]:
         size = self._data.height, self._data.width
-        caption = " ".join(re.findall(r"[^\W_]+", video.path.stem))
         span = slice(start, start + self._frames)
         if video.path not in self._kept:
             kept = sum(frames.nbytes for frames in self._kept.values())
             if kept + len(video.times) * size[0] * size[1] * 3 > MEMORY_BYTES:
-                return _decode(video.path, video.times[span], size), caption
-            self._kept[video.path] = _decode(video.path, video.times, size)
-        return self._kept[video.path][span], caption
+                return decode_frames(video.path, video.times[span], size), video.caption
+            self._kept[video.path] = decode_frames(video.path, video.times, size)
+        return self._kept[video.path][span], video.caption
 
 
 def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np.ndarray:
@@ -112,7 +115,7 @@ def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np
     try:
         times = _sample_times(path, fps)
         if len(times) >= count:
-            return _decode(path, times[:count], size)
+            return decode_frames(path, times[:count], size)
     except (FFmpegError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be decoded: {reason}; name another video") from None
@@ -122,8 +125,17 @@ def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np
     )
 
 
-def _index(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
-    """Finds the videos of at least one clip; names all others in one warning."""
+def index_videos(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
+    """Finds the videos of at least one clip, in sorted order; names all others in one warning.
+
+    Args:
+      folder: searched with its subfolders.
+      fps: frames a second at which the files are sampled.
+      pixel_frames: frames of a clip.
+
+    Raises:
+      ConfigError: there is no folder, no video file in it, or none that gives a clip.
+    """
     if not folder.is_dir():
         raise ConfigError(
             f"data.path={folder} is not a folder; name the folder of the video files, or run with "
@@ -144,7 +156,7 @@ def _index(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
             skipped.append(f"{path.name} (cannot be decoded: {reason})")
             continue
         if len(times) >= pixel_frames:
-            videos.append(Video(path, times, len(times)))
+            videos.append(Video(path, times, len(times), _caption(path)))
         else:
             skipped.append(f"{path.name} ({len(times)} frames at {fps:g} fps, fewer than a clip)")
     if not videos:
@@ -156,6 +168,13 @@ def _index(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
         named = ", ".join(skipped[:20]) + (", ..." if len(skipped) > 20 else "")
         logging.warning("%d of %d video files skipped: %s", len(skipped), len(paths), named)
     return videos
+
+
+def _caption(path: Path) -> str:
+    beside = path.with_suffix(".txt")
+    if beside.is_file():
+        return " ".join(beside.read_text(errors="replace").split())
+    return " ".join(re.findall(r"[^\W_]+", path.stem))
 
 
 def _split(videos: list[Video], pixel_frames: int, data: DataConfig) -> list[Video]:
@@ -188,7 +207,7 @@ def _sample_times(path: Path, fps: float) -> np.ndarray:
         if not len(shown) or stream.time_base is None:
             raise ValueError("its frames have no time stamps")
         shown *= float(stream.time_base)
-    _decode(path, shown[:1], (2, 2))
+    decode_frames(path, shown[:1], (2, 2))
     # The last frame is shown for as long as the frames before it, on average; a tenth of a frame
     # makes up for rounded time stamps.
     period = (shown[-1] - shown[0]) / max(len(shown) - 1, 1)
@@ -196,7 +215,9 @@ def _sample_times(path: Path, fps: float) -> np.ndarray:
     return shown[0] + np.arange(count) / fps
 
 
-def _decode(path: Path, times: np.ndarray, size: tuple[int, int], seek: bool = True) -> np.ndarray:
+def decode_frames(
+    path: Path, times: np.ndarray, size: tuple[int, int], seek: bool = True
+) -> np.ndarray:
     """Decodes the frames shown at rising `times` in seconds: uint8 [N, H, W, 3].
 
     Times past the last frame that can be decoded show that frame.
@@ -211,7 +232,7 @@ def _decode(path: Path, times: np.ndarray, size: tuple[int, int], seek: bool = T
             container.seek(int(times[0] / float(stream.time_base)), stream=stream)
         for frame in _decodable(container, stream):
             if shown is None and seek and frame.time > times[0] + _TOLERANCE:
-                return _decode(path, times, size, seek=False)
+                return decode_frames(path, times, size, seek=False)
             # The frame before is shown at all times up to this one's.
             stop = int(np.searchsorted(times, frame.time - _TOLERANCE))
             if stop > len(taken):

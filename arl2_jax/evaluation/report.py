@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from arl2_jax import models
 from arl2_jax.config import Config, ModelConfig, to_config_dict
-from arl2_jax.data import ClipData
+from arl2_jax.data import ClipData, Codec
 from arl2_jax.data.sprites import COLORS, SHAPES, Reveal, SpriteClip, SpriteClips
 from arl2_jax.diffusion import noise_levels
 from arl2_jax.evaluation.gap import (
@@ -172,7 +172,9 @@ def _recall(
     if reason:
         return {"recall": None, "recall_reason": reason}, None
     logging.info("report: recall of hidden sprites in %d clips", count)
-    clips, events, batch = recall_clips(config, data.codec)
+    codec = data.codec
+    assert codec is not None  # clips that are made on the fly have one
+    clips, events, batch = recall_clips(config, codec)
     scores: dict[str, Any] = {name: None for name in ("teacher", "student", "control")}
     shown = {}
     for name in LABELS:
@@ -180,7 +182,7 @@ def _recall(
             continue
         # The untrained hybrid is shown, but not scored.
         count = len(clips) if name in scores else _SHEET_CLIPS
-        pixels = _generate_revealed(config, data, found[name], batch, count, key)
+        pixels = _generate_revealed(config, codec, found[name], batch, count, key)
         shown[name] = pixels[:_SHEET_CLIPS]
         if name in scores:
             scores[name] = recall(pixels, clips, events, config)
@@ -191,7 +193,7 @@ def _recall(
 
 
 def _generate_revealed(
-    config: Config, data: ClipData, model: Model, batch: Batch, count: int, key
+    config: Config, codec: Codec, model: Model, batch: Batch, count: int, key
 ) -> np.ndarray:
     """At least `count` clips, every block made after its clean past: pixels in [-1, 1]."""
     made = []
@@ -203,7 +205,7 @@ def _generate_revealed(
             model.params, model.cfg, config.sampler, part["text"], own, part["latents"]
         )
         made.append(_fetch(latents)[:new])
-    return np.asarray(data.codec.decode(np.concatenate(made)))
+    return np.asarray(codec.decode(np.concatenate(made)))
 
 
 def _recall_sheet(
@@ -245,13 +247,17 @@ def _continue(config: Config, data: ClipData, found: dict[str, Model], key) -> C
     f, blocks = config.model.frames_per_block, config.blocks * config.evaluation.rollout_length
     if min(count, blocks) <= 0:
         return None
+    codec = data.codec
+    if codec is None:
+        logging.info("report: no videos; data.vae names no weights that would decode them")
+        return None
     frames = blocks * f
     logging.info("report: continuing %d held-out clips to %d latent frames", count, frames)
     # Enough to see how things move, and no more.
     given = min(math.ceil(config.blocks / 4), blocks - 1)
     batch = data.held_out(count)
     past = batch["latents"][:, : given * f]
-    videos = {"truth": _truth(config, data, batch["latents"], frames)}
+    videos = {"truth": _truth(config, codec, batch["latents"], frames)}
     for name in ("teacher", "untrained", "student"):
         if name not in found:
             continue
@@ -268,16 +274,16 @@ def _continue(config: Config, data: ClipData, found: dict[str, Model], key) -> C
             past=placed["past"] if given else None,
         )
         latents = np.concatenate([past, _fetch(made)], axis=1)
-        videos[name] = _to_uint8(data.codec.decode(latents))
-    pixel_frames = data.codec.pixel_frames
-    return Continuations(videos, pixel_frames(given * f), pixel_frames(config.data.frames))
+        videos[name] = _to_uint8(np.asarray(codec.decode(latents)))
+    seen = codec.pixel_frames(given * f)
+    return Continuations(videos, seen, codec.pixel_frames(config.data.frames))
 
 
-def _truth(config: Config, data: ClipData, latents: np.ndarray, frames: int) -> np.ndarray:
+def _truth(config: Config, codec: Codec, latents: np.ndarray, frames: int) -> np.ndarray:
     """The clips as they are, and as they go on where that is known."""
     if config.data.source != "synthetic":
-        return _to_uint8(data.codec.decode(latents))
-    source = SpriteClips(config.data, data.codec.pixel_frames(frames))
+        return _to_uint8(np.asarray(codec.decode(latents)))
+    source = SpriteClips(config.data, codec.pixel_frames(frames))
     return np.stack([source.held_out(i)[0] for i in range(len(latents))])
 
 

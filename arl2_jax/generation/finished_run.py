@@ -2,120 +2,88 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
-import jax
-import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from arl2_jax.config import Config, ConfigError, ModelConfig, from_config_dict
-from arl2_jax.data import Codec, embed_caption, make_codec
-from arl2_jax.data.videos import read_frames
-from arl2_jax.generation.generator import Generator
-from arl2_jax.generation.video import write_video
+from arl2_jax.config import Config, ConfigError, from_config_dict
+from arl2_jax.data import embed_caption, make_codec
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.make_video import Text, VideoModel, make_video, read_past
 from arl2_jax.weights.folder import load_params_folder
 
 MODELS = ("teacher", "stage1", "stage2", "control")
 
 
-def write_generated(
+def write_from_run(
     run: epath.PathLike,
     model: str,
     *,
     prompt: str,
-    frames: int,
+    frames: int | None,
     out: epath.PathLike,
+    encoders: Encoders,
     condition: str | None = None,
+    negative_prompt: str = "",
     seed: int = 0,
 ) -> None:
-    """Generates a video and writes it as an mp4 file.
+    """Generates a video with one of a run's models and writes it as an mp4 file.
 
     Args:
       run: the run's folder.
       model: one of `MODELS`.
       prompt: words, embedded as the captions of training are.
-      frames: frames to generate, whole blocks.
+      frames: pixel frames to generate, whole blocks; by default four training clips.
       out: the file.
+      encoders: text encoder and VAE, for runs on latents of Wan's VAE.
       condition: a video file; its beginning, half a training clip, comes first and is continued.
+      negative_prompt: what guidance leads away from, where the text encoder is Wan's.
       seed: seed of the noise.
 
     Raises:
       ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
     """
-    config, cfg, weights = _find(epath.Path(run), model)
-    codec = make_codec(config)
-    latent_frames = _latent_frames(frames, codec, cfg)
-    _check_writable(epath.Path(out))
-    past = None if condition is None else _read_past(Path(condition), config, codec)
-    text = embed_caption(prompt, cfg.text_len, cfg.text_dim)
-    params, _ = load_params_folder(weights)
-    generator = Generator(
-        cfg, params, config.sampler, latent_shape=config.latent_shape, codec=codec
+    config = _read_config(epath.Path(run))
+    found = _find(epath.Path(run), model, config, encoders)
+    if frames is None:
+        frames = found.codec.pixel_frames(4 * config.data.frames)
+    past = None
+    if condition is not None:
+        half = max(config.blocks // 2, 1) * config.model.frames_per_block
+        past = read_past(condition, found, half, (config.data.height, config.data.width))
+    cfg, wan = found.cfg, config.data.codec == "wan_vae"
+    encode_text = lambda: (
+        encoders.text(prompt, negative_prompt, cfg, found.sampler)
+        if wan
+        else Text(embed_caption(prompt, cfg.text_len, cfg.text_dim))
     )
-    # This kind of key compiles at once on CPUs.
-    key = jax.random.key(seed, impl="rbg")
-    video, latents = ([], None) if past is None else ([past], _encode(past, codec))
-    stream = generator.stream(text, key=key, past=latents, frames=latent_frames)
-    with tqdm(total=frames, unit="frame") as progress:
-        for block in stream:
-            video.append(np.asarray(block)[0])
-            progress.update(len(video[-1]))
-    write_video(out, np.concatenate(video), config.data.fps)
+    make_video(found, encode_text, frames=frames, out=out, past=past, seed=seed)
 
 
-def _find(run: epath.Path, model: str) -> tuple[Config, ModelConfig, epath.Path]:
-    """The run's configuration, the model's, and the folder of its weights."""
+def _read_config(run: epath.Path) -> Config:
     if not (run / "config.json").exists():
         raise ConfigError(f"{run} is not the folder of a run: config.json is missing; name another")
     try:
-        config = from_config_dict(json.loads((run / "config.json").read_text()))
+        return from_config_dict(json.loads((run / "config.json").read_text()))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{run / 'config.json'} is damaged: {error}; name another run") from None
-    if config.data.source == "latents":
-        raise ConfigError(
-            f"{run} was trained on stored latents and text embeddings, whose decoder and text "
-            "encoder are not part of this program; call arl2_jax.Generator with your own"
-        )
+
+
+def _find(run: epath.Path, model: str, config: Config, encoders: Encoders) -> VideoModel:
     trained = [name for name in MODELS if (run / name / "summary.json").exists()]
     if model not in trained:
         raise ConfigError(
             f"{run} has no finished model {model!r}; it has {', '.join(trained) or 'none'}"
         )
     changes = {"teacher": {"hybrid_layers": ()}, "control": {"memory_gate": "zero"}}
-    return (
-        config,
-        dataclasses.replace(config.model, **changes.get(model, {})),
-        run / model / "weights",
+    codec = (
+        encoders.codec(config.data.vae) if config.data.codec == "wan_vae" else make_codec(config)
     )
-
-
-def _latent_frames(frames: int, codec: Codec, cfg: ModelConfig) -> int:
-    block = codec.pixel_frames(cfg.frames_per_block)
-    if frames < 1 or frames % block:
-        raise ConfigError(f"frames={frames} must be a positive multiple of the {block} of a block")
-    return frames // block * cfg.frames_per_block
-
-
-def _check_writable(out: epath.Path) -> None:
-    probe = out.parent / f"{out.name}.unfinished"
-    try:
-        if out.is_dir():
-            raise IsADirectoryError("it is a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"cannot write {out}: {reason}; name another file") from None
-
-
-def _read_past(path: Path, config: Config, codec: Codec) -> np.ndarray:
-    """Half a training clip, in whole blocks: uint8 [F, H, W, 3]."""
-    latent_frames = max(config.blocks // 2, 1) * config.model.frames_per_block
-    size = config.data.height, config.data.width
-    return read_frames(path, config.data.fps, codec.pixel_frames(latent_frames), size)
-
-
-def _encode(pixels: np.ndarray, codec: Codec) -> np.ndarray:
-    return np.asarray(codec.encode(pixels[None].astype(np.float32) / 127.5 - 1), np.float32)
+    assert codec is not None  # only Wan's may lack its weights
+    return VideoModel(
+        dataclasses.replace(config.model, **changes.get(model, {})),
+        lambda: load_params_folder(run / model / "weights")[0],
+        config.sampler,
+        codec,
+        config.latent_shape,
+        config.data.fps,
+    )

@@ -43,10 +43,10 @@ class Generator:
           cfg, params: the model.
           sampler: how each block is denoised.
           latent_shape: rows, columns and channels of a latent frame.
-          codec: decodes each block on its own; without one the blocks are latents.
+          codec: decodes the blocks as they come; without one the blocks are latents.
 
         Raises:
-          ValueError: the latents are not the model's, or the codec cannot decode single blocks.
+          ValueError: the latents are not the model's or the codec's.
         """
         f, (rows, columns, channels) = cfg.frames_per_block, latent_shape
         _, patch_rows, patch_columns = cfg.patch_size
@@ -55,18 +55,24 @@ class Generator:
                 f"latent_shape={latent_shape} must be rows and columns in multiples of the patch "
                 f"{patch_rows} x {patch_columns}, and {cfg.in_dim} channels"
             )
-        if codec is not None and codec.pixel_frames(2 * f) != 2 * codec.pixel_frames(f):
+        if codec is not None and codec.channels != channels:
             raise ValueError(
-                "codec compresses time across blocks and cannot decode single ones; leave it out "
-                "and decode the latents as a whole"
+                f"latent_shape={latent_shape} must have the {codec.channels} channels of the codec"
             )
         self.cfg, self.sampler, self.codec = cfg, sampler, codec
         self._shape = (f, rows, columns, channels)
         self._params = jax.jit(lambda p: models.stack_params(p, cfg))(params)
         tokens = rows * columns // (patch_rows * patch_columns)
         self._start = jax.jit(
-            lambda params, text, key, frames: start(
-                params, cfg, sampler, text, key, frames=frames, tokens_per_frame=tokens
+            lambda params, text, null_text, key, frames: start(
+                params,
+                cfg,
+                sampler,
+                text,
+                key,
+                frames=frames,
+                tokens_per_frame=tokens,
+                null_text=null_text,
             ),
             static_argnames="frames",
         )
@@ -82,6 +88,7 @@ class Generator:
         past: Float[AnyArray, "b t rows columns channels"] | None = None,
         frames: int | None = None,
         capacity: int | None = None,
+        null_text: Float[AnyArray, "l text_dim"] | None = None,
     ) -> Iterator[Array]:
         """Generates a video, or continues one; arguments are checked at the call.
 
@@ -92,10 +99,12 @@ class Generator:
           frames: latent frames to generate, whole blocks; None goes on without end.
           capacity: latent frames, the past's included, that softmax layers have room for; by
             default as many as are asked for. Models without softmax layers have no use for it.
+          null_text: what guidance leads away from, see `rollout.start`.
 
         Returns:
           Iterator of latents [B, f, rows, columns, channels] float32 or, with a codec, of pixels
-          [B, F, H, W, 3] uint8.
+          [B, F, H, W, 3] uint8. A codec that compresses time gives the first block of a video
+          fewer frames than those after it.
 
         Raises:
           ValueError: before anything is compiled, if shapes do not fit, or if frames are endless
@@ -109,11 +118,19 @@ class Generator:
                 f"text_embedding has shape {np.shape(text_embedding)}; must be [L, "
                 f"{self.cfg.text_dim}] or [B, L, {self.cfg.text_dim}]"
             )
+        if null_text is not None and np.shape(null_text) != text.shape[1:]:
+            raise ValueError(
+                f"null_text has shape {np.shape(null_text)}; must be {text.shape[1:]}, that of a "
+                "text"
+            )
         known = self._check_past(past, text.shape[0])
         if frames is not None and (frames < 1 or frames % self._shape[0]):
             raise ValueError(f"frames={frames} must be a positive multiple of {self._shape[0]}")
         room = self._room(known, frames, capacity)
-        return self._stream(text, key, past, frames, room)
+        blocks = self._stream(text, null_text, key, past, frames, room)
+        if self.codec is None:
+            return blocks
+        return _decoded(blocks, self.codec, past, (text.shape[0], *self._shape))
 
     def generate(
         self,
@@ -123,21 +140,31 @@ class Generator:
         key: Array,
         past: Float[AnyArray, "b t rows columns channels"] | None = None,
         capacity: int | None = None,
+        null_text: Float[AnyArray, "l text_dim"] | None = None,
     ) -> np.ndarray:
         """Collects `frames` latent frames of a stream in host memory; the past is not repeated.
 
         Args:
-          text_embedding, frames, key, past, capacity: as in `stream`. Videos of several lengths
-            share one compiled program if they have the same capacity.
+          text_embedding, frames, key, past, capacity, null_text: as in `stream`. Videos of several
+            lengths share one compiled program if they have the same capacity.
 
         Returns:
           Latents [B, frames, rows, columns, channels] or, with a codec, pixels [B, F, H, W, 3].
         """
-        blocks = self.stream(text_embedding, key=key, past=past, frames=frames, capacity=capacity)
+        blocks = self.stream(
+            text_embedding,
+            key=key,
+            past=past,
+            frames=frames,
+            capacity=capacity,
+            null_text=null_text,
+        )
         return np.concatenate([np.asarray(block) for block in blocks], axis=1)
 
-    def _stream(self, text, key, past, frames: int | None, room: int | None) -> Iterator[Array]:
-        context, state = self._start(self._params, text, key, frames=room or 0)
+    def _stream(
+        self, text, null_text, key, past, frames: int | None, room: int | None
+    ) -> Iterator[Array]:
+        context, state = self._start(self._params, text, null_text, key, frames=room or 0)
         f, position = self._shape[0], 0
         while past is not None and position < past.shape[1]:
             state = self._remember(context, *state, block=past[:, position : position + f])
@@ -157,11 +184,7 @@ class Generator:
         state = RolloutState(memory, position, key)
         batch = context.text[0].k.shape[1] // (2 if self.sampler.guidance > 1 else 1)
         shape = (batch, *self._shape)
-        state, block = generate_block(context, self.cfg, self.sampler, state, shape)
-        if self.codec is None:
-            return state, block
-        pixels = jnp.rint((self.codec.decode(block) + 1) * 127.5)
-        return state, jnp.clip(pixels, 0, 255).astype(jnp.uint8)
+        return generate_block(context, self.cfg, self.sampler, state, shape)
 
     def _write_block(self, context: RolloutContext, memory, position, key, block):
         return write_block(context, self.cfg, RolloutState(memory, position, key), block)
@@ -195,3 +218,25 @@ class Generator:
                 "raise it"
             )
         return needed if capacity is None else capacity
+
+
+def _decoded(
+    blocks: Iterator[Array], codec: Codec, past: AnyArray | None, shape: tuple[int, ...]
+) -> Iterator[Array]:
+    """Pixels of the blocks; a codec with a memory sees the past first."""
+    batch, f, rows, columns, _ = shape
+    state, first = codec.init_state(batch, rows, columns), True
+    if past is not None:
+        for i in range(0, past.shape[1], f):
+            _, state = codec.decode_block(past[:, i : i + f], state, first=i == 0)
+        first = False
+    for block in blocks:
+        pixels, state = codec.decode_block(block, state, first=first)
+        first = False
+        yield _to_uint8(pixels)
+
+
+@jax.jit
+def _to_uint8(pixels: Array) -> Array:
+    """Colours in [-1, 1] as whole numbers in 0..255."""
+    return jnp.clip(jnp.rint((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)

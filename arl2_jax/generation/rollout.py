@@ -36,20 +36,31 @@ class RolloutContext(NamedTuple):
 
 
 def start(
-    params, cfg: ModelConfig, sampler: SamplerConfig, text, key, *, frames, tokens_per_frame
+    params,
+    cfg: ModelConfig,
+    sampler: SamplerConfig,
+    text,
+    key,
+    *,
+    frames,
+    tokens_per_frame,
+    null_text=None,
 ) -> tuple[RolloutContext, RolloutState]:
     """Prepares a rollout.
 
     Args:
       params, cfg: the model.
-      sampler: with guidance above 1, the batch is doubled by its copy without text.
+      sampler: with guidance above 1, the batch is doubled by its copy with `null_text`.
       text: text embeddings [B, L, text_dim].
       key: random key.
       frames: latent frames that softmax layers have room for; hybrid layers need none.
       tokens_per_frame: tokens of a latent frame.
+      null_text: embedding [L, text_dim] that guidance leads away from: of the empty or of a
+        negative prompt. By default zeros, which is the text that training drops.
     """
     if sampler.guidance > 1:
-        text = jnp.concatenate([text, jnp.zeros_like(text)])
+        null = jnp.zeros_like(text) if null_text is None else null_text
+        text = jnp.concatenate([text, jnp.broadcast_to(null, text.shape).astype(text.dtype)])
     stacked = models.stack_params(params, cfg)
     context = RolloutContext(stacked, models.encode_text(stacked, cfg, text))
     memory = models.init_memory(

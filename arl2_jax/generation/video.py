@@ -1,11 +1,12 @@
 """Videos as files, and several of them in one picture."""
 
 import functools
-import io
 import math
+import tempfile
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -15,7 +16,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from arl2_jax.storage import write_whole
+from arl2_jax.storage import move_whole
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
@@ -35,25 +36,74 @@ class Part(NamedTuple):
     stop: int
 
 
-def write_video(path: epath.PathLike, frames: Frames, fps: float) -> None:
-    """Writes an mp4 file that common players and browsers show; whole or not at all.
+class VideoWriter:
+    """Writes an mp4 file frame by frame; a context manager.
+
+    The file is one that common players and browsers show. It gets its name when it is complete;
+    after an exception there is none. What is held in memory does not grow with the video.
 
     Args:
       path: local or remote file; a file of that name is replaced.
-      frames: uint8; small ones are enlarged by whole factors to at least `MIN_WIDTH` columns.
       fps: frames a second.
 
     Raises:
-      ValueError: frames are not uint8 [F, H, W, 3] with at least one frame, or fps is not positive.
+      ValueError: fps is not positive.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; uint8 [F, H, W, 3] is needed")
-    if not fps > 0:
-        raise ValueError(f"fps={fps} must be positive")
-    frames = enlarge(frames, MIN_WIDTH)
-    # Colours are stored for squares of 2 x 2 pixels.
-    even = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
-    write_whole(path, _encode(np.pad(frames, even, mode="edge"), fps))
+
+    def __init__(self, path: epath.PathLike, fps: float):
+        if not fps > 0:
+            raise ValueError(f"fps={fps} must be positive")
+        self._path, self._rate = epath.Path(path), Fraction(fps).limit_denominator(1001)
+        self._count, self._stream = 0, None
+
+    def __enter__(self) -> "VideoWriter":
+        self._scratch = tempfile.TemporaryDirectory()
+        self._file = Path(self._scratch.name) / "video.mp4"
+        self._container = av.open(str(self._file), "w", format="mp4")
+        return self
+
+    def write(self, frames: Frames) -> None:
+        """Appends frames; small ones are enlarged by whole factors to at least `MIN_WIDTH` columns.
+
+        Raises:
+          ValueError: frames are not uint8 [F, H, W, 3] with at least one frame.
+        """
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise ValueError(
+                f"frames are {frames.dtype} {frames.shape}; uint8 [F, H, W, 3] is needed"
+            )
+        for picture in frames:
+            # Colours are stored for squares of 2 x 2 pixels.
+            large = enlarge(picture[None], MIN_WIDTH)[0]
+            even = [(0, large.shape[0] % 2), (0, large.shape[1] % 2), (0, 0)]
+            frame = av.VideoFrame.from_ndarray(np.pad(large, even, mode="edge"), format="rgb24")
+            if self._stream is None:
+                self._stream = self._add_stream(frame)
+            frame.pts, frame.time_base = self._count, 1 / self._rate
+            self._container.mux(self._stream.encode(frame))
+            self._count += 1
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with self._scratch:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if kind is None and self._stream is not None:
+                move_whole(self._file, self._path)
+
+    def _add_stream(self, frame: av.VideoFrame) -> VideoStream:
+        codec, options = _codec()
+        stream = cast(
+            VideoStream, self._container.add_stream(codec, rate=self._rate, options=options)
+        )
+        stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, "yuv420p"
+        return stream
+
+
+def write_video(path: epath.PathLike, frames: Frames, fps: float) -> None:
+    """Writes frames as an mp4 file, whole or not at all; see `VideoWriter`."""
+    with VideoWriter(path, fps) as writer:
+        writer.write(frames)
 
 
 def enlarge(frames: Frames, width: int) -> Frames:
@@ -166,21 +216,6 @@ def _time(width: int, t: int, count: int) -> int:
 @functools.cache
 def _font(size: int):
     return ImageFont.load_default(size)
-
-
-def _encode(frames: Frames, fps: float) -> bytes:
-    """The bytes of an mp4 file."""
-    rate, file = Fraction(fps).limit_denominator(1001), io.BytesIO()
-    codec, options = _codec()
-    with av.open(file, "w", format="mp4") as container:
-        stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for t, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = t, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return file.getvalue()
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def test_frames_are_taken_at_the_asked_rate(tmp_path, suffix, fps):
     clips = VideoClips(data_config(tmp_path), 16 // 2)
     video = clips.videos[0]
     assert len(video.times) == 16
-    whole = videos._decode(video.path, video.times, (24, 48))
+    whole = videos.decode_frames(video.path, video.times, (24, 48))
     times = (whole.astype(float).mean((1, 2, 3)) - 20) / 4 / fps
     np.testing.assert_allclose(times, np.arange(16) / 8, atol=0.6 / fps)
 
@@ -60,7 +60,7 @@ def test_frames_are_taken_at_the_asked_rate(tmp_path, suffix, fps):
 def test_slow_videos_hold_their_frames(tmp_path):
     write_video(tmp_path / "slow.mp4", brightness_ramp(8, slope=20), fps=4)
     clips = VideoClips(data_config(tmp_path), 4)
-    whole = videos._decode(clips.videos[0].path, clips.videos[0].times, (24, 48))
+    whole = videos.decode_frames(clips.videos[0].path, clips.videos[0].times, (24, 48))
     expected = np.repeat(20 + 20 * np.arange(8), 2)
     np.testing.assert_allclose(whole.astype(float).mean((1, 2, 3)), expected, atol=3)
 

@@ -13,8 +13,9 @@ import pytest
 
 from arl2_jax.config import Config, ConfigError, DataConfig, ModelConfig, SamplerConfig
 from arl2_jax.config import to_config_dict as as_dict
-from arl2_jax.generation import finished_run
-from arl2_jax.generation.finished_run import write_generated
+from arl2_jax.generation import make_video as making
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.finished_run import write_from_run
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import param_shapes, without_delta
 from arl2_jax.weights.folder import save_params
@@ -41,6 +42,10 @@ def run(tmp_path_factory):
         save_params(folder / name / "weights", tree, as_dict(CONFIG.model))
         (folder / name / "summary.json").write_text("{}")
     return folder
+
+
+def write_generated(run, model, **options):
+    write_from_run(run, model, encoders=Encoders(), **options)
 
 
 def read_video(path):
@@ -73,8 +78,8 @@ def test_condition_comes_first_and_is_continued(run, tmp_path):
     [
         ({"run": "missing"}, "config.json is missing"),
         ({"model": "control"}, "no finished model 'control'; it has teacher, stage2"),
-        ({"frames": 7}, "frames=7 must be a positive multiple of the 2"),
-        ({"frames": 0}, "frames=0 must be"),
+        ({"frames": 7}, "frames=7 must be whole blocks: 6 or 8"),
+        ({"frames": 0}, "frames=0 must be whole blocks: 2"),
         ({"out": "."}, "it is a folder|Is a directory"),
         ({"out": "file/video.mp4"}, "cannot write file/video.mp4"),
         ({"condition": "missing.mp4"}, "there is no video file missing.mp4"),
@@ -84,7 +89,7 @@ def test_condition_comes_first_and_is_continued(run, tmp_path):
 )
 def test_errors_come_before_compilation(run, changes, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finished_run, "Generator", None)
+    monkeypatch.setattr(making, "Generator", None)
     Path("file").write_text("no video")
     write_video("short.mp4", np.zeros((2, 12, 16, 3), np.uint8), 8.0)
     options = {"run": run, "model": "stage2", "prompt": "", "frames": 4, "out": "x.mp4"} | changes
@@ -95,7 +100,14 @@ def test_errors_come_before_compilation(run, changes, message, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--run=x", "--colour=red"], ["--run=x", "--frames=many"], ["--run=x", "more"], []],
+    [
+        ["--run=x", "--colour=red"],
+        ["--run=x", "--frames=many"],
+        ["--run=x", "more"],
+        ["--run=x", "--weights=y"],
+        ["--weights=x", "--timesteps=high"],
+        [],
+    ],
 )
 def test_wrong_flags_are_one_line(arguments, tmp_path):
     done = subprocess.run(

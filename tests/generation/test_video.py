@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from arl2_jax.generation import video
-from arl2_jax.generation.video import enlarge, side_by_side, timeline, write_video
+from arl2_jax.generation.video import (
+    VideoWriter,
+    enlarge,
+    side_by_side,
+    timeline,
+    write_video,
+)
 
 
 def make_frames(count, height, width, seed=0):
@@ -34,6 +40,15 @@ def test_file_holds_the_frames(tmp_path, fps):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_frames_may_come_in_parts(tmp_path):
+    frames = make_frames(7, 12, 32)
+    write_video(tmp_path / "whole.mp4", frames, 8)
+    with VideoWriter(tmp_path / "parts.mp4", 8) as writer:
+        for part in (frames[:1], frames[1:4], frames[4:]):
+            writer.write(part)
+    np.testing.assert_array_equal(*(read(tmp_path / f"{n}.mp4")[0] for n in ("whole", "parts")))
+
+
 def test_odd_sizes_become_even(tmp_path):
     frames = make_frames(2, 11, 401)
     write_video(tmp_path / "a.mp4", frames, 10)
@@ -58,10 +73,14 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"before")
 
-    def fail(frames, fps):
+    def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(video, "_encode", fail)
+    with pytest.raises(MemoryError), VideoWriter(path, 8) as writer:
+        writer.write(make_frames(2, 12, 32))
+        fail()
+    assert path.read_bytes() == b"before"
+    monkeypatch.setattr(video, "move_whole", fail)
     with pytest.raises(MemoryError):
         write_video(path, make_frames(2, 12, 32), 8)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and path.read_bytes() == b"before"

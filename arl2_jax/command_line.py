@@ -1,0 +1,89 @@
+"""What the commands under `launch/` share: groups of flags, and errors of one line."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags, logging
+
+from arl2_jax.config import ConfigError, SamplerConfig
+
+if TYPE_CHECKING:
+    from arl2_jax.generation.encoders import Encoders
+
+
+def sampler_flags() -> Callable[[], SamplerConfig]:
+    """Defines the flags of a sampler; the result makes it of their values."""
+    default = SamplerConfig()
+    method = flags.DEFINE_enum("method", default.method, ["few_step", "euler"], "Sampler.")
+    timesteps = flags.DEFINE_list(
+        "timesteps", [f"{t:g}" for t in default.timesteps], "Of the few-step sampler."
+    )
+    steps = flags.DEFINE_integer("steps", default.steps, "Of the Euler sampler.")
+    shift = flags.DEFINE_float("shift", default.shift, "Shift of the noise levels.")
+    guidance = flags.DEFINE_float(
+        "guidance", default.guidance, "Guidance of the Euler sampler; 1 is off."
+    )
+
+    def make() -> SamplerConfig:
+        try:
+            levels = tuple(float(t) for t in timesteps.value)
+        except ValueError:
+            raise ConfigError(
+                f"--timesteps={','.join(timesteps.value)} must be numbers, such as 1000,500"
+            ) from None
+        chosen: Any = method.value  # one of the field's choices, as the flag is
+        return SamplerConfig(chosen, levels, steps.value, shift.value, guidance.value)
+
+    return make
+
+
+def encoder_flags() -> Callable[[], "Encoders"]:
+    """Defines the flags that name text encoder, tokenizer and VAE; the result holds the paths."""
+    release = flags.DEFINE_string("release", None, "Folder with text encoder, tokenizer and VAE.")
+    text_encoder = flags.DEFINE_string("text_encoder", None, "Weights of the text encoder.")
+    tokenizer = flags.DEFINE_string("tokenizer", None, "tokenizer.json, or its folder.")
+    vae = flags.DEFINE_string("vae", None, "Weights of the VAE.")
+    cache = flags.DEFINE_string(
+        "cache", os.path.join("~", ".cache", "arl2_jax", "prompts"), "Encoded prompts; empty: none."
+    )
+
+    def make() -> "Encoders":
+        from arl2_jax.generation.encoders import Encoders
+
+        folder = os.path.expanduser(cache.value) if cache.value else None
+        own = Encoders(text_encoder.value, tokenizer.value, vae.value, folder)
+        return own.within(release.value)
+
+    return make
+
+
+def run(main: Callable[[], None], *, one_of: Sequence[str] = (), required: Sequence[str] = ()):
+    """Parses the flags and calls `main`; whatever the user can mend is told in one line.
+
+    Args:
+      main: called without arguments once the flags have values.
+      one_of: names of flags of which exactly one must be given.
+      required: names of flags that must be given.
+    """
+
+    def parse(argv):
+        flags.mark_flags_as_required(required)
+        if one_of:
+            flags.mark_flags_as_mutual_exclusive(one_of, required=True)
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+
+    def call(argv):
+        if len(argv) > 1:
+            sys.exit(f"error: unknown argument {argv[1]}; flags are set as --NAME=VALUE")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+
+    app.run(call, flags_parser=parse)

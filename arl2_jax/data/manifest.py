@@ -1,0 +1,187 @@
+"""The format of stored latents: a manifest and ArrayRecord shards in one folder.
+
+`docs/latents.md` describes it for other programs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from arl2_jax.config import ConfigError
+from arl2_jax.storage import as_json
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+# The manifest of a folder that is not complete yet; it lists the shards that are.
+UNFINISHED = "unfinished.json"
+DTYPES = ("bfloat16", "float16", "float32")
+_REMEDY = (
+    "launch/prepare_data.py and arl2_jax.data.LatentWriter make such folders; or run with "
+    "--config.data.source=synthetic"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of records: its name, records, size, and SHA-256 in hexadecimal digits."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of stored latents says of itself.
+
+    Attributes:
+      latent_shape: (T, h, w, C) of every clip.
+      text_shape: (text_len, text_dim) of every text.
+      dtype: one of `DTYPES`; of latents and text alike.
+      codec: "name" of the codec ("wan_vae" or "space_to_depth"), and "weights", their fingerprint,
+        where it has any.
+      source: where the clips came from, in free fields.
+      shards: files of records, in order.
+    """
+
+    latent_shape: tuple[int, int, int, int]
+    text_shape: tuple[int, int]
+    dtype: str
+    codec: Mapping[str, str]
+    source: Mapping[str, Any]
+    shards: tuple[Shard, ...] = ()
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+
+    @property
+    def count(self) -> int:
+        """Clips in all shards."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def stored(self) -> np.dtype:
+        """The type of the stored numbers."""
+        return np.dtype(jnp.dtype(self.dtype)).newbyteorder("<")
+
+    def with_shards(self, shards: tuple[Shard, ...]) -> "Manifest":
+        """The same with other shards."""
+        return dataclasses.replace(self, shards=shards)
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """Names of the fields, shards apart, in which two manifests differ."""
+        ours, theirs = (as_json(dataclasses.asdict(x)) for x in (self, other))
+        return [name for name in ours if name != "shards" and ours[name] != theirs[name]]
+
+    def pack(self, latents: np.ndarray, text: np.ndarray) -> bytes:
+        """A clip as a record: all latents, then the rows of the text up to its last used one.
+
+        Raises:
+          ValueError: a wrong shape, or values that are not finite in the folder's dtype.
+        """
+        used = int(np.flatnonzero(np.any(np.asarray(text) != 0, axis=-1)).max(initial=-1)) + 1
+        record = self._bytes("latents", latents, self.latent_shape)
+        row = self.stored.itemsize * self.text_shape[1]
+        return record + self._bytes("text", text, self.text_shape)[: used * row]
+
+    def unpack(self, record: bytes) -> dict[str, np.ndarray]:
+        """A record as a clip: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim].
+
+        Raises:
+          ValueError: the record has another length than such a clip.
+        """
+        values = np.frombuffer(record, self.stored).astype(np.float32)
+        size, width = math.prod(self.latent_shape), self.text_shape[1]
+        used = values[size:]
+        if len(values) < size or len(used) % width or len(used) > math.prod(self.text_shape):
+            raise ValueError(f"a record has {len(values)} values")
+        text = np.zeros(self.text_shape, np.float32)
+        text[: len(used) // width] = used.reshape(-1, width)
+        return {"latents": values[:size].reshape(self.latent_shape), "text": text}
+
+    def write(self, path: Path) -> None:
+        """Writes the manifest, whole."""
+        content = {"format": FORMAT, "count": self.count} | dataclasses.asdict(self)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+
+    def _bytes(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> bytes:
+        array = np.asarray(array)
+        if array.shape != tuple(shape):
+            raise ValueError(f"{name} {array.shape} must have the shape {tuple(shape)}")
+        with np.errstate(over="ignore"):
+            array = array.astype(self.stored)
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise ValueError(f"{name} hold values that are not finite in {self.dtype}")
+        return array.tobytes()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+      ConfigError: it is missing, damaged or of another format; one line with the remedy.
+    """
+    folder = path.parent
+    if not path.is_file():
+        missing = path.name if folder.is_dir() else f"the folder with {path.name}"
+        hint = _REMEDY
+        if (folder / UNFINISHED).is_file():
+            hint = f"{UNFINISHED} is there: finish it with the command that began it"
+        raise ConfigError(f"{missing} is missing: looked for {path} (data.path); {hint}")
+    try:
+        content = json.loads(path.read_text())
+        found = content["format"]
+        if found != FORMAT:
+            raise ConfigError(
+                f"{path} has format {found!r}, this program reads format {FORMAT}; write the "
+                f"folder again ({_REMEDY})"
+            )
+        shards = tuple(Shard(**shard) for shard in content["shards"])
+        manifest = Manifest(
+            **{name: _tupled(content[name]) for name in _FIELDS if name != "shards"}, shards=shards
+        )
+        consistent = manifest.count == content["count"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise damaged(path, repr(error)) from None
+    if not consistent:
+        raise damaged(path, f"its shards have {manifest.count} records, not {content['count']}")
+    return manifest
+
+
+def damaged(path: Path, reason: object) -> ConfigError:
+    """The error for a file of stored latents that cannot be used."""
+    words = " ".join(str(reason).split())
+    return ConfigError(
+        f"{path} (data.path) is damaged: {words}; copy or write it again ({_REMEDY})"
+    )
+
+
+def empty(path: Path) -> ConfigError:
+    """The error for a folder without clips."""
+    return ConfigError(f"{path} lists no clips; {_REMEDY}")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))

@@ -1,0 +1,134 @@
+"""Where the text encoder, its tokenizer and the VAE of a model lie, and what they make."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
+from arl2_jax.data import Codec
+from arl2_jax.data.codec import load_wan_codec, vae_weights
+from arl2_jax.generation.make_video import Text
+from arl2_jax.text import Tokenizer, encode_prompts
+from arl2_jax.weights import find_release, fingerprint, umt5_config
+
+_HINT = "it is part of the Wan2.1 release"
+
+
+class Encoders(NamedTuple):
+    """Paths of the networks around the transformer; None where there is none.
+
+    Attributes:
+      text_encoder: weights of UMT5, a file or a folder.
+      tokenizer: tokenizer.json, or its folder.
+      vae: weights of the VAE, a file or a folder.
+      cache: folder in which encoded prompts are kept; None keeps none.
+    """
+
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    vae: str | None = None
+    cache: str | None = None
+
+    def within(self, release: str | None) -> "Encoders":
+        """The same, with what is None taken from a release's folder where it is there."""
+        if release is None:
+            return self
+        found = find_release(release)
+        either = lambda own, theirs: own or (theirs and str(theirs))
+        return Encoders(
+            either(self.text_encoder, found.text_encoder),
+            either(self.tokenizer, found.tokenizer),
+            either(self.vae, found.vae),
+            self.cache,
+        )
+
+    def codec(self, default: str = "") -> Codec:
+        """The VAE with its weights.
+
+        Args:
+          default: path to take if `vae` is None.
+
+        Raises:
+          ConfigError: no path is known, or its weights cannot be read.
+        """
+        path = self.vae or default
+        if not path:
+            raise ConfigError(f"the VAE is missing; name its weights with --vae ({_HINT})")
+        return load_wan_codec(path)
+
+    def vae_fingerprint(self) -> str:
+        """Tells the VAE's weights from others."""
+        return fingerprint(vae_weights(self._path("vae")))
+
+    def text(
+        self, prompt: str, negative_prompt: str, cfg: ModelConfig, sampler: SamplerConfig
+    ) -> Text:
+        """Encodes a prompt and, if the sampler guides, what it leads away from.
+
+        Raises:
+          ConfigError: the prompt is empty or too long, or a file is missing or of another model.
+        """
+        return Text(
+            self.encode([prompt], cfg.text_len, cfg.text_dim)[0],
+            self.null_text(negative_prompt, cfg, sampler),
+        )
+
+    def null_text(
+        self, negative_prompt: str, cfg: ModelConfig, sampler: SamplerConfig
+    ) -> np.ndarray | None:
+        """What guidance leads away from, [text_len, text_dim]; None if the sampler does not guide.
+
+        Raises:
+          ConfigError: as `text`; an empty prompt is what it is for.
+        """
+        if sampler.guidance == 1:
+            return None
+        return self.encode([negative_prompt], cfg.text_len, cfg.text_dim, allow_empty=True)[0]
+
+    def encode(
+        self,
+        prompts: list[str],
+        text_len: int,
+        text_dim: int | None = None,
+        *,
+        allow_empty: bool = False,
+    ) -> np.ndarray:
+        """Encodes prompts: float32 [N, text_len, text_dim].
+
+        Raises:
+          ConfigError: as `check`, or the text encoder has another width than `text_dim`.
+        """
+        found = self.text_dim()
+        if text_dim is not None and found != text_dim:
+            raise ConfigError(
+                f"{self.text_encoder} makes texts of width {found}, but the model takes "
+                f"text_dim={text_dim}; name the text encoder that the model was trained with"
+            )
+        return encode_prompts(
+            prompts,
+            text_encoder=self._path("text_encoder"),
+            tokenizer=self._path("tokenizer"),
+            text_len=text_len,
+            cache=self.cache,
+            allow_empty=allow_empty,
+        )
+
+    def check(self, prompts: list[str], text_len: int) -> None:
+        """Checks that prompts can be encoded, without the encoder.
+
+        Raises:
+          ConfigError: one of them is empty or too long, or a file is missing.
+        """
+        self._path("text_encoder")
+        Tokenizer(self._path("tokenizer"))(prompts, text_len)
+
+    def text_dim(self) -> int:
+        """Width of the text embeddings."""
+        return umt5_config(self._path("text_encoder")).dim
+
+    def _path(self, name: str) -> str:
+        path = getattr(self, name)
+        if not path:
+            words = name.replace("_", " ")
+            raise ConfigError(f"the {words} is missing; name it with --{name} ({_HINT})")
+        return path

@@ -1,0 +1,135 @@
+"""From a model and a text to a video file, one block at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
+from arl2_jax.data import Codec
+from arl2_jax.data.videos import read_frames
+from arl2_jax.generation.generator import Generator
+from arl2_jax.generation.video import VideoWriter
+from arl2_jax.models import Params
+
+
+class VideoModel(NamedTuple):
+    """What a video is made with.
+
+    Attributes:
+      cfg: the network.
+      load_params: reads its parameters, which may be large: after the text has been encoded.
+      sampler: how each block is denoised.
+      codec: decodes the latents.
+      latent_shape: rows, columns and channels of a latent frame.
+      fps: frames a second.
+    """
+
+    cfg: ModelConfig
+    load_params: Callable[[], Params]
+    sampler: SamplerConfig
+    codec: Codec
+    latent_shape: tuple[int, int, int]
+    fps: float
+
+
+class Text(NamedTuple):
+    """Embeddings [text_len, text_dim] of the prompt, and of what guidance leads away from."""
+
+    prompt: np.ndarray
+    null: np.ndarray | None = None
+
+
+def make_video(
+    model: VideoModel,
+    encode_text: Callable[[], Text],
+    *,
+    frames: int,
+    out: epath.PathLike,
+    past: np.ndarray | None = None,
+    seed: int = 0,
+) -> None:
+    """Generates a video and writes it as an mp4 file; memory does not grow with its length.
+
+    Args:
+      model: what it is made with.
+      encode_text: called once, before the model's parameters are read.
+      frames: pixel frames to generate, whole blocks.
+      out: the file.
+      past: uint8 [F, H, W, 3], whole blocks; it comes first and is continued.
+      seed: seed of the noise.
+
+    Raises:
+      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+    """
+    f = model.cfg.frames_per_block
+    known = 0 if past is None else model.codec.latent_frames(len(past))
+    latent_frames = _whole_blocks(frames, known, model.codec, f)
+    _check_writable(epath.Path(out))
+    text = encode_text()
+    generator = Generator(
+        model.cfg,
+        model.load_params(),
+        model.sampler,
+        latent_shape=model.latent_shape,
+        codec=model.codec,
+    )
+    stream = generator.stream(
+        text.prompt,
+        # This kind of key compiles at once on CPUs.
+        key=jax.random.key(seed, impl="rbg"),
+        past=None if past is None else _encode(past, model.codec),
+        frames=latent_frames,
+        null_text=text.null,
+    )
+    with VideoWriter(out, model.fps) as video, tqdm(total=frames, unit="frame") as progress:
+        if past is not None:
+            video.write(past)
+        for block in stream:
+            pixels = np.asarray(block)[0]
+            video.write(pixels)
+            progress.update(len(pixels))
+
+
+def read_past(
+    path: str, model: VideoModel, latent_frames: int, pixels: tuple[int, int]
+) -> np.ndarray:
+    """The beginning of a video file, in whole blocks: uint8 [F, H, W, 3]."""
+    return read_frames(Path(path), model.fps, model.codec.pixel_frames(latent_frames), pixels)
+
+
+def _whole_blocks(frames: int, known: int, codec: Codec, block: int) -> int:
+    """Latent frames that decode to `frames` pixel frames behind `known` latent frames."""
+    before = codec.pixel_frames(known) if known else 0
+    pixels = lambda blocks: codec.pixel_frames(known + blocks * block) - before
+    blocks = 1
+    while pixels(blocks) < frames:
+        blocks += 1
+    if pixels(blocks) != frames:
+        near = sorted({pixels(max(blocks - 1, 1)), pixels(blocks)})
+        raise ConfigError(
+            f"frames={frames} must be whole blocks: {' or '.join(map(str, near))}; the first has "
+            f"{pixels(1)} frames, each later one {pixels(2) - pixels(1)}"
+        )
+    return blocks * block
+
+
+def _check_writable(out: epath.Path) -> None:
+    probe = out.parent / f"{out.name}.unfinished"
+    try:
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot write {out}: {reason}; name another file") from None
+
+
+def _encode(pixels: np.ndarray, codec: Codec) -> np.ndarray:
+    return np.asarray(codec.encode(pixels[None].astype(np.float32) / 127.5 - 1), np.float32)

@@ -1,0 +1,125 @@
+"""Videos from released weights, whatever their layout."""
+
+import dataclasses
+
+import jax
+from etils import epath
+
+from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.make_video import VideoModel, make_video, read_past
+from arl2_jax.weights import find_release, load_params, model_config
+
+# Of every Wan2.1 model.
+FPS = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """Rows and columns of the video in pixels."""
+
+    height: int = 480
+    width: int = 832
+
+
+def write_from_weights(
+    weights: str,
+    *,
+    prompt: str,
+    frames: int | None,
+    out: epath.PathLike,
+    encoders: Encoders,
+    sampler: SamplerConfig,
+    picture: Picture = Picture(),
+    condition: str | None = None,
+    negative_prompt: str = "",
+    frames_per_block: int | None = None,
+    entry: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Generates a video from a prompt and writes it as an mp4 file.
+
+    Args:
+      weights: a release's folder, a file of its transformer, or a folder of `save_params`.
+      prompt: what is to be seen.
+      frames: pixel frames to generate, whole blocks; by default about five seconds.
+      out: the file.
+      encoders: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
+      sampler: how each block is denoised.
+      picture: size of the video.
+      condition: a video file, whose first block comes first and is continued.
+      negative_prompt: what guidance leads away from.
+      frames_per_block: latent frames denoised together, where the weights do not say.
+      entry: which of the models in a .pt file.
+      dtype: compute type; by default bfloat16, on CPUs float32.
+      seed: seed of the noise.
+
+    Raises:
+      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+    """
+    encoders = encoders.within(weights)
+    found = find_video_model(
+        weights, encoders, sampler, picture, frames_per_block, entry=entry, dtype=dtype
+    )
+    f = found.cfg.frames_per_block
+    if frames is None:
+        frames = found.codec.pixel_frames(max(21 // f, 1) * f)
+        if condition is not None:
+            frames -= found.codec.pixel_frames(f)
+    past = None
+    if condition is not None:
+        past = read_past(condition, found, f, (picture.height, picture.width))
+    encode_text = lambda: encoders.text(prompt, negative_prompt, found.cfg, sampler)
+    make_video(found, encode_text, frames=frames, out=out, past=past, seed=seed)
+
+
+def find_video_model(
+    weights: str,
+    encoders: Encoders,
+    sampler: SamplerConfig,
+    picture: Picture,
+    frames_per_block: int | None = None,
+    *,
+    entry: str | None = None,
+    dtype: str | None = None,
+) -> VideoModel:
+    """The transformer of `weights` with the VAE of `encoders`; its parameters are not read yet.
+
+    Args:
+      weights, encoders, sampler, picture, frames_per_block, entry, dtype: as in
+        `write_from_weights`.
+
+    Raises:
+      ConfigError: a file is missing or of another model, or the picture does not fit it.
+    """
+    path = find_release(weights).transformer or weights
+    choices = {} if frames_per_block is None else {"frames_per_block": frames_per_block}
+    cfg = model_config(path, entry=entry, **choices)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    cfg = dataclasses.replace(cfg, dtype=dtype)
+    codec = encoders.codec()
+    if codec.channels != cfg.in_dim:
+        raise ConfigError(
+            f"{encoders.vae} makes latents of {codec.channels} channels, but {path} takes "
+            f"{cfg.in_dim}; name the VAE that the model was trained with"
+        )
+    return VideoModel(
+        cfg,
+        lambda: load_params(path, cfg, precision="compute", entry=entry),
+        sampler,
+        codec,
+        _latent_shape(picture, codec.spatial_factor, cfg),
+        FPS,
+    )
+
+
+def _latent_shape(picture: Picture, factor: int, cfg: ModelConfig) -> tuple[int, int, int]:
+    sizes = []
+    for i, name in enumerate(("height", "width"), start=1):
+        pixels, unit = getattr(picture, name), factor * cfg.patch_size[i]
+        if pixels < 1 or pixels % unit:
+            near = max(round(pixels / unit), 1) * unit
+            raise ConfigError(f"{name}={pixels} must be a multiple of {unit} pixels; take {near}")
+        sizes.append(pixels // factor)
+    return sizes[0], sizes[1], cfg.in_dim

@@ -1,0 +1,7 @@
+"""Stored latents for training: made by the teacher, or of videos."""
+
+from arl2_jax.preparation.describe import describe
+from arl2_jax.preparation.rollouts import store_rollouts
+from arl2_jax.preparation.videos import store_videos
+
+__all__ = ["describe", "store_rollouts", "store_videos"]

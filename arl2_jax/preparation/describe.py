@@ -1,0 +1,36 @@
+"""What is to be said of a folder of stored latents."""
+
+import textwrap
+from pathlib import Path
+
+from arl2_jax.config import ConfigError
+from arl2_jax.data.latents import check_latents
+
+# Faults that are shown; a folder that was damaged as a whole has one in every record.
+_SHOWN = 20
+
+
+def describe(path: str | Path) -> str:
+    """Reads every clip of a folder of stored latents, and tells in a few lines what it holds.
+
+    Raises:
+      ConfigError: the folder has faults; a line for each of the first of them.
+    """
+    check = check_latents(path)
+    if check.problems:
+        shown = "\n".join(f"  {problem}" for problem in check.problems[:_SHOWN])
+        more = f"\n  and {len(check.problems) - _SHOWN} more" * (len(check.problems) > _SHOWN)
+        raise ConfigError(
+            f"{path} has {len(check.problems)} faults; write these shards again:\n{shown}{more}"
+        )
+    manifest = check.manifest
+    shape, text = ("x".join(map(str, s)) for s in (manifest.latent_shape, manifest.text_shape))
+    size = sum(shard.bytes for shard in manifest.shards)
+    numbers = lambda values: " ".join(f"{value:.2f}" for value in values)
+    return textwrap.dedent(f"""\
+        {path}: {manifest.count} clips in {len(manifest.shards)} shards, {size / 1e6:.1f} MB; good
+        latents     {shape} {manifest.dtype}, codec {manifest.codec["name"]}
+        mean        {numbers(check.mean)}
+        std         {numbers(check.std)}
+        text        {text}, {check.text_rows:.1f} rows used on average
+        source      {dict(manifest.source)}""")

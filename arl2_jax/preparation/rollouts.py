@@ -1,0 +1,113 @@
+"""Clips that the frozen teacher makes from a list of prompts: no video is needed."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from arl2_jax.config import ConfigError, SamplerConfig, to_config_dict
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.generator import Generator
+from arl2_jax.generation.make_video import VideoModel
+from arl2_jax.generation.released import Picture, find_video_model
+from arl2_jax.preparation.store import Plan, store
+from arl2_jax.weights import find_release, fingerprint
+
+
+def store_rollouts(
+    prompts: str | Path,
+    out: str | Path | None,
+    encoders: Encoders,
+    *,
+    weights: str | None,
+    sampler: SamplerConfig,
+    frames: int,
+    picture: Picture,
+    frames_per_block: int | None = None,
+    entry: str | None = None,
+    negative_prompt: str = "",
+    seed: int = 0,
+    **stored,
+) -> int:
+    """Rolls the teacher out on prompts, one clip each, and stores the clips.
+
+    A clip depends on its prompt, its place in the list and the seed alone, so that a list that was
+    interrupted gives the clips that it would have given.
+
+    Args:
+      prompts: text file, one prompt a line; empty lines are passed over.
+      out: folder of stored latents; one that is unfinished is continued.
+      encoders: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
+      weights, sampler, picture, frames_per_block, entry, negative_prompt, seed: as in
+        `generation.released.write_from_weights`.
+      frames: latent frames T of a clip, whole blocks.
+      **stored: dtype and records_per_shard of `store`.
+
+    Returns:
+      Clips in the folder.
+
+    Raises:
+      ConfigError: one line naming what is wrong, with the remedy.
+    """
+    if not weights:
+        raise ConfigError("--weights is missing: the teacher that makes the clips; name it")
+    captions = read_prompts(prompts)
+    encoders = encoders.within(weights)
+    teacher = find_video_model(weights, encoders, sampler, picture, frames_per_block, entry=entry)
+    block = teacher.cfg.frames_per_block
+    if frames < 1 or frames % block:
+        raise ConfigError(f"latent_frames={frames} must be a multiple of the {block} of a block")
+    null_text = encoders.null_text(negative_prompt, teacher.cfg, sampler)
+    plan = Plan(
+        captions=captions,
+        make=functools.partial(_roll_out, _once(teacher), frames, seed, null_text),
+        latent_shape=(frames, *teacher.latent_shape),
+        codec_weights=encoders.vae_fingerprint(),
+        source={
+            "kind": "rollouts",
+            "prompts": len(captions),
+            "sha256": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+            "teacher": fingerprint(find_release(weights).transformer or weights),
+            "entry": entry,
+            "frames_per_block": block,
+            "sampler": to_config_dict(sampler),
+            "negative_prompt": None if null_text is None else negative_prompt,
+            "compute": teacher.cfg.dtype,
+            "seed": seed,
+        },
+    )
+    return store(plan, out, encoders, teacher.cfg.text_len, **stored)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Reads a text file with one prompt a line.
+
+    Raises:
+      ConfigError: the file cannot be read, or has no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--prompts={path} cannot be read: {error}; name a text file, one prompt a line"
+        ) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"--prompts={path} has no prompt; write one a line")
+    return found
+
+
+def _once(teacher: VideoModel):
+    """The teacher's generator, made at its first use: until then the text encoder has the room."""
+    return functools.cache(
+        lambda: Generator(
+            teacher.cfg, teacher.load_params(), teacher.sampler, latent_shape=teacher.latent_shape
+        )
+    )
+
+
+def _roll_out(generator, frames: int, seed: int, null_text, index: int, text: np.ndarray):
+    key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), index)
+    return generator().generate(text, frames=frames, key=key, null_text=null_text)[0]

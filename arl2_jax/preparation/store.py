@@ -1,0 +1,104 @@
+"""Makes clips one by one and stores them; what a kill interrupts is continued."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from arl2_jax.config import ConfigError
+from arl2_jax.data import LatentWriter
+from arl2_jax.data.manifest import MANIFEST
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.storage import check_writable
+
+
+class Plan(NamedTuple):
+    """Clips that are to be made.
+
+    Attributes:
+      captions: text of each clip.
+      make: (index, text embedding [text_len, text_dim]) -> latents [T, h, w, C] of the clip.
+      latent_shape: (T, h, w, C).
+      codec_weights: fingerprint of the VAE's weights.
+      source: all that decides what `make` returns, as JSON: a folder is continued only with the
+        same.
+    """
+
+    captions: list[str]
+    make: Callable[[int, np.ndarray], np.ndarray]
+    latent_shape: tuple[int, int, int, int]
+    codec_weights: str
+    source: Mapping[str, Any]
+
+
+def store(
+    plan: Plan,
+    out: str | Path | None,
+    encoders: Encoders,
+    text_len: int,
+    *,
+    dtype: str = "bfloat16",
+    records_per_shard: int = 64,
+) -> int:
+    """Makes the clips of a plan that `out` does not have yet.
+
+    Args:
+      plan: the clips.
+      out: folder of stored latents; one that is unfinished is continued.
+      encoders: text encoder and tokenizer. Captions are encoded shard by shard, so that those of a
+        long plan are never in memory together.
+      text_len: text slots.
+      dtype: of what is stored.
+      records_per_shard: clips in a file, which is also what a kill can cost.
+
+    Returns:
+      Clips in the folder.
+
+    Raises:
+      ConfigError: the folder is complete, was begun with another plan, or cannot be written; or a
+        clip holds values that are not finite.
+    """
+    if not out:
+        raise ConfigError("--out is missing: the folder to write; name it")
+    if records_per_shard < 1:
+        raise ConfigError(f"records_per_shard={records_per_shard} must be positive")
+    if (Path(out) / MANIFEST).exists():
+        raise ConfigError(
+            f"{out} holds stored latents already; look at them with --check={out}, or name another "
+            "folder with --out"
+        )
+    encoders.check(plan.captions, text_len)
+    check_writable(out, remedy="name another folder with --out")
+    writer = LatentWriter(
+        out,
+        plan.latent_shape,
+        (text_len, encoders.text_dim()),
+        dtype,
+        records_per_shard,
+        codec_weights=plan.codec_weights,
+        source=plan.source,
+        resume=True,
+    )
+    total = len(plan.captions)
+    if writer.count:
+        logging.info("%s has %d of %d clips; going on behind them", out, writer.count, total)
+    with writer, tqdm(total=total, initial=writer.count, unit="clip") as progress:
+        for first in range(writer.count, total, records_per_shard):
+            captions = plan.captions[first : first + records_per_shard]
+            for i, text in enumerate(encoders.encode(captions, text_len), start=first):
+                _write(writer, plan.make(i, text), text, i, plan.captions[i])
+                progress.update()
+    return total
+
+
+def _write(writer: LatentWriter, latents: np.ndarray, text: np.ndarray, i: int, caption: str):
+    try:
+        writer.write(latents, text)
+    except ValueError as error:
+        raise ConfigError(
+            f"clip {i} ({caption[:60]!r}): {error}; the weights or the sampler are at fault, or "
+            "--dtype is too narrow"
+        ) from None

@@ -1,0 +1,93 @@
+"""A folder of videos through the VAE."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from arl2_jax.config import ConfigError
+from arl2_jax.data.videos import Video, decode_frames, index_videos
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.released import Picture
+from arl2_jax.preparation.store import Plan, store
+
+
+def store_videos(
+    folder: str | Path,
+    out: str | Path | None,
+    encoders: Encoders,
+    *,
+    frames: int,
+    picture: Picture,
+    fps: float,
+    text_len: int = 512,
+    **stored,
+) -> int:
+    """Cuts every video into clips, one behind the other, and stores them; a rest is dropped.
+
+    Args:
+      folder: video files, also in subfolders; a.txt beside a.mp4 is its caption.
+      out: folder of stored latents; one that is unfinished is continued.
+      encoders: text encoder, tokenizer and VAE.
+      frames: latent frames T of a clip.
+      picture: frames are resized to cover it and cropped at the centre.
+      fps: frames a second at which the videos are sampled.
+      text_len: text slots.
+      **stored: dtype and records_per_shard of `store`.
+
+    Returns:
+      Clips in the folder.
+
+    Raises:
+      ConfigError: one line naming what is wrong, with the remedy.
+    """
+    codec = encoders.codec()
+    if frames < 1:
+        raise ConfigError(f"latent_frames={frames} must be positive")
+    rows, columns = (
+        _latents(name, getattr(picture, name), codec.spatial_factor) for name in ("height", "width")
+    )
+    pixel_frames = codec.pixel_frames(frames)
+    videos = index_videos(Path(folder), fps, pixel_frames)
+    clips = [
+        (video, start)
+        for video in videos
+        for start in range(0, len(video.times) - pixel_frames + 1, pixel_frames)
+    ]
+
+    def make(index: int, text: np.ndarray) -> np.ndarray:
+        del text
+        video, start = clips[index]
+        times = video.times[start : start + pixel_frames]
+        size = picture.height, picture.width
+        pixels = decode_frames(video.path, times, size).astype(np.float32) / 127.5 - 1
+        return np.asarray(codec.encode(pixels[None])[0], np.float32)
+
+    plan = Plan(
+        captions=[video.caption for video, _ in clips],
+        make=make,
+        latent_shape=(frames, rows, columns, codec.channels),
+        codec_weights=encoders.vae_fingerprint(),
+        source={
+            "kind": "videos",
+            "files": len(videos),
+            "sha256": _digest(videos, Path(folder)),
+            "fps": fps,
+        },
+    )
+    return store(plan, out, encoders, text_len, **stored)
+
+
+def _latents(name: str, pixels: int, factor: int) -> int:
+    if pixels < 1 or pixels % factor:
+        raise ConfigError(f"{name}={pixels} must be a multiple of the {factor} pixels of a latent")
+    return pixels // factor
+
+
+def _digest(videos: list[Video], folder: Path) -> str:
+    """Tells whether a folder still holds the same videos with the same captions."""
+    digest = hashlib.sha256()
+    for video in videos:
+        name, size = video.path.relative_to(folder), video.path.stat().st_size
+        digest.update(f"{name}\t{size}\t{video.caption}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""From released weights and a prompt to a video file."""
+
+import dataclasses
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from one_line import assert_one_line
+from tiny_release import MODEL, write_release
+
+from arl2_jax.config import ConfigError, SamplerConfig
+from arl2_jax.data.codec import load_wan_codec
+from arl2_jax.generation import make_video as making
+from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.generator import Generator
+from arl2_jax.generation.released import Picture, write_from_weights
+from arl2_jax.generation.rollout import rollout
+from arl2_jax.generation.video import write_video
+from arl2_jax.weights import load_params
+
+SAMPLER = SamplerConfig(timesteps=(1000.0, 500.0))
+GUIDED = SamplerConfig(method="euler", steps=2, guidance=4.0)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return str(write_release(tmp_path_factory.mktemp("release")))
+
+
+def write(release, out, **options):
+    fixed = dict(
+        prompt="a red sprite", frames=9, encoders=Encoders(), sampler=SAMPLER,
+        picture=Picture(16, 32), frames_per_block=1,
+    )  # fmt: skip
+    write_from_weights(release, out=out, **(fixed | options))
+
+
+def read(path):
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def test_a_prompt_becomes_a_video(release, tmp_path):
+    write(release, tmp_path / "a.mp4", encoders=Encoders(cache=str(tmp_path / "cache")))
+    frames = read(tmp_path / "a.mp4")
+    assert frames.shape == (9, 192, 384, 3)
+    # The text, the cache and what was made are those of the parts, one by one.
+    encoders = Encoders().within(release)
+    params = load_params(f"{release}/transformer", MODEL)
+    [text] = encoders.encode(["a  red sprite"], MODEL.text_len, MODEL.text_dim)
+    key = jax.random.key(0, impl="rbg")
+    latents = rollout(params, MODEL, SAMPLER, text[None], key, blocks=3, shape=(2, 4, 4))
+    pixels = np.asarray(load_wan_codec(release).decode(latents))[0]
+    shown = frames[:, 6::12, 6::12].astype(float) / 127.5 - 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    # What is left is the loss of the video file: about a tenth on noise.
+    assert np.abs(shown - pixels).mean() < 0.15 < np.abs(shown - pixels[::-1]).mean() + 0.15
+
+
+def test_guidance_leads_away_from_the_negative_prompt(release, tmp_path):
+    for name, negative in (("a", ""), ("b", ""), ("c", "two blue corgi")):
+        write(release, tmp_path / f"{name}.mp4", sampler=GUIDED, frames=1, negative_prompt=negative)
+    a, b, c = (read(tmp_path / f"{name}.mp4").astype(int) for name in "abc")
+    assert np.array_equal(a, b) and np.abs(a - c).max() > 2
+
+
+def test_a_condition_is_continued(release, tmp_path):
+    clip = np.full((9, 16, 32, 3), 30, np.uint8)
+    clip[:, :, 16:] = 200
+    write_video(tmp_path / "clip.mp4", clip, 16.0)
+    write(release, tmp_path / "a.mp4", frames=8, condition=str(tmp_path / "clip.mp4"))
+    frames = read(tmp_path / "a.mp4")
+    assert len(frames) == 1 + 8
+    assert abs(frames[0][100, 20].astype(int) - 30).max() < 10
+
+
+def test_a_stream_of_blocks_decodes_like_the_whole(release):
+    """Also behind a past, whose frames the decoder must have seen."""
+    codec, params = load_wan_codec(release), load_params(f"{release}/transformer", MODEL)
+    cfg = dataclasses.replace(MODEL, frames_per_block=2)
+    generators = [
+        Generator(cfg, params, SAMPLER, latent_shape=(2, 4, 4), codec=c) for c in (codec, None)
+    ]
+    rng = np.random.default_rng(0)
+    past = rng.standard_normal((1, 2, 2, 4, 4)).astype(np.float32)
+    text = rng.standard_normal((8, 32)).astype(np.float32)
+    options = {"key": jax.random.key(0, impl="rbg"), "frames": 4}
+    for before in (None, past):
+        shown, latents = (g.generate(text, past=before, **options) for g in generators)
+        known = 0 if before is None else 2
+        whole = latents if before is None else np.concatenate([before, latents], axis=1)
+        pixels = np.asarray(codec.decode(jnp.asarray(whole)))[:, codec.pixel_frames(known) :]
+        wanted = np.clip(np.rint((pixels + 1) * 127.5), 0, 255)
+        assert shown.shape == wanted.shape
+        # A last bit of the latents may round a colour to its neighbour.
+        assert np.abs(shown.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"frames": 10}, ["frames=10", "9 or 13"]),
+        ({"frames": 0}, ["frames=0", "1"]),
+        ({"prompt": ""}, ["empty"]),
+        ({"prompt": "corgi " * 1667}, ["1668", "8"]),
+        ({"picture": Picture(17, 32)}, ["height=17", "16"]),
+        ({"encoders": Encoders(vae="nowhere")}, ["nowhere"]),
+        ({"encoders": Encoders(tokenizer="nowhere")}, ["nowhere", "tokenizer"]),
+        ({"out": "file/a.mp4"}, ["file/a.mp4"]),
+        ({"condition": "missing.mp4"}, ["missing.mp4"]),
+    ],
+)
+def test_errors_come_before_compilation(release, changes, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(making, "Generator", None)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError) as error:
+        write(release, **({"out": "a.mp4"} | changes))
+    assert_one_line(error, *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
