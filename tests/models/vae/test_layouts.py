@@ -1,0 +1,28 @@
+"""Names and shapes of the published layouts, by shape evaluation."""
+
+import types
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from vae_files import DIFFUSERS, GOLDEN, ORIGINAL, published_shapes
+
+from arl2_jax.config import VAEConfig
+from arl2_jax.models.vae import vae_shapes
+from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layouts.vae import layouts
+from arl2_jax.weights.read import match
+
+
+@pytest.mark.parametrize("cfg", [VAEConfig(), GOLDEN], ids=["released", "odd"])
+@pytest.mark.parametrize("names", [ORIGINAL, DIFFUSERS], ids=["original", "diffusers"])
+def test_every_name_and_shape_has_its_place(cfg, names):
+    published = published_shapes(cfg, names)
+    tensors = {
+        name: types.SimpleNamespace(shape=shape, dtype=np.dtype("float32"))
+        for name, shape in published.items()
+    }
+    layout = recognise(published, layouts(cfg), "a file")
+    targets = traverse_util.flatten_dict(vae_shapes(cfg), sep="/")
+    assert set(match(tensors, layout, targets, where="a file")) == set(targets)
+    assert {layout.to_source(path)[0] for path in targets} == set(published)
