@@ -58,7 +58,8 @@ class TeacherConfig(PhaseConfig):
     """The softmax model: its weights, and its own training when "teacher" is among the phases.
 
     Attributes:
-      weights: "random" initialises; otherwise a file or folder that `load_params` reads.
+      weights: "random" initialises; otherwise a release's folder, or a file or folder that
+        `load_params` reads.
       text_dropout: share of clips whose text is dropped, so that guidance has its other side.
     """
 

@@ -15,7 +15,7 @@ from arl2_jax.models import Params
 from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
-from arl2_jax.weights import load_params
+from arl2_jax.weights import find_release, load_params
 from arl2_jax.weights.folder import load_params_folder, save_params
 
 _CONFIG = "config.json"
@@ -61,7 +61,7 @@ def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
     _check_same_run(folder, config)
     data = open_data(config)
     check_writable(folder)
-    params = _initial_params(config)
+    params = _initial_params(config, mesh)
     _write_json(folder / _CONFIG, to_config_dict(config))
     if mesh.size > 1:
         logging.info("parameters on %d devices:\n%s", mesh.size, table)
@@ -118,10 +118,13 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
     )
 
 
-def _initial_params(config: Config) -> Params:
+def _initial_params(config: Config, mesh: jax.sharding.Mesh) -> Params:
     key = jax.random.key(config.train.seed)
-    if config.teacher.weights != "random":
-        return load_params(config.teacher.weights, config.model, key=key)
+    weights = config.teacher.weights
+    if weights != "random":
+        weights = find_release(weights).transformer or weights
+        layout = sharding.tree_shardings(models.param_shapes(config.model), mesh)
+        return load_params(weights, config.model, key=key, shardings=layout)
     params = models.init_params(config.model, key)
     if "teacher" not in config.phases:
         # The head starts at zero, and a teacher that stays so has nothing to teach.

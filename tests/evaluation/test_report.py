@@ -154,7 +154,7 @@ def test_pictures_open(full):
 
 def test_true_continuations_of_sprites_begin_with_the_clip():
     latents = open_data(CONFIG).held_out(2)["latents"]
-    truth = report._truth(CONFIG, open_data(CONFIG), latents, 36)
+    truth = report._truth(CONFIG, open_data(CONFIG).codec, latents, 36)
     assert truth.shape == (2, 36, 12, 32, 3)
     decoded = open_data(CONFIG).codec.decode(latents)
     np.testing.assert_array_equal(truth[:, :12], report._to_uint8(decoded))
