@@ -227,7 +227,7 @@ def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]
             zipped = opened.read(2) == b"PK"  # the older form cannot be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower().replace(" ", "_"):
+        if "Weights only" not in str(error):
             raise WeightsError(
                 f"{file} cannot be read: {reason(error)}; download it again"
             ) from None

@@ -1,5 +1,6 @@
 """Wan2.1's original layout and our own folders, read into the same tree."""
 
+import dataclasses
 import json
 import os
 
@@ -11,8 +12,9 @@ from flax import traverse_util
 from one_line import assert_one_line
 from safetensors.numpy import save_file
 
-from arl2_jax.config import ModelConfig, to_config_dict
-from arl2_jax.models import param_shapes
+from arl2_jax.config import MeshConfig, ModelConfig, to_config_dict
+from arl2_jax.models import compute_shapes, param_shapes
+from arl2_jax.sharding import make_mesh, tree_shardings
 from arl2_jax.weights import WeightsError, load_params
 from arl2_jax.weights.folder import save_params
 
@@ -273,3 +275,24 @@ def test_a_damaged_json_file_is_one_line(tmp_path, name):
     with pytest.raises(WeightsError, match="cannot be read") as error:
         load_params(folder, CFG)
     assert_one_line(error, folder / name)
+
+
+@pytest.mark.parametrize("saved_by_us", [True, False], ids=["ours", "original"])
+@pytest.mark.parametrize("precision", ["master", "compute"])
+def test_every_device_gets_its_slice(tmp_path, saved_by_us, precision):
+    """Also of what is initialised, and in the types of the compute copy."""
+    cfg = dataclasses.replace(HYBRID, dtype="bfloat16")
+    if saved_by_us:
+        saved(tmp_path / "weights", HYBRID)
+    else:
+        write_folder(tmp_path / "weights", wan_tensors())
+    whole = load_params(tmp_path / "weights", cfg, precision=precision)
+    shapes = param_shapes(cfg) if precision == "master" else compute_shapes(cfg)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    places = tree_shardings(shapes, mesh)
+    found = load_params(tmp_path / "weights", cfg, precision=precision, shardings=places)
+    for path, leaf in flat(found).items():
+        assert leaf.sharding == flat(places)[path] and leaf.dtype == flat(shapes)[path].dtype
+        np.testing.assert_array_equal(leaf, flat(whole)[path], path)
+    kernel = found["blocks"]["0"]["ffn"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (24 // 4, 40 // 2)
