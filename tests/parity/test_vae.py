@@ -1,6 +1,6 @@
 """Our autoencoder is Wan's, as Diffusers has it: float32 on the CPU.
 
-Errors are some 1e-6 where sums are taken in another order; the bound is a tenth of what is promised.
+Errors are some 1e-6 where sums are taken in another order; the bound is ten times as much.
 """
 
 import dataclasses
@@ -76,15 +76,12 @@ def test_both_layouts_are_one_model():
 
 
 def test_bfloat16(error):
-    """As far from float32 as Diffusers' own bfloat16, or nearer."""
+    """As near to float32 as Diffusers' own bfloat16, which rounds more often (.024 and .028)."""
     cfg = dataclasses.replace(WAN_LEVELS, dtype="bfloat16")
     tensors = draw_tensors(published_shapes(cfg, DIFFUSERS))
     network = load(diffusers_vae(cfg), tensors)
     latents = np.float32(np.random.default_rng(0).standard_normal((1, 3, 3, 5, 16)))
     wanted = decode(network, cfg, latents)
     got = WanCodec(as_params(tensors, layouts(cfg)[1]), cfg).decode(latents)
-    theirs = network.to(torch.bfloat16).decode(
-        torch.from_numpy(latents * np.float32(cfg.latents_std) + np.float32(cfg.latents_mean))
-        .permute(0, 4, 1, 2, 3).bfloat16()
-    ).sample.detach().float().permute(0, 2, 3, 4, 1)  # fmt: skip
-    assert error(got, wanted) < 1.2 * error(theirs, wanted)
+    theirs = decode(network.to(torch.bfloat16), cfg, latents)
+    assert error(got, wanted) < error(theirs, wanted)

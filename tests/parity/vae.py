@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-
 from parity.wan import channels_first, channels_last
 
 
@@ -31,4 +30,6 @@ def decode(network, cfg, latents) -> np.ndarray:
     """Pixels [B, F, H, W, 3] of normalised latents."""
     latents = latents * np.float32(cfg.latents_std) + np.float32(cfg.latents_mean)
     with torch.no_grad():
-        return channels_last(network.decode(channels_first(latents)).sample)
+        return channels_last(
+            network.decode(channels_first(latents).to(network.dtype)).sample.float()
+        )
