@@ -29,12 +29,10 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is 
 def main():
     """Flags -> the folder."""
     # Imported late: a mistyped flag should not wait for jax.
-    from arl2_jax.weights import find_release
     from arl2_jax.weights.transfer import export_weights
 
-    weights = _WEIGHTS.value or f"{_RUN.value}/{_MODEL.value}/weights"
     export_weights(
-        find_release(weights).transformer or weights,
+        _WEIGHTS.value or f"{_RUN.value}/{_MODEL.value}/weights",
         _OUT.value,
         layout=_LAYOUT.value,
         lora=_LORA.value,

@@ -25,7 +25,6 @@ def main():
     """Flags -> the folder."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.config import ConfigError
-    from arl2_jax.weights import find_release
     from arl2_jax.weights.transfer import import_weights
 
     try:
@@ -35,7 +34,7 @@ def main():
             f"--hybrid_layers={','.join(_HYBRID.value or ())} must be whole numbers, such as 0,1,2"
         ) from None
     done = import_weights(
-        find_release(_WEIGHTS.value).transformer or _WEIGHTS.value,
+        _WEIGHTS.value,
         _OUT.value,
         hybrid_layers=layers,
         entry=_ENTRY.value,

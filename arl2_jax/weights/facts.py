@@ -14,6 +14,7 @@ from arl2_jax.weights.layout import recognise
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.moves import fit_moves
+from arl2_jax.weights.release import transformer_of
 from arl2_jax.weights.tensors import open_tensors, read_json
 
 CONFIG = "config.json"
@@ -88,8 +89,9 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
     Raises:
       WeightsError: config.json and the tensors disagree, or neither tells a field.
     """
+    path = transformer_of(path)
     told = told_facts(path)
-    if (epath.Path(path).expanduser() / "params").exists():
+    if (path / "params").exists():
         return ModelConfig(**told | choices)
     shapes = Shapes(path, LAYOUTS, entry)
     patch = told.get("patch_size", ModelConfig.patch_size)

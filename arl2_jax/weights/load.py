@@ -21,6 +21,7 @@ from arl2_jax.weights.layout import recognise
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.read import read_tree
+from arl2_jax.weights.release import transformer_of
 from arl2_jax.weights.tensors import StoredTensor, open_tensors
 
 # What weights may lack and a model have: all that ARL2 adds; its low-rank updates, before stage 2;
@@ -41,14 +42,14 @@ def load_params(
 
     Args:
       path: a folder of `save_params`; or a file or folder in the layout of Wan2.1, ARL2 or
-        Diffusers: safetensors (one, or shards and their index) or .pt.
+        Diffusers: safetensors (one, or shards and their index) or .pt; or a release's folder.
       cfg: the model. Weights that lack all that ARL2 adds, or its low-rank updates, may be loaded
         into a model with hybrid layers: what is missing is initialised.
       key: for that initialisation; `jax.random.key(0)` by default.
       precision: "master" is float32; "compute" has the matrices in cfg.dtype, as they are computed
         with, and takes half the memory in bfloat16.
-      shardings: a tree like the result's of `jax.sharding.Sharding`; every device then gets its
-        slice from the file.
+      shardings: a tree of `jax.sharding.Sharding` with the structure of the result; every device
+        then gets its slice from the file.
       entry: which of the models in a .pt, e.g. "generator"; by default the averaged one.
 
     Returns:
@@ -59,7 +60,7 @@ def load_params(
       WeightsError: if a file is missing or cannot be read, is of another model, or holds NaN (one
         line each); or if tensors are missing, unexpected or mis-shaped (all in one message).
     """
-    source = epath.Path(path).expanduser()
+    source = transformer_of(path)
     targets = _flat(compute_shapes(cfg) if precision == "compute" else param_shapes(cfg))
     places = None if shardings is None else _flat(shardings)
     if (source / "params").exists():
@@ -113,9 +114,11 @@ def _read_layout(
 ) -> dict[str, Any]:
     tensors = open_tensors(source, entry)
     held = _held_paths(tensors, source)
-    told = {name: value for name, value in told_facts(source).items() if name in MODEL_FACTS}
+    told = told_facts(source)
     hybrid = sorted({int(path.split("/")[1]) for path in held if "/delta/" in path})
-    _check_facts(source, told | ({"hybrid_layers": hybrid} if hybrid else {}), cfg)
+    if hybrid:
+        told["hybrid_layers"] = hybrid
+    _check_facts(source, told, cfg)
     wanted = _without_additions(targets, held)
     return read_tree(tensors, LAYOUTS, wanted, where=source, shardings=places)
 
@@ -138,10 +141,7 @@ def _read_saved(
 ) -> dict[str, Any]:
     try:
         shapes, config = saved_shapes(source)
-        facts = MODEL_FACTS
-        if config.get("hybrid_layers"):  # else any hybrid of it may start from this teacher
-            facts += ("hybrid_layers", "lora_alpha")
-        _check_facts(source, {name: config[name] for name in facts if name in config}, cfg)
+        _check_facts(source, config, cfg)
         wanted = _without_additions(targets, shapes)
         there, here = ({n: list(x.shape) for n, x in tree.items()} for tree in (shapes, wanted))
         problems = differences(there, here)
@@ -157,8 +157,14 @@ def _read_saved(
 
 
 def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConfig) -> None:
+    """Compares what decides the meaning of weights; a teacher may start any hybrid of it."""
+    facts = (
+        (*MODEL_FACTS, "hybrid_layers", "lora_alpha") if told.get("hybrid_layers") else MODEL_FACTS
+    )
     ours = to_config_dict(cfg)
-    problems = differences(as_json(told), as_json({name: ours[name] for name in told}))
+    common = [name for name in facts if name in told]
+    there, here = ({name: tree[name] for name in common} for tree in (told, ours))
+    problems = differences(as_json(there), as_json(here))
     if problems:
         raise WeightsError(
             f"{source} holds the weights of another model: {', '.join(problems)}; change "

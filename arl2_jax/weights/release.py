@@ -44,3 +44,8 @@ def find_release(folder: epath.PathLike) -> Release:
         first("tokenizer/tokenizer.json", "google/*/tokenizer.json", "tokenizer.json"),
         first("vae", "*VAE*.pth", "*VAE*.safetensors"),
     )
+
+
+def transformer_of(path: epath.PathLike) -> epath.Path:
+    """The transformer in a release's folder; another path is returned as it is."""
+    return epath.Path(find_release(path).transformer or absolute(path))

@@ -16,6 +16,7 @@ from arl2_jax.weights.folder import save_params
 from arl2_jax.weights.layout import recognise
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.load import load_params
+from arl2_jax.weights.release import transformer_of
 from arl2_jax.weights.tensors import open_tensors
 
 
@@ -63,14 +64,15 @@ def import_weights(
     target = absolute(out)
     if target.exists() and not overwrite:
         raise WeightsError(f"{target} is there already; name another folder, or pass --overwrite")
-    if (absolute(path) / "params").exists():
-        raise WeightsError(f"{path} is such a folder already; name weights in another layout")
+    source = transformer_of(path)
+    if (source / "params").exists():
+        raise WeightsError(f"{source} is such a folder already; name weights in another layout")
     choices = {} if hybrid_layers is None else {"hybrid_layers": tuple(hybrid_layers)}
-    tensors = open_tensors(path, entry)
-    layout = recognise(tensors, LAYOUTS, path)
-    cfg = model_config(path, entry=entry, dtype=dtype, **choices)
+    tensors = open_tensors(source, entry)
+    layout = recognise(tensors, LAYOUTS, source)
+    cfg = model_config(source, entry=entry, dtype=dtype, **choices)
     start = time.perf_counter()
-    params = load_params(path, cfg, precision="compute", entry=entry)
+    params = load_params(source, cfg, precision="compute", entry=entry)
     read = time.perf_counter()
     save_params(target, params, to_config_dict(cfg))
     return Imported(

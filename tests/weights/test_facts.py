@@ -87,6 +87,13 @@ def test_config_json_of_another_model_is_one_line(tmp_path):
     )
 
 
+def test_another_scale_of_the_low_rank_updates_is_one_line(tmp_path):
+    folder = write(tmp_path / "model.safetensors", original_tensors(CFG), lora_alpha=6.0)
+    with pytest.raises(WeightsError) as error:
+        load_params(folder, CFG)
+    assert_one_line(error, folder, "lora_alpha is 6.0 there and 32.0 here")
+
+
 def test_a_number_of_heads_that_nothing_tells_is_one_line(tmp_path, cfg):
     folder = write(tmp_path / "model.safetensors", original_tensors(cfg.teacher()))
     with pytest.raises(WeightsError) as error:
@@ -174,6 +181,14 @@ def test_a_pipeline_of_diffusers(tmp_path):
     )  # fmt: skip
     parts = ("transformer", "text_encoder", "tokenizer/tokenizer.json", "vae")
     assert find_release(root) == tuple(root / part for part in parts)
+
+
+def test_the_folder_of_a_release_names_its_transformer(tmp_path):
+    tensors = original_tensors(CFG.teacher())
+    write(tmp_path / "transformer" / "model.safetensors", tensors)
+    assert model_config(tmp_path).dim == CFG.dim
+    loaded = load_params(tmp_path, CFG.teacher())
+    np.testing.assert_array_equal(loaded["head"]["modulation"], tensors["head.modulation"][0])
 
 
 def test_a_transformer_alone(tmp_path):
