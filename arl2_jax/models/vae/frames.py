@@ -5,7 +5,7 @@ Parameters are a nested dict {"encoder": ..., "decoder": ...} whose paths follow
 
 Convolutions and attention compute in `cfg.dtype` and features between layers are of that type.
 Norms with their SiLU, the 1 x 1 x 1 convolutions next to the latents, and latents and pixels
-themselves are float32.
+themselves are float32. In float32, products are as precise as `jax.default_matmul_precision` says.
 """
 
 import functools

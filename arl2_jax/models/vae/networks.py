@@ -47,8 +47,8 @@ class Encoder(nnx.Module):
         x, middle = self.middle(x, middle, first)
         x, after = self.conv_out(activate(self.norm_out, x), after)
         mean, _ = jnp.split(self.quant_conv(x.astype(jnp.float32)), 2, axis=-1)
-        latents = (mean - jnp.asarray(self.cfg.latents_mean)) / jnp.asarray(self.cfg.latents_std)
-        return latents, (before, down, middle, after)
+        center, spread = _statistics(self.cfg)
+        return (mean - center) / spread, (before, down, middle, after)
 
     def init_state(self, batch: int, rows: int, columns: int):
         """The state before the first frame of `rows` x `columns` pixels."""
@@ -81,8 +81,8 @@ class Decoder(nnx.Module):
 
     def __call__(self, latent, state, first: bool):
         """Decodes a latent frame [B, 1, h, w, z] to pixels [B, 1 or temporal_factor, H, W, 3]."""
-        x = latent.astype(jnp.float32) * jnp.asarray(self.cfg.latents_std)
-        x = self.post_quant_conv(x + jnp.asarray(self.cfg.latents_mean))
+        center, spread = _statistics(self.cfg)
+        x = self.post_quant_conv(latent.astype(jnp.float32) * spread + center)
         before, middle, up, after = state
         x, before = self.conv_in(x, before)
         x, middle = self.middle(x, middle, first)
@@ -106,6 +106,12 @@ def _residual_blocks(in_dim: int, out_dim: int, count: int, dtype, *, rngs: nnx.
 def _middle(dim: int, dtype, *, rngs: nnx.Rngs) -> Chain:
     first, last = _residual_blocks(dim, dim, 2, dtype, rngs=rngs)
     return Chain([first, AttentionBlock(dim, dtype, rngs=rngs), last])
+
+
+def _statistics(cfg: VAEConfig):
+    """Mean and standard deviation of each channel of the latents."""
+    values = (cfg.latents_mean, cfg.latents_std)
+    return tuple(jnp.asarray(value, jnp.float32) for value in values)
 
 
 def _latent_conv(dim: int, *, rngs: nnx.Rngs) -> nnx.Linear:
