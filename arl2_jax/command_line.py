@@ -48,15 +48,31 @@ def encoder_flags() -> Callable[[], "Encoders"]:
     cache = flags.DEFINE_string(
         "cache", os.path.join("~", ".cache", "arl2_jax", "prompts"), "Encoded prompts; empty: none."
     )
+    tile = flags.DEFINE_list(
+        "vae_tile", None, "Rows,columns of latents that the VAE computes together, to save memory."
+    )
 
     def make() -> "Encoders":
         from arl2_jax.generation.encoders import Encoders
 
         folder = os.path.expanduser(cache.value) if cache.value else None
-        own = Encoders(text_encoder.value, tokenizer.value, vae.value, folder)
+        size = None if tile.value is None else _tile(tile.value)
+        own = Encoders(text_encoder.value, tokenizer.value, vae.value, folder, size)
         return own.within(release.value)
 
     return make
+
+
+def _tile(values: Sequence[str]) -> tuple[int, int]:
+    try:
+        rows, columns = (int(value) for value in values)
+    except ValueError:
+        rows = columns = 0
+    if min(rows, columns) < 2:
+        raise ConfigError(
+            f"--vae_tile={','.join(values)} must be two whole numbers of at least 2, such as 30,52"
+        )
+    return rows, columns
 
 
 def run(main: Callable[[], None], *, one_of: Sequence[str] = (), required: Sequence[str] = ()):

@@ -65,7 +65,13 @@ def measure(function, *arguments, frames: int, flop: float) -> dict:
 
 def frame_flop(function, params, cfg: VAEConfig, first_frame, later_frame, state) -> list[float]:
     """Operations of a video's first latent frame and of each later one."""
+    # Only the CPU's backend counts before compilation.
+    place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    on_cpu = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     jitted = jax.jit(function, static_argnums=1, static_argnames="first")
+    params, first_frame, later_frame, state = jax.tree.map(
+        on_cpu, (params, first_frame, later_frame, state)
+    )
     lowered = [
         jitted.lower(params, cfg, frame, state, first=first)
         for frame, first in ((first_frame, True), (later_frame, False))

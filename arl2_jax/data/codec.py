@@ -168,12 +168,15 @@ def vae_weights(path: str) -> str:
     return str(find_release(path).vae or path)
 
 
-def load_wan_codec(path: str, dtype: str | None = None) -> WanCodec:
+def load_wan_codec(
+    path: str, dtype: str | None = None, tile: tuple[int, int] | None = None
+) -> WanCodec:
     """Wan's autoencoder with the weights of a file or folder, on the default device.
 
     Args:
       path: weights in any layout that `arl2_jax.weights` reads, or a release with them.
       dtype: type of the convolutions; by default bfloat16, on CPUs float32.
+      tile: rows and columns of latents that are computed together; by default all.
 
     Raises:
       WeightsError: the weights cannot be read, or are of another network.
@@ -182,7 +185,7 @@ def load_wan_codec(path: str, dtype: str | None = None) -> WanCodec:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     weights = vae_weights(path)
     cfg = dataclasses.replace(vae_config(weights), dtype=dtype)
-    return WanCodec(jax.device_put(load_vae(weights, cfg)), cfg)
+    return WanCodec(load_vae(weights, cfg), cfg, tile)
 
 
 def _matmul(x: Array, matrix: np.ndarray) -> Array:

@@ -15,19 +15,21 @@ _HINT = "it is part of the Wan2.1 release"
 
 
 class Encoders(NamedTuple):
-    """Paths of the networks around the transformer; None where there is none.
+    """The networks around the transformer, by their paths; None where there is none.
 
     Attributes:
       text_encoder: weights of UMT5, a file or a folder.
       tokenizer: tokenizer.json, or its folder.
       vae: weights of the VAE, a file or a folder.
       cache: folder in which encoded prompts are kept; None keeps none.
+      tile: rows and columns of latents that the VAE computes together; None takes all.
     """
 
     text_encoder: str | None = None
     tokenizer: str | None = None
     vae: str | None = None
     cache: str | None = None
+    tile: tuple[int, int] | None = None
 
     def within(self, release: str | None) -> "Encoders":
         """The same, with what is None taken from a release's folder where it is there."""
@@ -35,11 +37,10 @@ class Encoders(NamedTuple):
             return self
         found = find_release(release)
         either = lambda own, theirs: own or (theirs and str(theirs))
-        return Encoders(
-            either(self.text_encoder, found.text_encoder),
-            either(self.tokenizer, found.tokenizer),
-            either(self.vae, found.vae),
-            self.cache,
+        return self._replace(
+            text_encoder=either(self.text_encoder, found.text_encoder),
+            tokenizer=either(self.tokenizer, found.tokenizer),
+            vae=either(self.vae, found.vae),
         )
 
     def codec(self, default: str = "") -> Codec:
@@ -54,7 +55,7 @@ class Encoders(NamedTuple):
         path = self.vae or default
         if not path:
             raise ConfigError(f"the VAE is missing; name its weights with --vae ({_HINT})")
-        return load_wan_codec(path)
+        return load_wan_codec(path, tile=self.tile)
 
     def vae_fingerprint(self) -> str:
         """Tells the VAE's weights from others."""

@@ -65,7 +65,8 @@ def encode(
 
     if tile is None:
         return whole(pixels)
-    return over_tiles(whole, pixels, tile, source=cfg.spatial_factor)
+    compute = lambda part, state: (whole(part), state)
+    return over_tiles(compute, pixels, (), tile, source=cfg.spatial_factor)[0]
 
 
 def decode(
@@ -95,7 +96,9 @@ def decode(
 
     if tile is None:
         return whole(latents)
-    return over_tiles(whole, latents, tile, target=cfg.spatial_factor)
+    # Tile by tile, each through the whole clip: one tile's state is held at a time.
+    compute = lambda part, state: (whole(part), state)
+    return over_tiles(compute, latents, (), tile, target=cfg.spatial_factor)[0]
 
 
 def decode_block(
@@ -105,13 +108,14 @@ def decode_block(
     state: State,
     *,
     first: bool,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "b n rows columns 3"], State]:
     """Decodes a run of latent frames; runs one after the other give what `decode` gives.
 
     Args:
-      params, cfg: as in `decode`.
+      params, cfg, tile: as in `decode`.
       latents: normalised.
-      state: from `init_decoder_state` or the run before.
+      state: from `init_decoder_state` with the same tile, or the run before.
       first: whether a video begins with this run.
 
     Returns:
@@ -125,7 +129,10 @@ def decode_block(
     def step(latents, state, first):
         return decode_frame(params, cfg, latents[:, 0], state, first=first)
 
-    return _scan_frames(step, latents, state, 1, first=first)
+    compute = lambda part, state: _scan_frames(step, part, state, 1, first=first)
+    if tile is None:
+        return compute(latents, state)
+    return over_tiles(compute, latents, state, tile, target=cfg.spatial_factor)
 
 
 def _scan_frames(step: Callable, x, state: State, length: int, *, first: bool):

@@ -10,7 +10,10 @@ from arl2_jax.models.vae import clips, frames
 _encode = jax.jit(clips.encode, static_argnums=1, static_argnames="tile")
 _decode = jax.jit(clips.decode, static_argnums=1, static_argnames="tile")
 _decode_block = jax.jit(
-    clips.decode_block, static_argnums=1, static_argnames="first", donate_argnames="state"
+    clips.decode_block,
+    static_argnums=1,
+    static_argnames=("first", "tile"),
+    donate_argnames="state",
 )
 
 
@@ -24,7 +27,7 @@ class WanCodec:
       params: parameters, from `load_vae`; they are put on the default device unless they are on
         one.
       cfg: autoencoder.
-      tile: rows and columns of latents that `encode` and `decode` compute together; see `encode`.
+      tile: rows and columns of latents that are computed together; see `encode`.
     """
 
     params: frames.Params
@@ -62,7 +65,7 @@ class WanCodec:
 
     def init_state(self, batch: int, rows: int, columns: int) -> frames.State:
         """The decoder's state before the first block of `rows` x `columns` latents."""
-        return frames.init_decoder_state(self.cfg, batch, rows, columns)
+        return frames.init_decoder_state(self.cfg, batch, rows, columns, tile=self.tile)
 
     def decode_block(self, latents, state: frames.State, *, first: bool):
         """Decodes the next frames of a video; blocks in turn give what `decode` gives of the whole.
@@ -76,4 +79,4 @@ class WanCodec:
           Pixels (float32, in [-1, 1]), `pixel_frames(f)` of them if `first`, else
           f * cfg.temporal_factor; and the state for the next block.
         """
-        return _decode_block(self.params, self.cfg, latents, state, first=first)
+        return _decode_block(self.params, self.cfg, latents, state, first=first, tile=self.tile)

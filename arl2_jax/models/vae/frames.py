@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from arl2_jax.config import VAEConfig
 from arl2_jax.models.vae.networks import Decoder, Encoder
+from arl2_jax.models.vae.tiling import make_grid
 
 Params = dict[str, Any]
 # What a network keeps of the frames before: a pytree of arrays in cfg.dtype.
@@ -82,15 +83,23 @@ def init_encoder_state(cfg: VAEConfig, batch: int, rows: int, columns: int) -> S
     return _init_state(Encoder, cfg, batch, rows * factor, columns * factor)
 
 
-def init_decoder_state(cfg: VAEConfig, batch: int, rows: int, columns: int) -> State:
+def init_decoder_state(
+    cfg: VAEConfig, batch: int, rows: int, columns: int, *, tile: tuple[int, int] | None = None
+) -> State:
     """The decoder's state before the first frame.
 
     Args:
       cfg: autoencoder.
       batch: videos decoded together.
       rows, columns: size in latents.
+      tile: as in `decode_block`; there is a state for each tile then, along a leading axis.
     """
-    return _init_state(Decoder, cfg, batch, rows, columns)
+    if tile is None:
+        return _init_state(Decoder, cfg, batch, rows, columns)
+    down, across = make_grid(rows, columns, tile)
+    one = _init_state(Decoder, cfg, batch, down.size, across.size)
+    count = len(down.starts) * len(across.starts)
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), one)
 
 
 def encode_frame(

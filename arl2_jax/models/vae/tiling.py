@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,40 +50,67 @@ def make_tiles(length: int, size: int, scale: int) -> Tiles:
     return Tiles(size, starts, weights.astype(np.float32))
 
 
-def over_tiles(compute: Callable, x, tile: tuple[int, int], *, source: int = 1, target: int = 1):
-    """Computes one tile of x after the other and blends the results.
+def make_grid(
+    height: int, width: int, tile: tuple[int, int], scale: int = 1
+) -> tuple[Tiles, Tiles]:
+    """Tiles along rows and along columns.
 
     Args:
-      compute: part of x -> its result.
-      x: [B, F, h * source, w * source, C].
+      height, width: latents of the picture.
       tile: rows and columns of latents in a tile, at least 2 x 2.
-      source, target: rows and columns of x, and of the result, that stand for one latent.
-
-    Returns:
-      The result, [B, F', h * target, w * target, C'].
+      scale: as in `make_tiles`.
 
     Raises:
       ValueError: the tile is too small.
     """
     if min(tile) < 2:
         raise ValueError(f"tile={tile} must be at least 2 x 2 latents, so that tiles overlap")
+    return make_tiles(height, tile[0], scale), make_tiles(width, tile[1], scale)
+
+
+def over_tiles(
+    compute: Callable,
+    x,
+    states: Any,
+    tile: tuple[int, int],
+    *,
+    source: int = 1,
+    target: int = 1,
+):
+    """Computes one tile of x after the other and blends the results.
+
+    Args:
+      compute: (part of x, state of the tile) -> (its result, the tile's new state).
+      x: [B, F, h * source, w * source, C].
+      states: pytree whose leaves have one entry for each tile, row by row; or ().
+      tile: rows and columns of latents in a tile, at least 2 x 2.
+      source, target: rows and columns of x, and of the result, that stand for one latent.
+
+    Returns:
+      The result, [B, F', h * target, w * target, C'], and the new states.
+
+    Raises:
+      ValueError: the tile is too small.
+    """
     height, width = (length // source for length in x.shape[2:4])
-    rows, columns = make_tiles(height, tile[0], target), make_tiles(width, tile[1], target)
+    rows, columns = make_grid(height, width, tile, target)
 
     def part(row, column):
         strip = jax.lax.dynamic_slice_in_dim(x, row * source, rows.size * source, axis=2)
         return jax.lax.dynamic_slice_in_dim(strip, column * source, columns.size * source, axis=3)
 
-    def add(picture, place):
-        row, column, row_weights, column_weights = place
+    def add(picture, tile):
+        (row, column, row_weights, column_weights), state = tile
         weights = row_weights[:, None, None] * column_weights[:, None]
-        result = compute(part(row, column)) * weights
+        result, state = compute(part(row, column), state)
+        result *= weights
         corner = (0, 0, row * target, column * target, 0)
         before = jax.lax.dynamic_slice(picture, corner, result.shape)
-        return jax.lax.dynamic_update_slice(picture, before + result, corner), None
+        return jax.lax.dynamic_update_slice(picture, before + result, corner), state
 
-    shape = jax.eval_shape(lambda: compute(part(0, 0))).shape
+    state = jax.tree.map(lambda leaf: leaf[0], states)
+    shape = jax.eval_shape(lambda: compute(part(0, 0), state)[0]).shape
     empty = jnp.zeros((*shape[:2], height * target, width * target, shape[-1]))
     i, j = (index.ravel() for index in np.indices((len(rows.starts), len(columns.starts))))
     places = (rows.starts[i], columns.starts[j], rows.weights[i], columns.weights[j])
-    return jax.lax.scan(add, empty, jax.tree.map(jnp.asarray, places))[0]
+    return jax.lax.scan(add, empty, (jax.tree.map(jnp.asarray, places), states))

@@ -38,7 +38,8 @@ def test_local_functions_are_not_changed(draw, height, width, tile):
     """Odd sizes, tiles larger than the picture; rows and columns are enlarged."""
     x = draw(2, 3, 2 * height, 2 * width, 4)
     double = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)[..., :3] ** 2
-    got = over_tiles(double, x, tile, source=2, target=4)
+    compute = lambda part, state: (double(part), state)
+    got, _ = over_tiles(compute, x, (), tile, source=2, target=4)
     np.testing.assert_allclose(got, double(x), rtol=1e-6)
 
 
@@ -46,6 +47,16 @@ def test_one_tile_is_the_whole_picture_exactly(codec, latents, pixels):
     tiled = dataclasses.replace(codec, tile=(99, 5))
     np.testing.assert_array_equal(tiled.decode(latents), pixels)
     np.testing.assert_array_equal(tiled.encode(pixels), codec.encode(pixels))
+
+
+@pytest.mark.parametrize("tile", [(2, 3), (99, 99)])
+def test_a_stream_in_tiles_is_the_clip_in_tiles(codec, latents, tile):
+    tiled = dataclasses.replace(codec, tile=tile)
+    state, parts = tiled.init_state(1, *latents.shape[2:4]), []
+    for t in range(0, latents.shape[1], 3):
+        part, state = tiled.decode_block(latents[:, t : t + 3], state, first=t == 0)
+        parts.append(part)
+    np.testing.assert_array_equal(jnp.concatenate(parts, axis=1), tiled.decode(latents))
 
 
 def test_tiles_differ_from_the_whole_only_near_their_ends(shallow, draw, error):
