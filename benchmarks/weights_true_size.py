@@ -29,7 +29,7 @@ import safetensors
 from absl import app, flags
 
 from arl2_jax.config import ModelConfig
-from arl2_jax.models import param_shapes
+from arl2_jax.models import compute_shapes, param_shapes
 from arl2_jax.weights import export_params, load_params, model_config
 
 _FOLDER = flags.DEFINE_string("folder", None, "Folder for the files; is deleted.", required=True)
@@ -44,9 +44,10 @@ def main(_):
     folder = Path(_FOLDER.value)
     first, second = folder / "first", folder / "second"
     _alone(write_random, first)
-    cat, imports = [], []
+    cat, touch, imports = [], [], []
     for _ in range(_REPEATS.value):
         cat.append(seconds_of_cat(first))
+        touch.append(_alone(seconds_of_memory, _CFG))
         imports.append(_alone(read, first, "compute"))
     exported = _alone(export, first, second)
     again = _alone(read, second, "master", True)
@@ -55,10 +56,12 @@ def main(_):
         "date": datetime.date.today().isoformat(),
         "what": "weights of Wan2.1 1.3B: random float32 numbers, one file in the original layout",
         "command": "python benchmarks/weights_true_size.py --folder=FOLDER",
-        "timed": "wall time; the file is in the system's cache; cat and the import into bfloat16 "
-        f"in turn, {_REPEATS.value} times, each in a process of its own; the others once",
+        "timed": "wall time; the file is in the system's cache; cat, the filling of as much new "
+        "memory as the result takes, and the import into bfloat16 in turn, "
+        f"{_REPEATS.value} times, each in a process of its own; the others once",
         "file_GB": sum(file.stat().st_size for file in first.iterdir()) / 1e9,
         "cat_seconds": cat,
+        "new_memory_seconds": touch,
         "import_into_bfloat16": imports,
         "fastest_import_over_fastest_cat": fastest / min(cat),
         "export_in_float32": exported,
@@ -87,6 +90,20 @@ def seconds_of_cat(folder: Path) -> float:
     start = time.perf_counter()
     subprocess.run(f"cat {file} > /dev/null", shell=True, check=True)
     return time.perf_counter() - start
+
+
+def seconds_of_memory(cfg: ModelConfig) -> float:
+    """Time of filling new memory of the size of the bfloat16 result, on all cores.
+
+    On virtual machines the host may have to find this memory first, which says nothing about us.
+    """
+    leaves = jax.tree.leaves(compute_shapes(cfg))
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        filled = list(pool.map(lambda leaf: np.full(leaf.shape, 1, leaf.dtype), leaves))
+    seconds = time.perf_counter() - start
+    assert len(filled) == len(leaves)
+    return seconds
 
 
 def read(folder: Path, precision: str, digest: bool = False) -> dict:

@@ -188,7 +188,7 @@ def _fill(place: np.ndarray, source: Source, index: Index, where: object) -> Non
     if place.dtype in _EXPONENTS:  # whole numbers are faster to compare and to copy
         unsigned, exponent = _EXPONENTS[place.dtype]
         block, place = block.view(unsigned), place.view(unsigned)
-        finite = ((block & unsigned(exponent)) != exponent).all()
+        finite = (block & unsigned(exponent)).max(initial=0) < exponent
     else:
         finite = np.isfinite(block).all()
     if not finite:
