@@ -2,7 +2,7 @@
 
     import arl2_jax as arl2
 
-    cfg = arl2.ModelConfig.wan1p3b(hybrid_layers=range(22))
+    cfg = arl2.model_config(folder)
     params = arl2.load_params(folder, cfg)
     for block in arl2.Generator(cfg, params, sampler, latent_shape=(60, 104, 16)).stream(...):
         ...
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arl2_jax.config import Config, ConfigError, ModelConfig, SamplerConfig
+    from arl2_jax.data.codec import load_wan_codec
     from arl2_jax.generation.generator import Generator
     from arl2_jax.generation.rollout import rollout
     from arl2_jax.models import (
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
         param_shapes,
     )
     from arl2_jax.models.attention import HybridAttention
-    from arl2_jax.weights import load_params
+    from arl2_jax.text import encode_prompts
+    from arl2_jax.weights import export_params, load_params, model_config
     from arl2_jax.weights.folder import save_params
 
 __all__ = [
@@ -38,10 +40,14 @@ __all__ = [
     "SamplerConfig",
     "apply",
     "apply_clip",
+    "encode_prompts",
     "encode_text",
+    "export_params",
     "init_memory",
     "init_params",
     "load_params",
+    "load_wan_codec",
+    "model_config",
     "param_shapes",
     "rollout",
     "save_params",
@@ -56,10 +62,14 @@ _HOMES = {
     "SamplerConfig": "config",
     "apply": "models",
     "apply_clip": "models",
+    "encode_prompts": "text",
     "encode_text": "models",
+    "export_params": "weights",
     "init_memory": "models",
     "init_params": "models",
     "load_params": "weights",
+    "load_wan_codec": "data.codec",
+    "model_config": "weights",
     "param_shapes": "models",
     "rollout": "generation.rollout",
     "save_params": "weights.folder",

@@ -5,7 +5,7 @@
 Writes a float32 file of random numbers in the original layout (5.7 GB), reads it into bfloat16
 beside `cat file > /dev/null`, exports it, reads the export and compares the two. Takes 14 GB of
 disk, all of which is deleted, and 6 GB of memory. Every reading is a process of its own, whose peak
-is taken above what it held before; the file is in the system's cache.
+is taken above what it held before.
 """
 
 import concurrent.futures
@@ -34,6 +34,7 @@ from arl2_jax.weights import export_params, load_params, model_config
 
 _FOLDER = flags.DEFINE_string("folder", None, "Folder for the files; is deleted.", required=True)
 _OUT = flags.DEFINE_string("out", "benchmarks/results/weights_cpu.json", "File to write.")
+_COLD = flags.DEFINE_bool("cold", False, "Also read from the disk itself; takes root, on Linux.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions of what is timed.")
 
 _CFG = ModelConfig.wan1p3b()
@@ -44,26 +45,22 @@ def main(_):
     folder = Path(_FOLDER.value)
     first, second = folder / "first", folder / "second"
     _alone(write_random, first)
-    cat, touch, imports = [], [], []
-    for _ in range(_REPEATS.value):
-        cat.append(seconds_of_cat(first))
-        touch.append(_alone(seconds_of_memory, _CFG))
-        imports.append(_alone(read, first, "compute"))
+    readings = {"cached": compare(first, drop=False)}
+    if _COLD.value:
+        readings["from_disk"] = compare(first, drop=True)
+    touch = [_alone(seconds_of_memory, _CFG) for _ in range(_REPEATS.value)]
     exported = _alone(export, first, second)
     again = _alone(read, second, "master", True)
-    fastest = min(result["seconds"] for result in imports)
     result = {
         "date": datetime.date.today().isoformat(),
         "what": "weights of Wan2.1 1.3B: random float32 numbers, one file in the original layout",
-        "command": "python benchmarks/weights_true_size.py --folder=FOLDER",
-        "timed": "wall time; the file is in the system's cache; cat, the filling of as much new "
-        "memory as the result takes, and the import into bfloat16 in turn, "
-        f"{_REPEATS.value} times, each in a process of its own; the others once",
+        "command": "python benchmarks/weights_true_size.py --folder=FOLDER --cold",
+        "timed": "wall time; cat and the import into bfloat16 in turn, and the filling of as much "
+        f"new memory as the result takes, {_REPEATS.value} times, each in a process of its own; "
+        "the others once, with the file in the system's cache",
         "file_GB": sum(file.stat().st_size for file in first.iterdir()) / 1e9,
-        "cat_seconds": cat,
+        "cat_and_import_into_bfloat16": readings,
         "new_memory_seconds": touch,
-        "import_into_bfloat16": imports,
-        "fastest_import_over_fastest_cat": fastest / min(cat),
         "export_in_float32": exported,
         "import_of_the_export": again,
         "equal": exported.pop("digest") == again.pop("digest"),
@@ -74,6 +71,23 @@ def main(_):
     shutil.rmtree(folder)
     Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+
+
+def compare(folder: Path, drop: bool) -> dict:
+    """`cat` and the import in turn; with `drop` the system's cache is emptied before each."""
+    cat, imports = [], []
+    for _ in range(_REPEATS.value):
+        _drop_cache(drop)
+        cat.append(seconds_of_cat(folder))
+        _drop_cache(drop)
+        imports.append(_alone(read, folder, "compute"))
+    seconds = [result["seconds"] for result in imports]
+    return {
+        "cat_seconds": cat,
+        "import_seconds": seconds,
+        "median_ratio": float(np.median(seconds) / np.median(cat)),
+        "imports": imports,
+    }
 
 
 def write_random(folder: Path) -> None:
@@ -168,6 +182,11 @@ class Peak:
     def _now(self) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def _drop_cache(drop: bool) -> None:
+    if drop:
+        subprocess.run("sync; echo 3 > /proc/sys/vm/drop_caches", shell=True, check=True)
 
 
 def _alone(function, *args):

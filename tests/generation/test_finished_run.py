@@ -106,6 +106,7 @@ def test_errors_come_before_compilation(run, changes, message, tmp_path, monkeyp
         ["--run=x", "more"],
         ["--run=x", "--weights=y"],
         ["--weights=x", "--timesteps=high"],
+        ["--weights=x", "--vae_tile=3"],
         [],
     ],
 )

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from one_line import assert_one_line
-from tiny_release import MODEL, write_release
+from tiny_release import MODEL, random_tree, write_release
 
-from arl2_jax.config import ConfigError, SamplerConfig
+from arl2_jax.config import ConfigError, SamplerConfig, to_config_dict
 from arl2_jax.data.codec import load_wan_codec
 from arl2_jax.generation import make_video as making
 from arl2_jax.generation.encoders import Encoders
@@ -18,7 +18,9 @@ from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.released import Picture, write_from_weights
 from arl2_jax.generation.rollout import rollout
 from arl2_jax.generation.video import write_video
-from arl2_jax.weights import load_params
+from arl2_jax.models import param_shapes
+from arl2_jax.weights import export_params, load_params, model_config
+from arl2_jax.weights.folder import save_params
 
 SAMPLER = SamplerConfig(timesteps=(1000.0, 500.0))
 GUIDED = SamplerConfig(method="euler", steps=2, guidance=4.0)
@@ -96,6 +98,32 @@ def test_a_stream_of_blocks_decodes_like_the_whole(release):
         assert shown.shape == wanted.shape
         # A last bit of the latents may round a colour to its neighbour.
         assert np.abs(shown.astype(int) - wanted).max() <= 1
+
+
+def test_every_layout_gives_the_same_latents(tmp_path):
+    """Of a teacher and of a hybrid, as far as a layout has a place for it."""
+    hybrid = dataclasses.replace(MODEL, hybrid_layers=(0,))
+    text = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+    key = jax.random.key(0, impl="rbg")
+    for cfg, layouts in ((MODEL, ("wan", "diffusers", "arl2")), (hybrid, ("arl2",))):
+        params = random_tree(param_shapes(cfg))
+        kind = tmp_path / f"{len(cfg.hybrid_layers)}"
+        save_params(kind / "own", params, to_config_dict(cfg))
+        for layout in layouts:
+            export_params(kind / layout, params, cfg, layout, shard_size=20_000)
+        made = []
+        for folder in ("own", *layouts):
+            # What no layout but ours tells.
+            found = model_config(
+                kind / folder, frames_per_block=1, text_len=8, lora_rank=2, lora_alpha=32.0
+            )
+            assert found == dataclasses.replace(cfg, remat=found.remat)
+            read = load_params(kind / folder, found)
+            generator = Generator(found, read, SAMPLER, latent_shape=(2, 4, 4))
+            made.append(generator.generate(text, key=key, frames=2))
+        assert len(made) == len(layouts) + 1 and np.abs(made[0]).max() > 0.1
+        for latents in made[1:]:
+            np.testing.assert_array_equal(latents, made[0])
 
 
 @pytest.mark.parametrize(

@@ -278,16 +278,23 @@ def test_without_the_vae_a_run_has_no_pictures(stored, tmp_path):
     assert open_data(config).codec is None
 
 
-def run(*arguments, **options):
-    command = [sys.executable, *map(str, arguments)]
+def run(*arguments):
+    """Starts a command on one device, with XLA's other flags as they are here."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **options
+        [sys.executable, *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": " ".join(flags)},
     )
 
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
-    """The commands themselves: prepare_data, killed with no warning, again, then train."""
+    """The commands themselves: prepare_data, killed with no warning, and again; train; then the
+    model out, in again, and to work."""
     out = tmp_path / "latents"
     command = [
         ROOT / "launch" / "prepare_data.py", f"--videos={clips}", f"--release={release}",
@@ -307,7 +314,7 @@ def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
     model = "dim=24 ffn_dim=32 num_heads=2 num_layers=2 freq_dim=8 text_dim=32 text_len=8 in_dim=4 "
     model += "out_dim=4 frames_per_block=1 hybrid_layers=(0,)"
     data = f"source=latents path={out} codec=wan_vae codec_factor=8 vae={release} frames=2 "
-    data += "height=16 width=32 held_out=2"
+    data += "height=16 width=32 held_out=2 fps=16.0"
     trained = run(
         ROOT / "launch" / "train.py",
         f"--config={ROOT / 'configs' / 'tiny.py'}",
@@ -327,3 +334,24 @@ def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
     output, errors = trained.communicate()
     assert trained.returncode == 0, errors
     assert (tmp_path / "run" / "report" / "report.json").exists() and "converted" in output
+
+    def launch(name, *arguments):
+        done = run(ROOT / "launch" / f"{name}.py", *arguments)
+        output, errors = done.communicate()
+        assert done.returncode == 0, errors
+        return output
+
+    launch("export_weights", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'arl2'}")
+    told = launch("import_weights", f"--weights={tmp_path / 'arl2'}", f"--out={tmp_path / 'own'}")
+    assert "layout      ARL2" in told
+    shown = [f"--release={release}", "--prompt=a red sprite", "--frames=5", "--cache="]
+    model = {
+        "run": [f"--run={tmp_path / 'run'}"],
+        "own": [f"--weights={tmp_path / 'own'}", "--height=16", "--width=32"],
+        "arl2": [f"--weights={tmp_path / 'arl2'}", "--height=16", "--width=32"],
+    }
+    for name, flags in model.items():
+        sampler = [] if name == "run" else ["--method=euler", "--steps=8", "--shift=8"]
+        launch("generate", *flags, *shown, *sampler, f"--out={tmp_path / f'{name}.mp4'}")
+    videos = [(tmp_path / f"{name}.mp4").read_bytes() for name in model]
+    assert videos[0] == videos[1] == videos[2]
