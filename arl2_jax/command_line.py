@@ -11,6 +11,27 @@ from arl2_jax.config import ConfigError, SamplerConfig
 
 if TYPE_CHECKING:
     from arl2_jax.generation.encoders import Encoders
+    from arl2_jax.generation.released import Picture
+
+
+def entry_flag() -> flags.FlagHolder:
+    """Defines the flag that chooses between the models of a .pt file."""
+    return flags.DEFINE_enum(
+        "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
+    )
+
+
+def picture_flags() -> Callable[[], "Picture"]:
+    """Defines the flags of a video's size; the result makes it of their values."""
+    height = flags.DEFINE_integer("height", 480, "Rows of pixels.")
+    width = flags.DEFINE_integer("width", 832, "Columns of pixels.")
+
+    def make() -> "Picture":
+        from arl2_jax.generation.released import Picture
+
+        return Picture(height.value, width.value)
+
+    return make
 
 
 def sampler_flags() -> Callable[[], SamplerConfig]:

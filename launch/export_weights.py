@@ -16,9 +16,7 @@ _RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
 _MODEL = flags.DEFINE_enum(
     "model", "stage2", ["teacher", "stage1", "stage2", "control"], "Which of the run's models."
 )
-_ENTRY = flags.DEFINE_enum(
-    "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
-)
+_ENTRY = command_line.entry_flag()
 _LAYOUT = flags.DEFINE_enum("layout", "arl2", ["arl2", "wan", "diffusers"], "Layout to write.")
 _LORA = flags.DEFINE_enum("lora", "apart", ["apart", "merged"], "Low-rank updates of the FFN.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the matrices.")

@@ -21,9 +21,7 @@ from absl import flags
 from arl2_jax import command_line
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Released weights: a folder or a file.")
-_ENTRY = flags.DEFINE_enum(
-    "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
-)
+_ENTRY = command_line.entry_flag()
 _RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
 _MODEL = flags.DEFINE_enum(
     "model", "stage2", ["teacher", "stage1", "stage2", "control"], "Which of the run's models."
@@ -34,8 +32,6 @@ _FRAMES = flags.DEFINE_integer("frames", None, "Frames to generate, whole blocks
 _OUT = flags.DEFINE_string("out", "video.mp4", "File to write.")
 _CONDITION = flags.DEFINE_string("condition", None, "Video file to continue.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-_HEIGHT = flags.DEFINE_integer("height", 480, "Rows of pixels, with --weights.")
-_WIDTH = flags.DEFINE_integer("width", 832, "Columns of pixels, with --weights.")
 _BLOCK = flags.DEFINE_integer(
     "frames_per_block", None, "Latent frames denoised together, where the weights do not say: 3."
 )
@@ -43,13 +39,14 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Compute type; float32 on CPUs, else bfloat16."
 )
 _encoders, _sampler = command_line.encoder_flags(), command_line.sampler_flags()
+_picture = command_line.picture_flags()
 
 
 def main():
     """Flags -> the video."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.generation.finished_run import write_from_run
-    from arl2_jax.generation.released import Picture, write_from_weights
+    from arl2_jax.generation.released import write_from_weights
 
     common: dict[str, Any] = dict(
         prompt=_PROMPT.value,
@@ -66,7 +63,7 @@ def main():
         write_from_weights(
             str(_WEIGHTS.value),
             sampler=_sampler(),
-            picture=Picture(_HEIGHT.value, _WIDTH.value),
+            picture=_picture(),
             frames_per_block=_BLOCK.value,
             entry=_ENTRY.value,
             dtype=_DTYPE.value,

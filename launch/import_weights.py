@@ -14,9 +14,7 @@ from arl2_jax import command_line
 _WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _HYBRID = flags.DEFINE_list("hybrid_layers", None, "Layers to be hybrid; by default the file's.")
-_ENTRY = flags.DEFINE_enum(
-    "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
-)
+_ENTRY = command_line.entry_flag()
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the matrices.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is there.")
 

@@ -24,8 +24,7 @@ _VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
 _CHECK = flags.DEFINE_string("check", None, "Folder of stored latents to look at.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write, with --prompts and --videos.")
 _LATENT_FRAMES = flags.DEFINE_integer("latent_frames", 21, "Latent frames of a clip.")
-_HEIGHT = flags.DEFINE_integer("height", 480, "Rows of pixels.")
-_WIDTH = flags.DEFINE_integer("width", 832, "Columns of pixels.")
+_picture = command_line.picture_flags()
 _STORED = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type that is stored."
 )
@@ -36,9 +35,7 @@ _FPS = flags.DEFINE_float("fps", 16.0, "Frames a second at which videos are samp
 _TEXT_LEN = flags.DEFINE_integer("text_len", 512, "Text slots of a clip, with --videos.")
 # With --prompts:
 _WEIGHTS = flags.DEFINE_string("weights", None, "The teacher, with --prompts.")
-_ENTRY = flags.DEFINE_enum(
-    "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
-)
+_ENTRY = command_line.entry_flag()
 _BLOCK = flags.DEFINE_integer(
     "frames_per_block", None, "Latent frames denoised together, where the weights do not say: 3."
 )
@@ -51,14 +48,11 @@ def main():
     """Flags -> a folder of stored latents, or what is to be said of one."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax import preparation
-    from arl2_jax.generation.released import Picture
 
     if _CHECK.value:
         print(preparation.describe(_CHECK.value))
         return
-    clips: dict[str, Any] = dict(
-        frames=_LATENT_FRAMES.value, picture=Picture(_HEIGHT.value, _WIDTH.value)
-    )
+    clips: dict[str, Any] = dict(frames=_LATENT_FRAMES.value, picture=_picture())
     stored: dict[str, Any] = dict(dtype=_STORED.value, records_per_shard=_PER_SHARD.value)
     if _VIDEOS.value:
         count = preparation.store_videos(

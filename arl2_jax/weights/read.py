@@ -1,7 +1,8 @@
 """Reading of a layout's tensors into our tree: strictly, lean and each device its own slice."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -65,15 +66,20 @@ def read_tree(
     """
     layout = recognise(tensors, layouts, where)
     sources = match(tensors, layout, targets, where=where)
-    read = lambda path, index: _read_slice(
-        sources[path], index, np.dtype(targets[path].dtype), where
-    )
-    if shardings is None:
-        whole = lambda path: read(path, tuple(slice(0, size) for size in targets[path].shape))
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+
+    def read(path: str, index: Index, run: Callable = map) -> np.ndarray:
+        return _read_slice(sources[path], index, np.dtype(targets[path].dtype), where, run)
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        if shardings is None:
+            whole = lambda path: read(path, tuple(slice(0, size) for size in targets[path].shape))
             return dict(zip(targets, pool.map(whole, targets), strict=True))
-    # One after another: what is on its way to the devices is one parameter at most.
-    return {path: _sharded(read, path, targets[path], shardings[path]) for path in targets}
+        # One after another, each by all threads: what is on its way is one parameter at most.
+        read_blocks = functools.partial(read, run=pool.map)
+        return {
+            path: _sharded(functools.partial(read_blocks, path), targets[path], shardings[path])
+            for path in targets
+        }
 
 
 def match(
@@ -161,8 +167,10 @@ def placed(flat: Mapping[str, Any], layout: Layout) -> list[Placed]:
     return result
 
 
-def _read_slice(source: Source, index: Index, dtype: np.dtype, where: object) -> np.ndarray:
-    """A slice of a parameter, filled block by block."""
+def _read_slice(
+    source: Source, index: Index, dtype: np.dtype, where: object, run: Callable
+) -> np.ndarray:
+    """A slice of a parameter, filled block by block; `run` maps a function over the blocks."""
     moves, within, rest = source.moves.slices(index)
     out = np.empty(moves.shape, dtype)
     target = moves.as_stored(out)
@@ -170,10 +178,14 @@ def _read_slice(source: Source, index: Index, dtype: np.dtype, where: object) ->
         _fill(target, source, within, where)
         return out[rest]
     first, *others = within
-    for start in range(first.start, first.stop, _ROWS):
+
+    def fill(start: int) -> None:
         stop = min(start + _ROWS, first.stop)
         place = target[start - first.start : stop - first.start]
         _fill(place, source, (slice(start, stop), *others), where)
+
+    # A list, so that an error in any block is raised here.
+    list(run(fill, range(first.start, first.stop, _ROWS)))
     return out[rest]
 
 
@@ -212,7 +224,7 @@ def _cast(block: np.ndarray, place: np.ndarray) -> np.ndarray:
     return spare[:, :columns]
 
 
-def _sharded(read: Any, path: str, target: Any, sharding: Sharding) -> jax.Array:
+def _sharded(read: Callable[[Index], np.ndarray], target: Any, sharding: Sharding) -> jax.Array:
     """One parameter on its devices; a slice that several devices hold is read once."""
     slices: dict[tuple, np.ndarray] = {}
 
@@ -220,7 +232,7 @@ def _sharded(read: Any, path: str, target: Any, sharding: Sharding) -> jax.Array
         pairs = zip(index or (), target.shape, strict=True)
         bounds = tuple(part.indices(size)[:2] for part, size in pairs)
         if bounds not in slices:
-            slices[bounds] = read(path, tuple(slice(*pair) for pair in bounds))
+            slices[bounds] = read(tuple(slice(*pair) for pair in bounds))
         return slices[bounds]
 
     return jax.make_array_from_callback(tuple(target.shape), sharding, slice_at)
