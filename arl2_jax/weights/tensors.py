@@ -216,7 +216,7 @@ def _in_file(file: Path, start: int, mapped: np.ndarray) -> StoredTensor:
 
 def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
         raise WeightsError(
             f"{file} is a file of PyTorch, which takes torch to read: pip install 'arl2-jax[pt]' "
