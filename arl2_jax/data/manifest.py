@@ -62,6 +62,12 @@ class Manifest:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        for name, axes in (("latent_shape", 4), ("text_shape", 2)):
+            shape = getattr(self, name)
+            if len(shape) != axes or min(shape) < 1:
+                raise ValueError(f"{name}={shape} must be {axes} positive numbers")
+        if "name" not in self.codec:
+            raise ValueError(f"codec={dict(self.codec)} must have a name")
 
     @property
     def count(self) -> int:

@@ -64,9 +64,9 @@ def write_from_weights(
     )
     f = found.cfg.frames_per_block
     if frames is None:
-        frames = found.codec.pixel_frames(max(21 // f, 1) * f)
-        if condition is not None:
-            frames -= found.codec.pixel_frames(f)
+        given = 0 if condition is None else f
+        whole = max(21 // f * f, given + f)
+        frames = found.codec.pixel_frames(whole) - found.codec.pixel_frames(given)
     past = None
     if condition is not None:
         past = read_past(condition, found, f, (picture.height, picture.width))

@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +16,13 @@ from arl2_jax.generation.make_video import VideoModel
 from arl2_jax.generation.released import Picture, find_video_model
 from arl2_jax.preparation.store import Plan, store
 from arl2_jax.weights import find_release, fingerprint
+
+
+class Rolling(NamedTuple):
+    """The teacher at work, and what guidance leads it away from, [text_len, text_dim]."""
+
+    generator: Generator
+    null_text: np.ndarray | None
 
 
 def store_rollouts(
@@ -59,10 +68,9 @@ def store_rollouts(
     block = teacher.cfg.frames_per_block
     if frames < 1 or frames % block:
         raise ConfigError(f"latent_frames={frames} must be a multiple of the {block} of a block")
-    null_text = encoders.null_text(negative_prompt, teacher.cfg, sampler)
     plan = Plan(
         captions=captions,
-        make=functools.partial(_roll_out, _once(teacher), frames, seed, null_text),
+        make=functools.partial(_roll_out, _once(teacher, encoders, negative_prompt), frames, seed),
         latent_shape=(frames, *teacher.latent_shape),
         codec_weights=encoders.vae_fingerprint(),
         source={
@@ -73,7 +81,7 @@ def store_rollouts(
             "entry": entry,
             "frames_per_block": block,
             "sampler": to_config_dict(sampler),
-            "negative_prompt": None if null_text is None else negative_prompt,
+            "negative_prompt": negative_prompt if sampler.guidance > 1 else None,
             "compute": teacher.cfg.dtype,
             "seed": seed,
         },
@@ -99,15 +107,22 @@ def read_prompts(path: str | Path) -> list[str]:
     return found
 
 
-def _once(teacher: VideoModel):
-    """The teacher's generator, made at its first use: until then the text encoder has the room."""
-    return functools.cache(
-        lambda: Generator(
-            teacher.cfg, teacher.load_params(), teacher.sampler, latent_shape=teacher.latent_shape
+def _once(teacher: VideoModel, encoders: Encoders, negative_prompt: str) -> Callable[[], Rolling]:
+    """Makes the generator at its first use: until then the text encoder has the room."""
+
+    def make() -> Rolling:
+        null_text = encoders.null_text(negative_prompt, teacher.cfg, teacher.sampler)
+        params, shape = teacher.load_params(), teacher.latent_shape
+        return Rolling(
+            Generator(teacher.cfg, params, teacher.sampler, latent_shape=shape), null_text
         )
-    )
+
+    return functools.cache(make)
 
 
-def _roll_out(generator, frames: int, seed: int, null_text, index: int, text: np.ndarray):
+def _roll_out(
+    rolling: Callable[[], Rolling], frames: int, seed: int, index: int, text: np.ndarray
+) -> np.ndarray:
+    generator, null_text = rolling()
     key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), index)
-    return generator().generate(text, frames=frames, key=key, null_text=null_text)[0]
+    return generator.generate(text, frames=frames, key=key, null_text=null_text)[0]

@@ -184,6 +184,11 @@ def test_writer_refuses_what_it_cannot_store(tmp_path):
         LatentWriter(tmp_path / "other", SHAPE, TEXT, "int8")
 
 
+def edit(folder, **fields):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | fields))
+
+
 def flip(path, share):
     content = bytearray(path.read_bytes())
     content[int(len(content) * share)] ^= 255
@@ -197,6 +202,9 @@ def flip(path, share):
         (lambda p: (p / "manifest.json").write_text("{"), r"manifest\.json .*is damaged"),
         (lambda p: (p / "manifest.json").write_text('{"format": 9}'), r"has format 9"),
         (lambda p: (p / "manifest.json").write_text('{"format": 2, "shards": [3]}'), r"is damaged"),
+        (lambda p: edit(p, latent_shape=[4, 6, 12]), r"latent_shape=\(4, 6, 12\) must be 4"),
+        (lambda p: edit(p, codec={}), r"must have a name"),
+        (lambda p: edit(p, count=3), r"10 records, not 3"),
         (lambda p: (p / "00001.array_record").unlink(), r"00001\.array_record is missing in data"),
         (
             lambda p: (p / "00001.array_record").write_bytes(b"x" * 100),
@@ -208,6 +216,9 @@ def flip(path, share):
         "half_manifest",
         "newer_manifest",
         "odd_manifest",
+        "shape_of_no_clip",
+        "no_codec",
+        "wrong_count",
         "no_shard",
         "truncated_shard",
     ],

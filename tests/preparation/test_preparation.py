@@ -185,6 +185,17 @@ def test_rollouts_depend_on_prompt_place_and_seed_alone(release, encoders, tmp_p
     assert np.abs(LatentFolder(tmp_path / "seed")[1]["latents"] - folder[1]["latents"]).max() > 0.1
 
 
+def test_rollouts_are_guided_away_from_the_negative_prompt(release, encoders, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red sprite\n")
+    sampler, made = SamplerConfig(method="euler", steps=2, guidance=4.0), []
+    for negative in ("", "two blue corgi"):
+        out = tmp_path / f"out{len(negative)}"
+        options = {"sampler": sampler, "negative_prompt": negative}
+        store_rollouts(tmp_path / "prompts.txt", out, release, encoders, **options)
+        made.append(LatentFolder(out)[0]["latents"])
+    assert np.abs(made[0] - made[1]).max() > 1e-2
+
+
 def test_what_cannot_be_stored_is_one_line(release, encoders, clips, tmp_path, monkeypatch):
     good, long, none = (tmp_path / name for name in ("good.txt", "long.txt", "none.txt"))
     good.write_text("a red sprite\n")
