@@ -122,5 +122,12 @@ def run(main: Callable[[], None], *, one_of: Sequence[str] = (), required: Seque
             main()
         except ConfigError as error:
             sys.exit(f"error: {error}")
+        except RuntimeError as error:  # jax's own error is one, and jax need not be imported
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sys.exit(
+                "error: the device is out of memory; make the video shorter or smaller, use a "
+                "model with more hybrid layers, or set --vae_tile"
+            )
 
     app.run(call, flags_parser=parse)
