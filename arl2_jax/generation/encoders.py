@@ -97,14 +97,9 @@ class Encoders(NamedTuple):
         """Encodes prompts: float32 [N, text_len, text_dim].
 
         Raises:
-          ConfigError: as `check`, or the text encoder has another width than `text_dim`.
+          ConfigError: as `check`.
         """
-        found = self.text_dim()
-        if text_dim is not None and found != text_dim:
-            raise ConfigError(
-                f"{self.text_encoder} makes texts of width {found}, but the model takes "
-                f"text_dim={text_dim}; name the text encoder that the model was trained with"
-            )
+        self._check_width(text_dim)
         return encode_prompts(
             prompts,
             text_encoder=self._path("text_encoder"),
@@ -114,18 +109,34 @@ class Encoders(NamedTuple):
             allow_empty=allow_empty,
         )
 
-    def check(self, prompts: list[str], text_len: int) -> None:
+    def check(self, prompts: list[str], text_len: int, text_dim: int | None = None) -> None:
         """Checks that prompts can be encoded, without the encoder.
 
         Raises:
-          ConfigError: one of them is empty or too long, or a file is missing.
+          ConfigError: one of them is empty or too long, a file is missing, or the text encoder has
+            another width than `text_dim`.
         """
-        self._path("text_encoder")
+        self._check_width(text_dim)
         Tokenizer(self._path("tokenizer"))(prompts, text_len)
+
+    def text_fingerprints(self) -> dict[str, str]:
+        """Tells text encoder and tokenizer from others."""
+        return {
+            "text_encoder": fingerprint(self._path("text_encoder")),
+            "tokenizer": Tokenizer(self._path("tokenizer")).fingerprint,
+        }
 
     def text_dim(self) -> int:
         """Width of the text embeddings."""
         return umt5_config(self._path("text_encoder")).dim
+
+    def _check_width(self, text_dim: int | None) -> None:
+        found = self.text_dim()
+        if text_dim is not None and found != text_dim:
+            raise ConfigError(
+                f"{self.text_encoder} makes texts of width {found}, but the model takes "
+                f"text_dim={text_dim}; name the text encoder that the model was trained with"
+            )
 
     def _path(self, name: str) -> str:
         path = getattr(self, name)

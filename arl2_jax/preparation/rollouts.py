@@ -86,7 +86,7 @@ def store_rollouts(
             "seed": seed,
         },
     )
-    return store(plan, out, encoders, teacher.cfg.text_len, **stored)
+    return store(plan, out, encoders, teacher.cfg.text_len, teacher.cfg.text_dim, **stored)
 
 
 def read_prompts(path: str | Path) -> list[str]:

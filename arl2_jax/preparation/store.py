@@ -23,8 +23,8 @@ class Plan(NamedTuple):
       make: (index, text embedding [text_len, text_dim]) -> latents [T, h, w, C] of the clip.
       latent_shape: (T, h, w, C).
       codec_weights: fingerprint of the VAE's weights.
-      source: all that decides what `make` returns, as JSON: a folder is continued only with the
-        same.
+      source: all that decides what `make` returns, as JSON. A folder is continued only with the
+        same, and with the same text encoder.
     """
 
     captions: list[str]
@@ -39,6 +39,7 @@ def store(
     out: str | Path | None,
     encoders: Encoders,
     text_len: int,
+    text_dim: int | None = None,
     *,
     dtype: str = "bfloat16",
     records_per_shard: int = 64,
@@ -51,6 +52,7 @@ def store(
       encoders: text encoder and tokenizer. Captions are encoded shard by shard, so that those of a
         long plan are never in memory together.
       text_len: text slots.
+      text_dim: width that the text encoder must have, if that matters.
       dtype: of what is stored.
       records_per_shard: clips in a file, which is also what a kill can cost.
 
@@ -70,7 +72,7 @@ def store(
             f"{out} holds stored latents already; look at them with --check={out}, or name another "
             "folder with --out"
         )
-    encoders.check(plan.captions, text_len)
+    encoders.check(plan.captions, text_len, text_dim)
     check_writable(out, remedy="name another folder with --out")
     writer = LatentWriter(
         out,
@@ -79,7 +81,7 @@ def store(
         dtype,
         records_per_shard,
         codec_weights=plan.codec_weights,
-        source=plan.source,
+        source={**plan.source, **encoders.text_fingerprints()},
         resume=True,
     )
     total = len(plan.captions)

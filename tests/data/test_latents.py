@@ -127,6 +127,7 @@ def test_a_look_at_a_folder_describes_it(tmp_path):
     latents, text = write(tmp_path)
     check = check_latents(tmp_path)
     assert not check.problems and check.manifest.count == 10
+    # The check adds in float64, numpy here in float32.
     np.testing.assert_allclose(check.mean, latents.mean((0, 1, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(check.std, latents.std((0, 1, 2, 3)), atol=1e-6)
     assert check.text_rows == np.mean([np.any(t, axis=-1).sum() for t in text])

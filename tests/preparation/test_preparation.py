@@ -156,15 +156,19 @@ def test_an_interrupted_folder_of_videos_is_continued(
     assert_one_line(error, "--check")
 
 
-def test_another_vae_does_not_continue(clips, encoders, tmp_path, monkeypatch):
+def test_other_encoders_do_not_continue(clips, encoders, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, videos, "decode_frames", 3)
         with pytest.raises(InterruptedHereError):
             store_videos(clips, tmp_path / "out", encoders)
     other = Encoders().within(str(write_release(tmp_path / "other", seed=9)))
-    with pytest.raises(ConfigError, match="begun with other codec") as error:
-        store_videos(clips, tmp_path / "out", encoders._replace(vae=other.vae))
-    assert_one_line(error, "unfinished.json")
+    for changes, field in (
+        ({"vae": other.vae}, "codec"),
+        ({"text_encoder": other.text_encoder}, "source"),
+    ):
+        with pytest.raises(ConfigError, match=f"begun with other {field};") as error:
+            store_videos(clips, tmp_path / "out", encoders._replace(**changes))
+        assert_one_line(error, "unfinished.json")
 
 
 def test_rollouts_depend_on_prompt_place_and_seed_alone(release, encoders, tmp_path, monkeypatch):
@@ -227,6 +231,17 @@ def test_what_cannot_be_stored_is_one_line(release, encoders, clips, tmp_path, m
             store_videos(clips, **arguments)
         assert_one_line(error, *parts)
     assert not out.exists()
+
+
+def test_a_text_encoder_of_another_width_is_one_line(release, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red sprite\n")
+    monkeypatch.setattr(rollouts, "Generator", None)
+    narrow = dataclasses.replace(MODEL, text_dim=16)
+    other = str(write_release(tmp_path / "other", narrow))
+    with pytest.raises(ConfigError, match="width 32") as error:
+        store_rollouts(tmp_path / "prompts.txt", tmp_path / "out", other, Encoders())
+    assert_one_line(error, "text_dim=16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_latents_that_are_not_finite_are_not_stored(release, encoders, tmp_path, monkeypatch):

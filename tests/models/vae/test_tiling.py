@@ -23,7 +23,7 @@ def test_tiles_cover_an_axis(length, size, scale):
     total = np.zeros(length * scale)
     for start, share in zip(starts, weights, strict=True):
         total[start * scale : (start + width) * scale] += share
-    np.testing.assert_allclose(total, 1, atol=1e-6)
+    np.testing.assert_allclose(total, 1, atol=1e-6)  # float32 weights
 
 
 def test_neighbours_fade_linearly():
@@ -40,7 +40,7 @@ def test_local_functions_are_not_changed(draw, height, width, tile):
     double = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)[..., :3] ** 2
     compute = lambda part, state: (double(part), state)
     got, _ = over_tiles(compute, x, (), tile, source=2, target=4)
-    np.testing.assert_allclose(got, double(x), rtol=1e-6)
+    np.testing.assert_allclose(got, double(x), rtol=1e-6)  # float32 weights that add up to 1
 
 
 def test_one_tile_is_the_whole_picture_exactly(codec, latents, pixels):
