@@ -1,7 +1,8 @@
 """The public gated delta rule: checks, choice of an implementation, derivative."""
 
-from functools import partial
-from types import ModuleType
+import importlib
+import logging
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from pallas_kernels.gated_delta import reference, xla
-from pallas_kernels.gated_delta.xla import Plan
+from pallas_kernels.gated_delta import reference
+from pallas_kernels.gated_delta.plan import Plan
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
 Precision = Literal["default", "high"]
 
-# Modules with a `forward` and a hand-written `backward`, and which one a device prefers to "xla".
-_BACKENDS: dict[str, ModuleType] = {"xla": xla}
-_PREFERRED: dict[str, str] = {}
+# Modules of this folder, each with a `forward`, a hand-written `backward` and an `obstacle`, which
+# says why it cannot take a call; the fastest first.
+_BACKENDS = ("gpu", "tpu", "xla")
+_LOG = logging.getLogger("pallas_kernels")
 
 
 def gated_delta_states(
@@ -30,7 +32,7 @@ def gated_delta_states(
     block_size: int,
     implementation: Implementation | None = None,
     precision: Precision = "default",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Array:
     """States of the gated delta rule at the boundaries of blocks of tokens.
 
@@ -51,18 +53,22 @@ def gated_delta_states(
         initial_state: [B, H, K, V] in the dtype of the state: float64 for float64 keys, float32
             otherwise. None means zeros.
         block_size: Tokens of a block; divides T.
-        implementation: "xla" (chunked), "reference" (token by token, plain autodiff), or None for
-            the best one on this device.
+        implementation: "gpu" (Pallas for NVIDIA Hopper), "tpu" (Pallas for TPUs), "xla" (anywhere),
+            "reference" (token by token, plain autodiff), or None for the fastest that can do this
+            here. A named one never falls back.
         precision: "default" multiplies bfloat16 keys and values as bfloat16 with float32 sums;
-            "high" computes in float32 throughout. float32 products are never rounded to bfloat16
-            or TF32 for float32 keys. The reference always computes in the state's dtype.
-        chunk_size: Tokens turned into one matrix product at most, a multiple of 8.
+            "high" multiplies them in three bfloat16 passes, or in float32. float32 products are
+            never rounded to bfloat16 or TF32 for float32 keys. The reference always computes in
+            the state's dtype.
+        chunk_size: Tokens turned into one matrix product at most, a multiple of 8. None leaves it
+            to the implementation.
 
     Returns:
         States [B, T / block_size + 1, H, K, V]: before each block, and after the last.
 
     Raises:
         ValueError: A shape, dtype or option is none of the above, or a concrete g is positive.
+        NotImplementedError: The named implementation cannot do this here.
 
     Source: ARL2, arXiv 2605.16579; the gated delta rule, arXiv 2412.06464.
     """
@@ -78,46 +84,63 @@ def gated_delta_states(
     if implementation == "reference":
         return reference.gated_delta_states(k, v, g, beta, initial_state, block_size=block_size)
     operand = k.dtype if precision == "default" else _state_dtype(k)
-    chunk = _even_chunk(block_size, chunk_size)
-    plan = Plan(block_size, chunk, jnp.dtype(operand), _state_dtype(k))
-    backend = implementation or _PREFERRED.get(jax.default_backend(), "xla")
-    return _states(backend, plan, k, v, g, beta, initial_state)
+    plan = Plan(block_size, chunk_size, jnp.dtype(operand), _state_dtype(k))
+    backend = implementation or _fastest(plan, k, v)
+    if obstacle := _module(backend).obstacle(plan, k, v):
+        raise NotImplementedError(f"implementation {backend!r} {obstacle}")
+    return states_by(backend, plan, k, v, g, beta, initial_state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _states(backend: str, plan: Plan, *inputs: Array) -> Array:
-    return _BACKENDS[backend].forward(plan, *inputs)[0]
+def states_by(backend: str, plan: Plan, *inputs: Array) -> Array:
+    """States by a named implementation, without checks; inputs as in the public function."""
+    return _module(backend).forward(plan, *inputs)[0]
 
 
 def _states_forward(backend: str, plan: Plan, *inputs: Array) -> tuple[Array, Any]:
-    return _BACKENDS[backend].forward(plan, *inputs)
+    return _module(backend).forward(plan, *inputs)
 
 
 def _states_backward(backend: str, plan: Plan, residuals: Any, dstates: Array) -> tuple[Array, ...]:
-    return _BACKENDS[backend].backward(plan, residuals, dstates)
+    return _module(backend).backward(plan, residuals, dstates)
 
 
-_states.defvjp(_states_forward, _states_backward)
+states_by.defvjp(_states_forward, _states_backward)
 
 
-def _even_chunk(block_size: int, chunk_size: int) -> int:
-    """The smallest multiple of 8 that covers a block in as few chunks as chunk_size does."""
-    chunks = -(-block_size // chunk_size)
-    return -(-block_size // (8 * chunks)) * 8
+def _module(backend: str) -> Any:
+    # Imported when first used: Pallas's compilers are not needed everywhere.
+    return importlib.import_module(f"pallas_kernels.gated_delta.{backend}")
+
+
+def _fastest(plan: Plan, k: Array, v: Array) -> str:
+    platform = jax.default_backend()
+    candidates = [name for name in _BACKENDS if name in (platform, "xla")]
+    backend = next(name for name in candidates if not _module(name).obstacle(plan, k, v))
+    _log_choice(backend, platform, plan, k.shape, v.shape, str(k.dtype))
+    return backend
+
+
+@cache
+def _log_choice(backend: str, platform: str, plan: Plan, k: Any, v: Any, dtype: str) -> None:
+    _LOG.info(
+        "gated_delta_states: %s on %s for k %s, v %s, %s, block_size %d",
+        backend, platform, k, v, dtype, plan.block_size,
+    )  # fmt: skip
 
 
 def _state_dtype(k: Array) -> Any:
     return jnp.dtype(jnp.float64 if k.dtype == jnp.float64 else jnp.float32)
 
 
-def _check_options(implementation: str | None, precision: str, chunk_size: int) -> None:
+def _check_options(implementation: str | None, precision: str, chunk_size: int | None) -> None:
     if implementation is not None and implementation not in get_args(Implementation):
         names = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation is {implementation!r}; must be None or one of {names}")
     if precision not in get_args(Precision):
         names = ", ".join(get_args(Precision))
         raise ValueError(f"precision is {precision!r}; must be one of {names}")
-    if chunk_size < 8 or chunk_size % 8:
+    if chunk_size is not None and (chunk_size < 8 or chunk_size % 8):
         raise ValueError(f"chunk_size is {chunk_size}; must be a positive multiple of 8")
 
 

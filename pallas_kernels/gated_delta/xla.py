@@ -22,36 +22,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from pallas_kernels.gated_delta.plan import Plan
+
 # Chunk maps formed at once, in elements (1 GiB of float32); larger inputs go block by block.
 _MAP_ELEMENTS = 2**28
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static in a call: tokens of a block and of a chunk, and the operands' dtype."""
-
-    block_size: int
-    chunk: int
-    operand: DTypeLike
-    state: DTypeLike
-
-    def tokens(self, spec: str, x: Array, y: Array) -> Array:
-        """A product with operands in the dtype of the keys, summed in the state's dtype."""
-        return self._product(spec, x, y, self.operand)
-
-    def states(self, spec: str, x: Array, y: Array) -> Array:
-        """A product with operands in the state's dtype."""
-        return self._product(spec, x, y, self.state)
-
-    def _product(self, spec: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
-        if dtype != self.state:
-            precision = lax.Precision.DEFAULT  # products of bfloat16 are exact in float32
-        elif self.operand != self.state:
-            precision = lax.Precision.HIGH  # three bf16 passes (TPU) or TF32 suit bfloat16 keys
-        else:
-            precision = lax.Precision.HIGHEST
-        x, y = x.astype(dtype), y.astype(dtype)
-        return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=self.state)
 
 
 class Residuals(NamedTuple):
@@ -80,11 +54,12 @@ def forward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs."""
+    plan = _even(plan)
     inputs = tuple(_split(plan, x) for x in (k, v, g, beta))
     a, b = _over_blocks(partial(_block_map, plan), inputs)
 
     def step(state: Array, block: tuple[Array, Array]):
-        return plan.states("...ij,...jk->...ik", block[0], state) + block[1], state
+        return _states(plan, "...ij,...jk->...ik", block[0], state) + block[1], state
 
     last, starts = lax.scan(step, initial_state, (a, b))
     states = jnp.moveaxis(jnp.concatenate([starts, last[None]]), 0, 1)
@@ -93,16 +68,23 @@ def forward(
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
+    plan = _even(plan)
     dstates = jnp.moveaxis(dstates, 1, 0)
 
     def step(d: Array, block: tuple[Array, Array]):
-        return plan.states("...ji,...jk->...ik", block[0], d) + block[1], d
+        return _states(plan, "...ji,...jk->...ik", block[0], d) + block[1], d
 
     dinitial, ends = lax.scan(step, dstates[-1], (res.a, dstates[:-1]), reverse=True)
     inputs = tuple(_split(plan, x) for x in res[:4])
     grads = _over_blocks(partial(_block_backward, plan), (*inputs, res.starts, ends))
     dinputs = (_join(plan, d, x) for d, x in zip(grads, res[:4], strict=True))
     return (*dinputs, dinitial)
+
+
+def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
+    """Why this form cannot take a call, or None: it takes all."""
+    del plan, k, v
+    return None
 
 
 def _block_map(plan: Plan, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array]:
@@ -129,18 +111,18 @@ def _block_backward(
     s, d = _starts(plan, tree, start), _ends(plan, tree, end)
     v = v.astype(plan.state)
 
-    residual = f.r * v - f.gamma * plan.tokens("...ck,...kv->...cv", k, s)
-    dresidual = plan.tokens("...ck,...kv->...cv", f.x, d)
-    dx = plan.tokens("...cv,...kv->...ck", residual, d)
-    z = plan.tokens("...ij,...jk->...ik", f.t, beta[..., None] * dx)
-    p = -jnp.tril(plan.tokens("...ik,...jk->...ij", f.y, z), -1)
+    residual = f.r * v - f.gamma * _tokens(plan, "...ck,...kv->...cv", k, s)
+    dresidual = _tokens(plan, "...ck,...kv->...cv", f.x, d)
+    dx = _tokens(plan, "...cv,...kv->...ck", residual, d)
+    z = _tokens(plan, "...ij,...jk->...ik", f.t, beta[..., None] * dx)
+    p = -jnp.tril(_tokens(plan, "...ik,...jk->...ij", f.y, z), -1)
     q = beta[..., None] * p
 
     dv = f.r * dresidual
-    dk = z - f.gamma * plan.tokens("...cv,...kv->...ck", dresidual, s)
-    dk += plan.tokens("...ij,...jk->...ik", q + q.mT, k)
+    dk = z - f.gamma * _tokens(plan, "...cv,...kv->...ck", dresidual, s)
+    dk += _tokens(plan, "...ij,...jk->...ik", q + q.mT, k)
     dbeta = (dx * f.y).sum(-1) + (p * f.gram).sum(-1)
-    ds = jnp.concatenate([plan.states("...ji,...jk->...ik", a[:1], d[:1]), d[:-1]])
+    ds = jnp.concatenate([_states(plan, "...ji,...jk->...ik", a[:1], d[:1]), d[:-1]])
     dg = (ds * s).sum((-2, -1))[..., None] + _sum_before((v * dv).sum(-1))
     return dk, dv, dg, dbeta
 
@@ -150,10 +132,10 @@ def _factors(plan: Plan, k: Array, g: Array, beta: Array) -> Factors:
     decay = lax.cumsum(g, axis=g.ndim - 1, reverse=True)
     gamma = jnp.exp(decay[..., :1])[..., None]
     r = jnp.exp(jnp.pad(decay[..., 1:], [(0, 0)] * (g.ndim - 1) + [(0, 1)]))[..., None]
-    gram = plan.tokens("...ik,...jk->...ij", k, k)
+    gram = _tokens(plan, "...ik,...jk->...ij", k, k)
     t = _inverse(plan, beta[..., None] * gram)
     # With alike keys T^T K cancels: T stays float32, whatever the dtype of k.
-    y = plan.states("...ji,...jk->...ik", t, k)
+    y = _states(plan, "...ji,...jk->...ik", t, k)
     return Factors(gamma, r, gram, t, y, beta[..., None] * y)
 
 
@@ -170,8 +152,8 @@ def _inverse(plan: Plan, m: Array) -> Array:
     t = diagonal[..., 0, :, :]
     for n, i in enumerate(range(block, size, block), 1):
         corner = diagonal[..., n, :, :]
-        left = plan.states("...ij,...jk->...ik", m[..., i : i + block, :i], t)
-        left = -plan.states("...ij,...jk->...ik", corner, left)
+        left = _states(plan, "...ij,...jk->...ik", m[..., i : i + block, :i], t)
+        left = -_states(plan, "...ij,...jk->...ik", corner, left)
         t = jnp.pad(t, [(0, 0)] * (t.ndim - 1) + [(0, block)])
         t = jnp.concatenate([t, jnp.concatenate([left, corner], -1)], -2)
     return t
@@ -184,15 +166,15 @@ def _inverse_ladder(plan: Plan, m: Array) -> Array:
     x = jnp.eye(size, dtype=m.dtype) - jnp.where((i[:, None] == i + 1) & (i % 2 == 0), m, 0)
     for b in (2**n for n in range(1, size.bit_length() - 1)):
         below = (i[:, None] // b == i // b + 1) & (i // b % 2 == 0)
-        xl = plan.states("...ij,...jk->...ik", x, jnp.where(below, m, 0))
-        x -= plan.states("...ij,...jk->...ik", xl, x)
+        xl = _states(plan, "...ij,...jk->...ik", x, jnp.where(below, m, 0))
+        x -= _states(plan, "...ij,...jk->...ik", xl, x)
     return x
 
 
 def _chunk_maps(plan: Plan, f: Factors, k: Array, v: Array) -> tuple[Array, Array]:
     eye = jnp.eye(k.shape[-1], dtype=plan.state)
-    a = f.gamma * (eye - plan.tokens("...ci,...cj->...ij", f.x, k))
-    return a, plan.tokens("...ck,...cv->...kv", f.x, f.r * v)
+    a = f.gamma * (eye - _tokens(plan, "...ci,...cj->...ij", f.x, k))
+    return a, _tokens(plan, "...ck,...cv->...kv", f.x, f.r * v)
 
 
 def _tree(plan: Plan, a: Array, b: Array) -> list[tuple[Array, Array]]:
@@ -200,8 +182,8 @@ def _tree(plan: Plan, a: Array, b: Array) -> list[tuple[Array, Array]]:
     levels = [(a, b)]
     while (count := len(a)) > 1:
         low, high = slice(0, count - 1, 2), slice(1, None, 2)
-        pair_a = plan.states("...ij,...jk->...ik", a[high], a[low])
-        pair_b = plan.states("...ij,...jk->...ik", a[high], b[low]) + b[high]
+        pair_a = _states(plan, "...ij,...jk->...ik", a[high], a[low])
+        pair_b = _states(plan, "...ij,...jk->...ik", a[high], b[low]) + b[high]
         odd = slice(count - count % 2, None)
         a, b = jnp.concatenate([pair_a, a[odd]]), jnp.concatenate([pair_b, b[odd]])
         levels.append((a, b))
@@ -213,7 +195,7 @@ def _starts(plan: Plan, tree: list[tuple[Array, Array]], start: Array) -> Array:
     s = start[None]
     for a, b in reversed(tree[:-1]):
         low = slice(0, len(a) - 1, 2)
-        s = _interleave(s, plan.states("...ij,...jk->...ik", a[low], s[: len(a) // 2]) + b[low])
+        s = _interleave(s, _states(plan, "...ij,...jk->...ik", a[low], s[: len(a) // 2]) + b[low])
     return s
 
 
@@ -222,7 +204,7 @@ def _ends(plan: Plan, tree: list[tuple[Array, Array]], end: Array) -> Array:
     d = end[None]
     for a, _ in reversed(tree[:-1]):
         pairs = len(a) // 2
-        low = plan.states("...ji,...jk->...ik", a[1::2], d[:pairs])
+        low = _states(plan, "...ji,...jk->...ik", a[1::2], d[:pairs])
         d = _interleave(jnp.concatenate([low, d[pairs:]]), d[:pairs])
     return d
 
@@ -258,9 +240,9 @@ def _split(plan: Plan, x: Array) -> Array:
     batch, time, heads, *features = x.shape
     x = x.reshape(batch, time // plan.block_size, plan.block_size, heads, *features)
     padding = [(0, 0)] * x.ndim
-    padding[2] = (0, -plan.block_size % plan.chunk)
+    padding[2] = (0, -plan.block_size % plan.chunk_size)
     x = jnp.pad(x, padding)
-    x = x.reshape(batch, x.shape[1], -1, plan.chunk, heads, *features)
+    x = x.reshape(batch, x.shape[1], -1, plan.chunk_size, heads, *features)
     return x.transpose(1, 2, 0, 4, 3, *range(5, x.ndim))
 
 
@@ -269,3 +251,30 @@ def _join(plan: Plan, x: Array, like: Array) -> Array:
     x = x.astype(like.dtype).transpose(2, 0, 1, 4, 3, *range(5, x.ndim))
     x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
     return x[:, :, : plan.block_size].reshape(like.shape)
+
+
+def _even(plan: Plan) -> Plan:
+    """The plan with the smallest multiple of 8 that needs no more chunks to cover a block."""
+    chunks = -(-plan.block_size // (plan.chunk_size or 64))
+    return dataclasses.replace(plan, chunk_size=-(-plan.block_size // (8 * chunks)) * 8)
+
+
+def _tokens(plan: Plan, spec: str, x: Array, y: Array) -> Array:
+    """A product with operands in the dtype of the keys, summed in the state's dtype."""
+    return _product(plan, spec, x, y, plan.operand)
+
+
+def _states(plan: Plan, spec: str, x: Array, y: Array) -> Array:
+    """A product with operands in the state's dtype."""
+    return _product(plan, spec, x, y, plan.state)
+
+
+def _product(plan: Plan, spec: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
+    if dtype != plan.state:
+        precision = lax.Precision.DEFAULT  # products of bfloat16 are exact in float32
+    elif plan.operand != plan.state:
+        precision = lax.Precision.HIGH  # three bf16 passes (TPU) or TF32 suit bfloat16 keys
+    else:
+        precision = lax.Precision.HIGHEST
+    x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=plan.state)
