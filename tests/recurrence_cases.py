@@ -1,9 +1,9 @@
-"""Inputs of the gated delta rule on which kernels break, and the float64 recurrence to compare with.
+"""Inputs of the gated delta rule on which kernels break, and the recurrence in float64.
 
-    inputs = make_inputs(195, **CASES["identical keys, beta 1.999, g 0"])
-    run = states_and_gradients(block_size=65, implementation="xla")
-    results = run(inputs, make_cotangent(inputs, 65))
-    assert_close(results, oracle(inputs, 65), TOLERANCES["float32"])
+inputs = make_inputs(195, **CASES["identical keys, beta 1.999, g 0"])
+run = states_and_gradients(block_size=65, implementation="xla")
+results = run(inputs, make_cotangent(inputs, 65))
+assert_close(results, oracle(inputs, 65), TOLERANCES["float32"])
 """
 
 import functools
