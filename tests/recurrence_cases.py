@@ -1,9 +1,11 @@
 """Inputs of the gated delta rule on which kernels break, and the recurrence in float64.
 
-inputs = make_inputs(195, **CASES["identical keys, beta 1.999, g 0"])
-run = states_and_gradients(block_size=65, implementation="xla")
-results = run(inputs, make_cotangent(inputs, 65))
-assert_close(results, oracle(inputs, 65), TOLERANCES["float32"])
+For any implementation, as a function of five arrays and `block_size`:
+
+    inputs = make_inputs(195, **CASES["identical keys, beta 1.999, g 0"])
+    run = states_and_gradients(function, block_size=65)
+    results = run(inputs, make_cotangent(inputs, 65))
+    assert_close(results, oracle(inputs, 65), TOLERANCES["float32"])
 """
 
 import functools
