@@ -1,0 +1,170 @@
+"""Device time of a jitted function, and the peaks of the device it runs on.
+
+A kernel takes 10 to 300 microseconds and its dispatch from Python about as long, so one call at a
+time would measure the host. Here one program makes a call on each of several sets of arguments, in
+order (an optimization barrier ties the arguments of a call to the result of the one before);
+programs are enqueued without waiting, as many as take at least `_SAMPLE_SECONDS`, and waited for
+once. Time per call is that of such a sample over its calls; nothing is subtracted. The sets are
+different arrays that together exceed the device's cache, so every call reads from memory.
+
+`host_share` is the time that the host takes to enqueue one program on an idle device over the time
+that the device needs for it: well below 1, the device was never waiting. `busy_seconds`, on a GPU
+and where asked for, is the time per call in which a kernel ran at all, by the profiler.
+"""
+
+import glob
+import importlib.metadata
+import math
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_SAMPLE_SECONDS = 0.02
+# Above the last cache of the devices here: 50 and 60 MB on H100 and H200, 128 MB of VMEM on TPUs.
+_CACHE_BYTES = 128e6
+_MOST_SETS = 6
+
+
+def sets_beyond_cache(size: float) -> int:
+    """How many argument sets of `size` bytes do not fit the cache together; 2 to 6."""
+    return min(max(2, math.ceil(_CACHE_BYTES / size)), _MOST_SETS)
+
+
+def measure(
+    function: Callable[..., Any], sets: Sequence[tuple], repeats: int, profile: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Times a function; returns its result for the first set, and the figures.
+
+    Args:
+      function: arrays -> arrays.
+      sets: argument tuples of equal shapes, different values.
+      repeats: timed samples; one before them warms up.
+      profile: also ask the profiler, which works on GPUs.
+    """
+
+    def chain(sets):
+        results = []
+        for arguments in sets:
+            if results:
+                arguments, _ = lax.optimization_barrier((arguments, results[-1]))
+            results.append(function(*arguments))
+        return results
+
+    start = time.perf_counter()
+    program = jax.jit(chain).lower(sets).compile()
+    compiled = time.perf_counter() - start
+    first = jax.block_until_ready(program(sets))[0]
+    once = _seconds(lambda: program(sets), 1)
+    launches = max(1, math.ceil(_SAMPLE_SECONDS / once))
+    samples = [_seconds(lambda: program(sets), launches) for _ in range(repeats + 1)][1:]
+    seconds = np.array(samples) / (launches * len(sets))
+    start = time.perf_counter()
+    pending = program(sets)
+    enqueued = time.perf_counter() - start
+    jax.block_until_ready(pending)
+    figures = {
+        "seconds": {
+            "median": float(np.median(seconds)),
+            "min": seconds.min(),
+            "max": seconds.max(),
+        },
+        "samples": repeats,
+        "calls_a_sample": launches * len(sets),
+        "argument_sets": len(sets),
+        "host_share": enqueued / (len(sets) * float(np.median(seconds))),
+        "compile_seconds": compiled,
+    }
+    if profile:
+        figures["busy_seconds"] = _busy_seconds(lambda: program(sets), launches) / len(sets)
+    return first, figures
+
+
+def measure_peaks() -> dict[str, float]:
+    """Operations of matrix products and bytes of copies a second, as this device does them."""
+    large = jax.default_backend() != "cpu"
+    size, elements = (8192, 2**30) if large else (512, 2**22)
+    keys = jax.random.split(jax.random.key(0), 3)
+    peaks = {}
+    for dtype in ("bfloat16", "float32"):
+        sets = [(jax.random.normal(k, (2, size, size), dtype),) for k in keys]
+        product = lambda x: jnp.matmul(x[0], x[1], precision=_PRECISION[dtype])
+        _, found = measure(product, sets, 5)
+        peaks[f"{dtype}_flop_per_second"] = 2 * size**3 / found["seconds"]["median"]
+    sets = [(jax.random.normal(k, elements, "bfloat16"),) for k in keys]
+    # A copy as a kernel makes it; XLA would leave out one that changes nothing.
+    _, found = measure(jnp.negative, sets, 5)
+    peaks["bytes_per_second"] = 2 * sets[0][0].nbytes / found["seconds"]["median"]
+    return peaks
+
+
+_PRECISION = {"bfloat16": lax.Precision.DEFAULT, "float32": lax.Precision.HIGHEST}
+
+
+def describe_device() -> dict[str, Any]:
+    """What ran here: device, driver, versions of Python and packages."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "torch", "triton", "flash-linear-attention")
+    return {
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "runtime": device.client.platform_version.splitlines()[0],
+            "driver": _driver(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version for name in packages if (version := _version(name))},
+    }
+
+
+def _seconds(launch: Callable[[], Any], count: int) -> float:
+    """Wall time of `count` launches enqueued at once. Only the last results are kept."""
+    start = time.perf_counter()
+    for _ in range(count):
+        result = launch()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+
+def _busy_seconds(launch: Callable[[], Any], count: int) -> float:
+    """Time per launch in which some kernel ran, from the profiler's record of GPU streams."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            _seconds(launch, count)
+        (file,) = glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb")
+        record = jax.profiler.ProfileData.from_file(file)
+        spans = sorted(
+            (event.start_ns, event.start_ns + event.duration_ns)
+            for plane in record.planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        )
+    busy, until = 0.0, 0.0
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy * 1e-9 / count
+
+
+def _driver() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
