@@ -77,14 +77,17 @@ def gated_delta_states(
     api._check_state(k, v, initial_state)
     initial_state += zeros  # a value that is equal on all devices becomes one of each device
 
-    options = dict(implementation=implementation, precision=precision, chunk_size=chunk_size)
+    plain = partial(
+        api.gated_delta_states,
+        implementation=implementation,
+        precision=precision,
+        chunk_size=chunk_size,
+    )
     if devices == 1:
-        return api.gated_delta_states(
-            k, v, g, beta, initial_state, block_size=block_size, **options
-        )
+        return plain(k, v, g, beta, initial_state, block_size=block_size)
     # Boundaries of pieces are at the same places on all devices, and include those of blocks.
     piece = math.gcd(tokens, block_size)
-    plain = partial(api.gated_delta_states, block_size=piece, **options)
+    plain = partial(plain, block_size=piece)
     states = _piece_states(plain, axis_name, k, v, g, beta, initial_state)
     return _block_states(states, initial_state, axis_name, block_size // piece)
 
@@ -97,10 +100,10 @@ def _piece_states(plain: Callable[..., Array], axis_name: str, *inputs: Array) -
 
 def _forward(plain: Callable[..., Array], axis_name: str, *inputs: Array) -> tuple[Array, Any]:
     k, v, g, beta, initial_state = inputs
-    width = v.shape[-1]
-    values = jnp.concatenate([v, jnp.broadcast_to(v[..., :1] * 0, k.shape)], -1)
-    identity = _zeros(k, k.shape[-1]) + jnp.eye(k.shape[-1])
-    maps = plain(k, values, g, beta, jnp.concatenate([_zeros(k, width), identity], -1))
+    width, empty = v.shape[-1], jnp.zeros_like(initial_state)
+    identity = _zeros(k, k.shape[-1]) + jnp.eye(k.shape[-1], dtype=empty.dtype)
+    values = jnp.concatenate([v, jnp.zeros_like(k)], -1)
+    maps = plain(k, values, g, beta, jnp.concatenate([empty, identity], -1))
     a, b = maps[..., width:], maps[..., :width]
     start = _compose_before(a[:, -1], b[:, -1], initial_state, axis_name, 1)
     return _matmul(a, start[:, None]) + b, (k, v, g, beta, start, a)
