@@ -12,6 +12,7 @@ that the device needs for it: well below 1, the device was never waiting. `busy_
 and where asked for, is the time per call in which a kernel ran at all, by the profiler.
 """
 
+import functools
 import glob
 import importlib.metadata
 import math
@@ -48,7 +49,7 @@ def measure(
       function: arrays -> arrays.
       sets: argument tuples of equal shapes, different values.
       repeats: timed samples; one before them warms up.
-      profile: also ask the profiler, which works on GPUs.
+      profile: also ask the profiler, on a GPU.
     """
 
     def chain(sets):
@@ -80,33 +81,30 @@ def measure(
         "samples": repeats,
         "calls_a_sample": launches * len(sets),
         "argument_sets": len(sets),
+        "bytes_of_a_set": sum(x.nbytes for x in jax.tree.leaves(sets[0])),
         "host_share": enqueued / (len(sets) * float(np.median(seconds))),
         "compile_seconds": compiled,
     }
-    if profile:
-        figures["busy_seconds"] = _busy_seconds(lambda: program(sets), launches) / len(sets)
+    if profile and jax.default_backend() == "gpu":
+        figures["busy_seconds"] = _busy_seconds(lambda: program(sets)) / len(sets)
     return first, figures
 
 
 def measure_peaks() -> dict[str, float]:
     """Operations of matrix products and bytes of copies a second, as this device does them."""
-    large = jax.default_backend() != "cpu"
-    size, elements = (8192, 2**30) if large else (512, 2**22)
+    size, elements = (512, 2**22) if jax.default_backend() == "cpu" else (8192, 2**29)
     keys = jax.random.split(jax.random.key(0), 3)
     peaks = {}
-    for dtype in ("bfloat16", "float32"):
-        sets = [(jax.random.normal(k, (2, size, size), dtype),) for k in keys]
-        product = lambda x: jnp.matmul(x[0], x[1], precision=_PRECISION[dtype])
-        _, found = measure(product, sets, 5)
+    precisions = {"bfloat16": lax.Precision.DEFAULT, "float32": lax.Precision.HIGHEST}
+    for dtype, precision in precisions.items():
+        sets = [tuple(jax.random.normal(k, (2, size, size), dtype)) for k in keys]
+        _, found = measure(functools.partial(jnp.matmul, precision=precision), sets, 5)
         peaks[f"{dtype}_flop_per_second"] = 2 * size**3 / found["seconds"]["median"]
-    sets = [(jax.random.normal(k, elements, "bfloat16"),) for k in keys]
+    sets = [(jax.random.normal(k, (elements,), "bfloat16"),) for k in keys]
     # A copy as a kernel makes it; XLA would leave out one that changes nothing.
     _, found = measure(jnp.negative, sets, 5)
     peaks["bytes_per_second"] = 2 * sets[0][0].nbytes / found["seconds"]["median"]
     return peaks
-
-
-_PRECISION = {"bfloat16": lax.Precision.DEFAULT, "float32": lax.Precision.HIGHEST}
 
 
 def describe_device() -> dict[str, Any]:
@@ -134,26 +132,26 @@ def _seconds(launch: Callable[[], Any], count: int) -> float:
     return time.perf_counter() - start
 
 
-def _busy_seconds(launch: Callable[[], Any], count: int) -> float:
-    """Time per launch in which some kernel ran, from the profiler's record of GPU streams."""
+def _busy_seconds(launch: Callable[[], Any]) -> float:
+    """Time in which some kernel of a launch ran, from the profiler's record of GPU streams."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            _seconds(launch, count)
+            jax.block_until_ready(launch())
         (file,) = glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb")
         record = jax.profiler.ProfileData.from_file(file)
-        spans = sorted(
-            (event.start_ns, event.start_ns + event.duration_ns)
-            for plane in record.planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        )
+    spans = sorted(
+        (event.start_ns, event.start_ns + event.duration_ns)
+        for plane in record.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    )
     busy, until = 0.0, 0.0
     for start, end in spans:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
-    return busy * 1e-9 / count
+    return busy * 1e-9
 
 
 def _driver() -> str | None:
