@@ -110,7 +110,7 @@ def measure_peaks() -> dict[str, float]:
 def describe_device() -> dict[str, Any]:
     """What ran here: device, driver, versions of Python and packages."""
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "flax", "torch", "triton", "flash-linear-attention")
+    packages = ("jax", "jaxlib", "flax", "torch", "triton", "fla-core", "flash-linear-attention")
     return {
         "device": {
             "platform": device.platform,

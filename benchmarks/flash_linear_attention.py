@@ -52,11 +52,8 @@ def measure(name: str, sets: Sequence[tuple], repeats: int) -> tuple[jax.Array, 
         return [call(q, *x) for q, x in zip(queries, tensors, strict=True)]
 
     with torch.no_grad():
-        # Compiles and tunes, on a stream of its own as capturing asks for.
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                states = launch()
+        for _ in range(3):  # compiles and tunes
+            states = launch()
         torch.cuda.synchronize()
         from_python = _samples(torch, launch, 1, repeats) / len(sets)
         graph = torch.cuda.CUDAGraph()
