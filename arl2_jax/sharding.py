@@ -1,12 +1,14 @@
-"""Device mesh, and rules that lay out parameters on it by their path."""
+"""Device mesh, rules that lay out parameters on it by their path, and layouts of activations."""
 
+import collections
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from arl2_jax.config import ConfigError, MeshConfig
 
@@ -29,17 +31,20 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"muon/\w+/ns_coeffs$", (None,)),
 )
 
-BATCH = PartitionSpec(("data", "fsdp"))
+AXES = ("data", "fsdp", "tensor", "context")
+# Mesh axes of a batch's clips, of a clip's frame blocks, and of heads.
+CLIPS, BLOCKS, HEADS = ("data", "fsdp"), "context", "tensor"
+BATCH = PartitionSpec(CLIPS)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh over all devices with the axes data, fsdp and tensor.
+    """A mesh over all devices with the axes data, fsdp, tensor and context.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or clips span processes.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.tensor, config.context]
     known = math.prod(n for n in sizes if n > 0)
     sizes = [len(devices) // known if n == -1 else n for n in sizes]
     if math.prod(sizes) != len(devices):
@@ -47,8 +52,28 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"train.mesh={config} does not multiply to the {len(devices)} devices here; change an "
             "axis or set one to -1"
         )
-    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=auto, devices=devices)
+    auto = (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    # Every process reads clips of its own.
+    if any(len({d.process_index for d in same.flat}) > 1 for row in mesh.devices for same in row):
+        raise ConfigError(
+            f"train.mesh={config} puts a clip on devices of several processes; make tensor times "
+            "context divide the devices of one process"
+        )
+    return mesh
+
+
+def check_blocks(mesh: Mesh, blocks: int) -> None:
+    """Every device must get whole frame blocks of a clip.
+
+    Raises:
+      ConfigError: they cannot be shared out evenly.
+    """
+    if blocks % mesh.shape["context"]:
+        raise ConfigError(
+            f"train.mesh.context={mesh.shape['context']} must divide the {blocks} frame blocks of "
+            "a clip, data.frames / model.frames_per_block; change one of them"
+        )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int, phase: str) -> None:
@@ -114,10 +139,60 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A process's share of a batch as part of one global array."""
-    sharding = NamedSharding(mesh, BATCH)
+    """A process's share of a batch as part of global arrays: clips, and the frames of latents."""
+    specs = {name: BATCH for name in batch} | {"latents": PartitionSpec(CLIPS, BLOCKS)}
     make = jax.make_array_from_process_local_data
-    return {name: make(sharding, values) for name, values in batch.items()}
+    return {name: make(NamedSharding(mesh, specs[name]), x) for name, x in batch.items()}
+
+
+def per_device(
+    function: Callable[..., Any], inputs: tuple[PartitionSpec, ...], output: PartitionSpec
+) -> Callable[..., Any]:
+    """The function on each device's part of its arrays; on whole arrays where no mesh is in use.
+
+    For kernels, which XLA cannot partition. The mesh in use is the one of `jax.set_mesh`, where JAX
+    itself looks for it: on what a computation runs is no property of a model, and no affair of the
+    layers between a trainer and a kernel.
+
+    Args:
+      function: of arrays, to one array.
+      inputs, output: mesh axes of their dimensions. Of axes that do not divide a dimension, the
+        last are left out wherever they stand: their devices do the same work.
+    """
+
+    def call(*arrays):
+        mesh = mesh_in_use()
+        if mesh is None:
+            return function(*arrays)
+
+        sizes = collections.defaultdict(set)
+        for array, spec in zip(arrays, inputs, strict=True):
+            for axes, size in zip(spec, array.shape, strict=False):
+                sizes[axes].add(size)
+        fit = lambda spec: PartitionSpec(*(_dividing(axes, sizes[axes], mesh) for axes in spec))
+        # Kernels do not say along which axes their results vary, so it cannot be checked.
+        return jax.shard_map(
+            function, in_specs=tuple(map(fit, inputs)), out_specs=fit(output), check_vma=False
+        )(*arrays)
+
+    return call
+
+
+def mesh_in_use() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` has set, if it is one of `make_mesh` with several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if ours and mesh.size > 1 else None
+
+
+def _dividing(axes: str | tuple[str, ...] | None, sizes: set[int], mesh) -> tuple[str, ...]:
+    """As many of the axes, from the first on, as divide all of the sizes."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    for count in range(len(names), 0, -1):
+        parts = math.prod(mesh.shape[name] for name in names[:count])
+        if all(size % parts == 0 for size in sizes):
+            return names[:count]
+    return ()
 
 
 def _name(path) -> str:

@@ -13,8 +13,8 @@ ARROWS = {
     "arl2_jax.config": set(),
     "arl2_jax.sharding": {"config"},
     "arl2_jax.storage": {"config"},
-    "arl2_jax.nn": set(),
-    "arl2_jax.memory": {"nn", "config"},
+    "arl2_jax.nn": {"sharding"},
+    "arl2_jax.memory": {"nn", "config", "sharding"},
     "arl2_jax.models": {"memory", "nn", "config"},
     "arl2_jax.diffusion": {"config"},
     "arl2_jax.weights": {"models", "config", "storage"},
@@ -33,7 +33,7 @@ ARROWS = {
         "config", "sharding", "storage", "models", "diffusion", "generation", "data", "training",
     },
 }  # fmt: skip
-KERNELS = {"arl2_jax.memory", "arl2_jax.models"}
+KERNELS = {"arl2_jax.nn", "arl2_jax.memory"}
 
 
 def python_files(*folders):

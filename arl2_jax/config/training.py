@@ -96,11 +96,13 @@ class MeshConfig:
       data: copies of the model, each with its part of the batch.
       fsdp: parts of the batch whose devices also share out the parameters.
       tensor: devices that share out heads and FFN columns.
+      context: devices that share out the frame blocks of a clip; divides their number.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)

@@ -2,18 +2,25 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
 from arl2_jax.memory.interface import Projections
+from arl2_jax.nn.attention import attention
 from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.rope import rotate
+from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, per_device
 from pallas_kernels import dot_product_attention, gated_delta_states
+from pallas_kernels.gated_delta import context_parallel
 
 State = Float[Array, "b h k v"]
+# Tokens by block, [B, blocks, n, H, ...]: no block is split, so none looks beyond its device.
+_BLOCKS = PartitionSpec(CLIPS, BLOCKS, None, HEADS)
 
 
 class GatedDelta(nnx.Module):
@@ -59,36 +66,34 @@ class GatedDelta(nnx.Module):
     def attend(self, p: Projections, state: State, position=0):
         """The block's own softmax plus what it reads from the state."""
         del position  # positions are in the rotation
-        local = dot_product_attention(rotate(p.q, p.rope), rotate(p.k, p.rope), p.v)
+        local = attention(rotate(p.q, p.rope), rotate(p.k, p.rope), p.v)
         if self.closed:
             return local
-        read, gate = self._read(p, state[:, None], halves=1)
+        read, gate = self._read(p, state[:, None], copies=1)
         return local + (gate * read).astype(local.dtype)
 
     def write(self, p: Projections, state: State, position=0) -> State:
         """The state after the block."""
         del position
-        return state if self.closed else self._states(p, state, p.x.shape[1])[:, -1]
+        return state if self.closed else self._states(p, state, 1, np.s_[1:])[:, 0]
 
-    def attend_clip(self, p: Projections, blocks, halves):
-        """All blocks at once: the clean half makes the states, both halves read them."""
-        halved = lambda x: x.reshape(x.shape[0], halves, -1, *x.shape[2:])
-        fold = lambda x: x.reshape(x.shape[0] * halves * blocks, -1, *x.shape[-2:])
-        q, k = (fold(rotate(halved(x), p.rope)) for x in (p.q, p.k))
-        local = dot_product_attention(q, k, fold(p.v)).reshape(p.v.shape)
+    def attend_clip(self, p: Projections, blocks, copies):
+        """All blocks at once: clean copies make the states, all copies read them."""
+        split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
+        q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
+        local = per_device(_attend_inside, (_BLOCKS,) * 3, _BLOCKS)(q, k, v).reshape(p.v.shape)
         if self.closed:
             return local, {}
-        clean = p.clean_half(halves)
-        empty = self.init_state(p.x.shape[0])
-        states = self._states(clean, empty, clean.x.shape[1] // blocks)
-        read, gate = self._read(p, states[:, :-1], halves)
+        clean = p.first_of(copies)
+        states = self._states(clean, self.init_state(len(clean.x)), blocks, np.s_[:-1])
+        read, gate = self._read(p, states, copies)
         return local + (gate * read).astype(local.dtype), _diagnostics(local, read, gate)
 
-    def _read(self, p: Projections, states: Float[Array, "b m h k v"], halves: int):
+    def _read(self, p: Projections, states: Float[Array, "b m h k v"], copies: int):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
         q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
-        q = rearrange(self._heads(q, self.phi_q), "b (s n) h k -> b s n h k", s=halves)
-        q = rearrange(_unit(rotate(q, p.rope)), "b s (m n) h k -> b s m n h k", m=states.shape[1])
+        q = _unit(rotate(self._heads(q, self.phi_q), p.rope))
+        q = rearrange(q, "(b s) (m n) h k -> b s m n h k", s=copies, m=states.shape[1])
         # The state comes first: XLA for CPUs cannot run the other order in bfloat16.
         read = jnp.einsum(
             "bmhkv,bsmnhk->bsmnhv", states.astype(q.dtype), q, preferred_element_type=jnp.float32
@@ -96,19 +101,42 @@ class GatedDelta(nnx.Module):
         read = read.reshape(p.v.shape) * self.head_dim**-0.5
         return read, jax.nn.sigmoid(self.gate_proj(p.x))[..., None]
 
-    def _states(self, p: Projections, state: State, block_size: int):
-        """States before each block and after the last, [B, blocks + 1, H, D, D] float32."""
+    def _states(self, p: Projections, state: State, blocks: int, kept: slice):
+        """Those kept of the states before each block and after the last, as many as blocks.
+
+        [B, blocks, H, D, D] float32.
+        """
         k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
         k = _unit(rotate(self._heads(k, self.phi_k), p.rope))
         v = self._heads(p.v.reshape(p.x.shape) + self.lora_v(p.x), self.phi_v)
         g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.a_proj(p.x) + self.dt_bias[...])
         beta = 2 * jax.nn.sigmoid(self.b_proj(p.x))
-        return gated_delta_states(k, v, g, beta, state, block_size=block_size)
+        split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
+
+        def states(k, v, g, beta, state):
+            own, size = k.shape[1:3]
+            k, v, g, beta = (x.reshape(len(x), -1, *x.shape[3:]) for x in (k, v, g, beta))
+            if own == blocks:
+                return gated_delta_states(k, v, g, beta, state, block_size=size)[:, kept]
+            # A device has some of the blocks; nothing moves but two matrices a head.
+            return context_parallel.gated_delta_states(
+                k, v, g, beta, state, axis_name=BLOCKS, block_size=size
+            )[:, kept]
+
+        inputs = (*(_BLOCKS,) * 4, PartitionSpec(CLIPS, HEADS))
+        output = PartitionSpec(CLIPS, BLOCKS, HEADS)
+        return per_device(states, inputs, output)(*map(split, (k, v, g, beta)), state)
 
     def _heads(self, x: Float[Array, "b n c"], phi: nnx.Param) -> Float[Array, "b n h d"]:
         """Splits the heads and applies each head's own D x D projection."""
         heads = rearrange(x, "b n (h d) -> b n h d", h=self.heads).astype(self.dtype)
         return jnp.einsum("bnhd,hde->bnhe", heads, phi[...].astype(self.dtype))
+
+
+def _attend_inside(q: Array, k: Array, v: Array) -> Array:
+    """Attention of every block to itself, [B, blocks, n, H, D]."""
+    fold = lambda x: x.reshape(-1, *x.shape[2:])
+    return dot_product_attention(fold(q), fold(k), fold(v)).reshape(q.shape)
 
 
 def _unit(x: Array) -> Array:

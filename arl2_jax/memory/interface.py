@@ -20,7 +20,7 @@ class Projections(NamedTuple):
       q_raw, k_raw: projections before their norm, [B, n, C].
       q, k, v: heads of the normalised projections, [B, n, H, D], not yet rotated.
       q_scale, k_scale: scales of the norms over the full width, [C] float32.
-      rope: rotary positions of a block, or of a clip (once, for all its halves), or None.
+      rope: rotary positions of a block, or of a clip, or None.
     """
 
     x: Float[Array, "b n c"]
@@ -33,11 +33,11 @@ class Projections(NamedTuple):
     k_scale: Float[Array, "c"]
     rope: Rope | None
 
-    def clean_half(self, halves: int) -> "Projections":
-        """The first of `halves` equal parts of the tokens."""
-        head = lambda x: x[:, : x.shape[1] // halves]
-        parts = {name: head(getattr(self, name)) for name in ("x", "q_raw", "k_raw", "q", "k", "v")}
-        return self._replace(**parts)
+    def first_of(self, copies: int) -> "Projections":
+        """The first of every `copies` neighbours in the batch."""
+        first = lambda x: x.reshape(-1, copies, *x.shape[1:])[:, 0]
+        names = ("x", "q_raw", "k_raw", "q", "k", "v")
+        return self._replace(**{name: first(getattr(self, name)) for name in names})
 
 
 class Memory(Protocol):
@@ -61,12 +61,12 @@ class Memory(Protocol):
         ...
 
     def attend_clip(
-        self, p: Projections, blocks: int, halves: int
+        self, p: Projections, blocks: int, copies: int
     ) -> tuple[Float[Array, "b n h d"], dict[str, Array]]:
         """Outputs of all blocks of a clip at once, and diagnostics (float32 scalars).
 
-        With halves = 2 the tokens are a clean and a noisy copy of the clip, [clean | noisy]: what
-        is remembered comes from clean blocks alone, and a block sees earlier clean blocks and
-        itself. With halves = 1 the clip is its own past.
+        With copies = 2 every clip is in the batch twice, a clean copy and next to it a noisy one:
+        what is remembered comes from clean blocks alone, and a block sees earlier clean blocks and
+        itself. With copies = 1 the clip is its own past.
         """
         ...

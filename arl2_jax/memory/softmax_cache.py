@@ -5,11 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
 from arl2_jax.memory.interface import Projections
+from arl2_jax.nn.attention import attention
 from arl2_jax.nn.rope import rotate
+from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, per_device
 from pallas_kernels import dot_product_attention
 
 
@@ -45,29 +48,37 @@ class SoftmaxCache(nnx.Module):
         """Attends to the slots before `position` and to the block itself."""
         seen = self.write(p, state, position)
         q = rotate(p.q, p.rope)
-        return dot_product_attention(q, seen.k, seen.v, key_length=position + q.shape[1])
+        return attention(q, seen.k, seen.v, position + q.shape[1])
 
-    def attend_clip(self, p: Projections, blocks, halves):
+    def attend_clip(self, p: Projections, blocks, copies):
         """One call a block, so that no score of an invisible key is ever computed."""
-        halved = lambda x: x.reshape(x.shape[0], halves, -1, *x.shape[2:])
-        split = lambda x: x.reshape(*x.shape[:2], blocks, -1, *x.shape[3:])
-        q, k = (split(rotate(halved(x), p.rope)) for x in (p.q, p.k))
-        v = split(halved(p.v))  # each [B, halves, blocks, n, H, D]
-        outputs = []
-        for i in range(blocks):
-            keys, values = _visible(k, i), _visible(v, i)
-            queries = q[:, :, i].reshape(-1, *q.shape[3:])
-            outputs.append(dot_product_attention(queries, keys, values))
-        out = jnp.stack(outputs, axis=1)  # [B * halves, blocks, n, H, D]
+        split = lambda x: x.reshape(-1, copies, blocks, x.shape[1] // blocks, *x.shape[2:])
+        q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
+        # Every block sees all before it: the axis that had split the blocks now splits the heads
+        # (q, k and v move, all-to-all), and blocks again after it (the output moves).
+        heads = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
+        out = per_device(_attend_blocks, (heads,) * 3, heads)(q, k, v)
         return out.reshape(p.q.shape), {}
 
 
-def _visible(x: Array, i: int) -> Array:
-    """What each half of block i sees.
+def _attend_blocks(q: Array, k: Array, v: Array) -> Array:
+    """Attention of every block to the clean ones before it and to itself.
 
-    [B, halves, blocks, n, ...] -> [B * halves, (i + 1) n, ...]
+    Each [B, copies, blocks, n, H, D].
     """
-    batch, halves = x.shape[:2]
-    past = jnp.broadcast_to(x[:, :1, :i], (batch, halves, i, *x.shape[3:]))
+    outputs = []
+    for i in range(q.shape[2]):
+        queries = q[:, :, i].reshape(-1, *q.shape[3:])
+        outputs.append(dot_product_attention(queries, _visible(k, i), _visible(v, i)))
+    return jnp.stack(outputs, axis=1).reshape(q.shape)
+
+
+def _visible(x: Array, i: int) -> Array:
+    """What each copy of block i sees.
+
+    [B, copies, blocks, n, ...] -> [B * copies, (i + 1) n, ...]
+    """
+    batch, copies = x.shape[:2]
+    past = jnp.broadcast_to(x[:, :1, :i], (batch, copies, i, *x.shape[3:]))
     seen = jnp.concatenate([past, x[:, :, i : i + 1]], axis=2)
-    return seen.reshape(batch * halves, -1, *x.shape[4:])
+    return seen.reshape(batch * copies, -1, *x.shape[4:])

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
 from arl2_jax.memory import GatedDelta, Projections
+from arl2_jax.nn.attention import attention
 from arl2_jax.nn.norm import RMSNorm
 from arl2_jax.nn.rope import Rope
-from pallas_kernels import dot_product_attention
 
 
 class AttentionProjections(nnx.Module):
@@ -73,7 +73,9 @@ class CrossAttention(AttentionProjections):
 
     def __call__(self, x: Float[Array, "b n c"], text: TextContext) -> Float[Array, "b n c"]:
         """Attends from every token to all text slots."""
-        out = dot_product_attention(self.heads(self.norm_q(self.q(x))), text.k, text.v)
+        # Copies of a clip stand next to each other and share its text.
+        k, v = (jnp.repeat(t, len(x) // len(t), axis=0) for t in text)
+        out = attention(self.heads(self.norm_q(self.q(x))), k, v)
         return self.o(out.reshape(x.shape))
 
 
@@ -133,5 +135,5 @@ class HybridAttention(nnx.Module):
                 f"block_size={block_size} must divide the {x.shape[1]} tokens of x; pad or cut x"
             )
         p = self.self_attn.project(x, rope)
-        out, _ = self.delta.attend_clip(p, x.shape[1] // block_size, halves=1)
+        out, _ = self.delta.attend_clip(p, x.shape[1] // block_size, copies=1)
         return self.self_attn.output(out)

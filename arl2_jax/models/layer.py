@@ -79,16 +79,16 @@ class TransformerLayer(nnx.Module):
         loras = (self.delta.lora_fc1, self.delta.lora_fc2) if self.hybrid else (None, None)
         return x + _gated(self.ffn(h, *loras), ffn_gate)
 
-    def attend_clip(self, h, conditions: Conditions, blocks: int, halves: int):
+    def attend_clip(self, h, conditions: Conditions, blocks: int, copies: int):
         """Self-attention of a whole clip: (output after Wo, diagnostics)."""
         p = self.self_attn.project(h, conditions.rope)
-        out, diagnostics = self.own_memory.attend_clip(p, blocks, halves)
+        out, diagnostics = self.own_memory.attend_clip(p, blocks, copies)
         return self.self_attn.output(out), diagnostics
 
-    def clip(self, x, conditions: Conditions, text: TextContext, blocks: int, halves: int):
+    def clip(self, x, conditions: Conditions, text: TextContext, blocks: int, copies: int):
         """The layer on a whole clip: (tokens, diagnostics)."""
         h = self.attention_input(x, conditions)
-        attended, diagnostics = self.attend_clip(h, conditions, blocks, halves)
+        attended, diagnostics = self.attend_clip(h, conditions, blocks, copies)
         return self.finish(x, attended, conditions, text), diagnostics
 
     def block(self, x, conditions: Conditions, text: TextContext, state, position, write: bool):

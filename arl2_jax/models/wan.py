@@ -230,13 +230,13 @@ def apply(
 
 
 class Clip(NamedTuple):
-    """A clip on its way through the layers, in the teacher-forcing layout [clean | noisy].
+    """A clip on its way through the layers: a clean copy and next to it, in the batch, a noisy one.
 
     Attributes:
-      x: tokens [B, 2 T N, C].
-      conditions: conditions of both halves; the rope covers one half.
+      x: tokens [2 B, T N, C].
+      conditions: conditions of both copies.
       text: embedded text [B, L, C].
-      time: time embedding of the noisy half, [B, T, C].
+      time: time embedding of the noisy copy, [B, T, C].
     """
 
     x: Float[Array, "b n c"]
@@ -246,14 +246,18 @@ class Clip(NamedTuple):
 
 
 def embed_clip(stem: Stem, cfg: ModelConfig, clean, noisy, timestep, text) -> Clip:
-    """Embeds both halves of a clip; the clean half stands at timestep 0."""
+    """Embeds both copies of a clip; the clean one stands at timestep 0."""
     rows, columns = _check_latents(cfg, noisy, timestep)
-    frames = noisy.shape[1]
-    x = stem.embed_patches(jnp.concatenate([clean, noisy], axis=1))
-    both = jnp.concatenate([jnp.zeros_like(timestep), timestep], axis=1)
-    time, modulation = stem.embed_time(both)
-    rope = video_rope(0, frames, rows, columns, cfg.head_dim)
-    return Clip(x, Conditions(modulation, rope), stem.text_embedding(text), time[:, frames:])
+    both = lambda clean, noisy: jnp.stack([clean, noisy], 1).reshape(-1, *noisy.shape[1:])
+    x = stem.embed_patches(both(clean, noisy))
+    time, modulation = stem.embed_time(both(jnp.zeros_like(timestep), timestep))
+    rope = video_rope(0, noisy.shape[1], rows, columns, cfg.head_dim)
+    return Clip(x, Conditions(modulation, rope), stem.text_embedding(text), _noisy(time))
+
+
+def _noisy(x: Float[Array, "b2 ..."]) -> Float[Array, "b ..."]:
+    """The noisy one of each pair of copies."""
+    return x.reshape(-1, 2, *x.shape[1:])[:, 1]
 
 
 def apply_clip(
@@ -277,7 +281,7 @@ def apply_clip(
       text: text embeddings.
 
     Returns:
-      The flow of the noisy half (float32), and per run of equal layers a dict of diagnostics, each
+      The flow of the noisy copy (float32), and per run of equal layers a dict of diagnostics, each
       [layers of the run].
     """
     stacked = stack_params(params, cfg)
@@ -290,12 +294,11 @@ def apply_clip(
         def step(x, weights, kind=cfg.memory_of(run[0])):
             layer = make_layer(cfg, kind, weights)
             context = layer.cross_attn.encode(clip.text)
-            return layer.clip(x, clip.conditions, context, blocks, halves=2)
+            return layer.clip(x, clip.conditions, context, blocks, copies=2)
 
         x, logged = jax.lax.scan(rematerialised(step, cfg), x, weights)
         diagnostics.append(logged)
-    noisy_half = x[:, x.shape[1] // 2 :]
-    flow = stem.predict_flow(noisy_half, clip.time, *clean.shape[2:4])
+    flow = stem.predict_flow(_noisy(x), clip.time, *clean.shape[2:4])
     return flow, tuple(diagnostics)
 
 

@@ -150,7 +150,9 @@ class _Session:
             donate_argnums=0,
             out_shardings=(self.layout, everywhere),
         )
-        return step.lower(self.state, self.frozen, batch).compile()
+        # Where kernels look for the devices that they are to share out their work to.
+        with jax.set_mesh(self.mesh):
+            return step.lower(self.state, self.frozen, batch).compile()
 
 
 def _open_writers(folder: epath.Path, title: str, steps: int, start: int) -> MultiWriter:

@@ -104,7 +104,7 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
             base = {name: node for name, node in weights.items() if name != "delta"}
             layer = make_layer(teacher, "softmax_cache", base)
             h = layer.attention_input(x, tokens.conditions)
-            target, _ = layer.attend_clip(h, tokens.conditions, blocks, halves=2)
+            target, _ = layer.attend_clip(h, tokens.conditions, blocks, copies=2)
             context = layer.cross_attn.encode(tokens.text)
             finished = layer.finish(x, target, tokens.conditions, context)
             if kind != "gated_delta":
@@ -112,8 +112,9 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
 
             def error(delta):
                 student = make_layer(cfg, kind, base | {"delta": delta})
-                out, logged = student.attend_clip(h, tokens.conditions, blocks, halves=2)
-                return relative_error(out, target), logged
+                out, logged = student.attend_clip(h, tokens.conditions, blocks, copies=2)
+                pairs = (x.reshape(-1, 2, *x.shape[1:]) for x in (out, target))
+                return relative_error(*pairs), logged
 
             value, gradient = jax.value_and_grad(error, has_aux=True)(weights["delta"])
             return finished, (value, gradient)

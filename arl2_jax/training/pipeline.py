@@ -53,6 +53,7 @@ def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
       ConfigError: one line naming the field or file, its value and the remedy.
     """
     mesh = sharding.make_mesh(config.train.mesh)
+    sharding.check_blocks(mesh, config.blocks)
     for phase in config.phases:
         settings = getattr(config, phase)
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation, phase)

@@ -13,10 +13,10 @@ from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.rope import video_rope
 
 
-def make_projections(cfg, frames, rows, columns, *, halves=1, batch=2, seed=0):
+def make_projections(cfg, frames, rows, columns, *, batch=2, seed=0):
     """Random tokens of a layer, projected by nothing: each projection is drawn on its own."""
     rng = np.random.default_rng(seed)
-    tokens = halves * frames * rows * columns
+    tokens = frames * rows * columns
     x, q_raw, k_raw, v = rng.standard_normal((4, batch, tokens, cfg.dim), np.float32)
     q_scale, k_scale = 1 + 0.2 * rng.standard_normal((2, cfg.dim), np.float32)
     heads = lambda y: jnp.reshape(y, (batch, tokens, cfg.num_heads, cfg.head_dim))
@@ -36,24 +36,25 @@ def make_memory(cfg, make_params, kind):
     return nnx.merge(graph, own)
 
 
-def part(p: Projections, tokens: slice, rope_tokens: slice) -> Projections:
-    """Some of the tokens."""
-    cut = {name: getattr(p, name)[:, tokens] for name in ("x", "q_raw", "k_raw", "q", "k", "v")}
-    return p._replace(**cut, rope=jax.tree.map(lambda r: r[rope_tokens], p.rope))
+def part(p: Projections, clips: slice, tokens: slice) -> Projections:
+    """Some of the tokens of some of the batch."""
+    names = ("x", "q_raw", "k_raw", "q", "k", "v")
+    cut = {name: getattr(p, name)[clips, tokens] for name in names}
+    return p._replace(**cut, rope=jax.tree.map(lambda r: r[tokens], p.rope))
 
 
-def block_form(memory, p, blocks, halves):
+def block_form(memory, p, blocks, copies):
     """`attend` and `write` block by block, from the definition of the interface."""
-    total = p.x.shape[1] // halves
+    batch, total = p.x.shape[:2]
     n = total // blocks
-    state, outputs = memory.init_state(p.x.shape[0], total), [[] for _ in range(halves)]
+    state, outputs = memory.init_state(batch // copies, total), []
     for i in range(blocks):
         own = slice(i * n, (i + 1) * n)
-        for half in range(halves):
-            tokens = slice(half * total + own.start, half * total + own.stop)
-            outputs[half].append(memory.attend(part(p, tokens, own), state, i * n))
-        state = memory.write(part(p, own, own), state, i * n)
-    return jnp.concatenate([x for half in outputs for x in half], axis=1)
+        each = [part(p, slice(copy, None, copies), own) for copy in range(copies)]
+        attended = [memory.attend(copy, state, i * n) for copy in each]
+        outputs.append(jnp.stack(attended, axis=1).reshape(batch, n, *p.v.shape[2:]))
+        state = memory.write(each[0], state, i * n)
+    return jnp.concatenate(outputs, axis=1)
 
 
 SHAPES = {  # head dimension, heads, frames per block, blocks, rows, columns
@@ -65,20 +66,20 @@ SHAPES = {  # head dimension, heads, frames per block, blocks, rows, columns
 }
 
 
-@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_clip_form_is_block_form(cfg, make_params, error, kind, shape, halves):
+def test_clip_form_is_block_form(cfg, make_params, error, kind, shape, copies):
     width, heads, f, blocks, rows, columns = SHAPES[shape]
     cfg = dataclasses.replace(cfg, dim=width * heads, num_heads=heads, frames_per_block=f)
     memory = make_memory(cfg, make_params, kind)
-    p = make_projections(cfg, blocks * f, rows, columns, halves=halves)
+    p = make_projections(cfg, blocks * f, rows, columns, batch=2 * copies)
     graph, params = nnx.split(memory)
 
     @jax.jit
     def both(params, p):
         memory = nnx.merge(graph, params)
-        return memory.attend_clip(p, blocks, halves)[0], block_form(memory, p, blocks, halves)
+        return memory.attend_clip(p, blocks, copies)[0], block_form(memory, p, blocks, copies)
 
     clip, loop = both(params, p)
     # float32 rounding: the clip form composes states of blocks, the loop applies them in turn.
@@ -138,22 +139,22 @@ def test_softmax_cache_ignores_slots_that_are_not_written(cfg, make_params, bloc
     )
 
 
-@pytest.mark.parametrize("halves", [1, 2])
-def test_closed_gate_is_softmax_inside_the_block(cfg, make_params, error, halves):
+@pytest.mark.parametrize("copies", [1, 2])
+def test_closed_gate_is_softmax_inside_the_block(cfg, make_params, error, copies):
     closed = dataclasses.replace(cfg, memory_gate="zero")
     memory = make_memory(closed, make_params, "gated_delta")
-    p = make_projections(cfg, 6, 2, 3, halves=halves)
-    out, diagnostics = jax.jit(lambda p: memory.attend_clip(p, 3, halves))(p)
+    p = make_projections(cfg, 6, 2, 3)
+    out, diagnostics = jax.jit(lambda p: memory.attend_clip(p, 3, copies))(p)
     n, scale = 12, cfg.head_dim**-0.5
-    for start in range(0, 36 * halves, n):
-        rope = slice(start % 36, start % 36 + n)
+    for start in range(0, 36, n):
+        rope = slice(start, start + n)
         q, k = (rotated(np.asarray(x[:, start : start + n]), p.rope, rope) for x in (p.q, p.k))
         scores = np.exp(scale * np.einsum("bqhd,bkhd->bhqk", q, k))
         weights = scores / scores.sum(-1, keepdims=True)
         wanted = np.einsum("bhqk,bkhd->bqhd", weights, p.v[:, start : start + n])
         assert error(out[:, start : start + n], wanted) < 1e-6  # float32 against float64
     assert diagnostics == {}
-    one = part(p, slice(0, n), slice(0, n))
+    one = part(p, slice(None), slice(0, n))
     np.testing.assert_array_equal(memory.write(one, jnp.ones((2, 2, 16, 16))), 1)
 
 
@@ -165,7 +166,7 @@ def rotated(x, rope, tokens):
 
 
 def test_diagnostics_are_what_their_names_say(delta, cfg):
-    p = make_projections(cfg, 6, 2, 3, halves=2)
+    p = make_projections(cfg, 6, 2, 3)
     out, found = jax.jit(lambda p: delta.attend_clip(p, 3, 2))(p)
     gate = jax.nn.sigmoid(delta.gate_proj(p.x))
     np.testing.assert_allclose(found["gate_mean"], jnp.mean(gate), rtol=1e-5)

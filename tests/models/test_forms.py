@@ -116,8 +116,8 @@ def test_scanned_layers_are_single_layers(params, cfg, clip, apply_clip, error):
         for i in range(cfg.num_layers):
             layer = wan.make_layer(cfg, cfg.memory_of(i), params["blocks"][str(i)])
             context = layer.cross_attn.encode(tokens.text)
-            x, _ = layer.clip(x, tokens.conditions, context, blocks=3, halves=2)
-        return stem.predict_flow(x[:, x.shape[1] // 2 :], tokens.time, 4, 6)
+            x, _ = layer.clip(x, tokens.conditions, context, blocks=3, copies=2)
+        return stem.predict_flow(x[1::2], tokens.time, 4, 6)
 
     flow, _ = apply_clip(params, cfg, *clip)
     assert error(flow, unrolled(params)) < CLOSE

@@ -91,7 +91,7 @@ def layer_error(params, cfg, clip, layer, delta):
         x, _ = softmax.clip(x, tokens.conditions, softmax.cross_attn.encode(tokens.text), 3, 2)
     student = wan.make_layer(cfg, "gated_delta", base | {"delta": delta})
     out, _ = student.attend_clip(h, tokens.conditions, 3, 2)
-    per_clip = lambda y: jnp.mean(jnp.square(y), axis=(1, 2))
+    per_clip = lambda y: jnp.mean(jnp.square(y).reshape(len(clip.clean), -1), axis=1)
     return jnp.mean(per_clip(out - wanted) / per_clip(wanted))
 
 
