@@ -1,20 +1,24 @@
 """Device time of a jitted function, and the peaks of the device it runs on.
 
-A kernel takes 10 to 300 microseconds and its dispatch from Python about as long, so one call at a
-time would measure the host. Here one program makes a call on each of several sets of arguments, in
-order (an optimization barrier ties the arguments of a call to the result of the one before);
-programs are enqueued without waiting, as many as take at least `_SAMPLE_SECONDS`, and waited for
-once. Time per call is that of such a sample over its calls; nothing is subtracted. The sets are
-different arrays that together exceed the device's cache, so every call reads from memory.
+A kernel takes 10 to 300 microseconds and its dispatch from Python about 10, so one call at a time
+would measure the host. Calls are therefore enqueued without waiting, as many as take at least
+`_SAMPLE_SECONDS`, and waited for once: while the device computes one, the host prepares the next.
+Time per call is that of such a sample over its calls; nothing is subtracted. Calls take turns over
+several sets of arguments that together exceed the device's cache, so that each reads from memory.
 
-`host_share` is the time that the host takes to enqueue one program on an idle device over the time
-that the device needs for it: well below 1, the device was never waiting. `busy_seconds`, on a GPU
-and where asked for, is the time per call in which a kernel ran at all, by the profiler.
+Two figures show whether the device was kept busy. `host_share` is the time in which the host
+enqueues a few calls over the time until they are done: near 1, the host was the slower and the time
+is an upper bound. `busy_seconds`, on a GPU and where asked for, is the time per call in which a
+kernel ran at all, by the profiler.
+
+Many calls in one program would hide dispatch too, but XLA removes barriers between them and then
+interleaves their parts.
 """
 
 import functools
 import glob
 import importlib.metadata
+import itertools
 import math
 import platform
 import shutil
@@ -48,46 +52,39 @@ def measure(
     Args:
       function: arrays -> arrays.
       sets: argument tuples of equal shapes, different values.
-      repeats: timed samples; one before them warms up.
+      repeats: timed samples, after calls that warm up.
       profile: also ask the profiler, on a GPU.
     """
-
-    def chain(sets):
-        results = []
-        for arguments in sets:
-            if results:
-                arguments, _ = lax.optimization_barrier((arguments, results[-1]))
-            results.append(function(*arguments))
-        return results
-
     start = time.perf_counter()
-    program = jax.jit(chain).lower(sets).compile()
+    program = jax.jit(function).lower(*sets[0]).compile()
     compiled = time.perf_counter() - start
-    first = jax.block_until_ready(program(sets))[0]
-    once = _seconds(lambda: program(sets), 1)
-    launches = max(1, math.ceil(_SAMPLE_SECONDS / once))
-    samples = [_seconds(lambda: program(sets), launches) for _ in range(repeats + 1)][1:]
-    seconds = np.array(samples) / (launches * len(sets))
-    start = time.perf_counter()
-    pending = program(sets)
-    enqueued = time.perf_counter() - start
-    jax.block_until_ready(pending)
+    first = jax.block_until_ready(program(*sets[0]))
+    _enqueue(program, sets, len(sets))
+    count = math.ceil(_SAMPLE_SECONDS * len(sets) / _enqueue(program, sets, len(sets))[1])
+    seconds = np.array([_enqueue(program, sets, count)[1] / count for _ in range(repeats)])
+    # Few enough that the runtime, which lets some dozens wait, does not hold the host up.
+    enqueued, done = _enqueue(program, sets, 16)
     figures = {
-        "seconds": {
-            "median": float(np.median(seconds)),
-            "min": seconds.min(),
-            "max": seconds.max(),
-        },
+        "seconds": summary(seconds),
         "samples": repeats,
-        "calls_a_sample": launches * len(sets),
+        "calls_a_sample": count,
         "argument_sets": len(sets),
         "bytes_of_a_set": sum(x.nbytes for x in jax.tree.leaves(sets[0])),
-        "host_share": enqueued / (len(sets) * float(np.median(seconds))),
+        "host_share": enqueued / done,
         "compile_seconds": compiled,
     }
     if profile and jax.default_backend() == "gpu":
-        figures["busy_seconds"] = _busy_seconds(lambda: program(sets)) / len(sets)
+        figures["busy_seconds"] = _busy_seconds(program, sets, 16)
     return first, figures
+
+
+def summary(seconds: np.ndarray) -> dict[str, float]:
+    """Median and range of samples."""
+    return {
+        "median": float(np.median(seconds)),
+        "min": float(seconds.min()),
+        "max": float(seconds.max()),
+    }
 
 
 def measure_peaks() -> dict[str, float]:
@@ -123,20 +120,21 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-def _seconds(launch: Callable[[], Any], count: int) -> float:
-    """Wall time of `count` launches enqueued at once. Only the last results are kept."""
+def _enqueue(program: Callable[..., Any], sets: Sequence[tuple], count: int) -> tuple[float, float]:
+    """Seconds until all calls are enqueued, and until they are done."""
     start = time.perf_counter()
-    for _ in range(count):
-        result = launch()
+    for arguments in itertools.islice(itertools.cycle(sets), count):
+        result = program(*arguments)  # results before the last are dropped
+    enqueued = time.perf_counter() - start
     jax.block_until_ready(result)
-    return time.perf_counter() - start
+    return enqueued, time.perf_counter() - start
 
 
-def _busy_seconds(launch: Callable[[], Any]) -> float:
-    """Time in which some kernel of a launch ran, from the profiler's record of GPU streams."""
+def _busy_seconds(program: Callable[..., Any], sets: Sequence[tuple], count: int) -> float:
+    """Time per call in which some kernel ran, from the profiler's record of GPU streams."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(launch())
+            _enqueue(program, sets, count)
         (file,) = glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb")
         record = jax.profiler.ProfileData.from_file(file)
     spans = sorted(
@@ -151,7 +149,7 @@ def _busy_seconds(launch: Callable[[], Any]) -> float:
     for start, end in spans:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
-    return busy * 1e-9
+    return busy * 1e-9 / count
 
 
 def _driver() -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from device_time import summary
 
 FUNCTIONS = {
     "fla_chunk": "chunk_gated_delta_rule",
@@ -62,11 +63,7 @@ def measure(name: str, sets: Sequence[tuple], repeats: int) -> tuple[jax.Array, 
         seconds = _samples(torch, graph.replay, _GRAPH_LAUNCHES, repeats) / len(sets)
     del captured
     figures = {
-        "seconds": {
-            "median": float(np.median(seconds)),
-            "min": seconds.min(),
-            "max": seconds.max(),
-        },
+        "seconds": summary(seconds),
         "samples": repeats,
         "calls_a_sample": _GRAPH_LAUNCHES * len(sets),
         "argument_sets": len(sets),

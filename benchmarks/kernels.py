@@ -176,10 +176,11 @@ def line_of(case: dict[str, Any]) -> str:
     seconds = case["seconds"]
     spread = (seconds["max"] - seconds["min"]) / seconds["median"]
     error = max(case["relative_error"].values())
+    slow_host = ", host too slow" if case.get("host_share", 0) > 0.8 else ""
     return (
         f"{start}{seconds['median'] * 1e6:9.1f} us ({spread:4.0%})"
         f" {case['tflop_per_second']:7.1f} TFLOP/s {case['gb_per_second']:7.1f} GB/s"
-        f" {case['roofline_share']:6.1%} of roofline, error {error:.1e}"
+        f" {case['roofline_share']:6.1%} of roofline, error {error:.1e}{slow_host}"
     )
 
 
@@ -189,8 +190,8 @@ def main(_):
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "what": "kernels of pallas_kernels on random inputs, device time per call in seconds",
-        "timed": "samples of calls enqueued at once, in order, over several argument sets; "
-        "compilation and dispatch apart (benchmarks/device_time.py)",
+        "timed": "samples of calls enqueued at once, in turn over several argument sets, waited for "
+        "once; compilation apart (benchmarks/device_time.py)",
         "precision": _PRECISION.value,
         **device_time.describe_device(),
         "peaks": peaks,
