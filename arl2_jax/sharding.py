@@ -164,7 +164,6 @@ def per_device(
         mesh = mesh_in_use()
         if mesh is None:
             return function(*arrays)
-
         sizes = collections.defaultdict(set)
         for array, spec in zip(arrays, inputs, strict=True):
             for axes, size in zip(spec, array.shape, strict=False):
@@ -176,6 +175,15 @@ def per_device(
         )(*arrays)
 
     return call
+
+
+def lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """x, laid out over the mesh in use as `per_device` would have it."""
+    mesh = mesh_in_use()
+    if mesh is None:
+        return x
+    axes = (_dividing(axes, {size}, mesh) for axes, size in zip(spec, x.shape, strict=False))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def mesh_in_use() -> AbstractMesh | None:

@@ -12,7 +12,7 @@ from arl2_jax.config import ModelConfig
 from arl2_jax.memory.interface import Projections
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.rope import rotate
-from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, per_device
+from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, lay_out, per_device
 from pallas_kernels import dot_product_attention
 
 
@@ -52,13 +52,16 @@ class SoftmaxCache(nnx.Module):
 
     def attend_clip(self, p: Projections, blocks, copies):
         """One call a block, so that no score of an invisible key is ever computed."""
-        split = lambda x: x.reshape(-1, copies, blocks, x.shape[1] // blocks, *x.shape[2:])
+        by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
+        by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
+        split = lambda x: lay_out(
+            x.reshape(-1, copies, blocks, x.shape[1] // blocks, *x.shape[2:]), by_block
+        )
         q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
-        # Every block sees all before it: the axis that had split the blocks now splits the heads
-        # (q, k and v move, all-to-all), and blocks again after it (the output moves).
-        heads = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
-        out = per_device(_attend_blocks, (heads,) * 3, heads)(q, k, v)
-        return out.reshape(p.q.shape), {}
+        # Every block sees all before it. So the devices that had shared out the blocks share out
+        # the heads: q, k, v and then the output move between them (all-to-all).
+        out = per_device(_attend_blocks, (by_head,) * 3, by_head)(q, k, v)
+        return lay_out(out, by_block).reshape(p.q.shape), {}
 
 
 def _attend_blocks(q: Array, k: Array, v: Array) -> Array:
