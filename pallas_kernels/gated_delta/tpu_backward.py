@@ -66,7 +66,7 @@ def gradients(plan, k, v, g, beta, starts, dstates):
 
 
 def _kernel(
-    tiling, numerics, k, v, g, beta, start, end, dk, dv, dg, dbeta, dinitial, dstate
+    tiling, numerics, k, v, g, writing, start, end, dk, dv, dg, dbeta, dinitial, dstate
 ):
     block, chunk = pl.program_id(2), pl.program_id(3)
 
@@ -78,48 +78,56 @@ def _kernel(
     def _():
         dstate[...] += end[...]
 
-    x = read_chunk(tiling, tiling.chunks - 1 - chunk, k, v, g, beta)
+    x = read_chunk(tiling, tiling.chunks - 1 - chunk, k, v, g, writing)
     heads = range(tiling.group)
+    narrow = partial(pieces, count=numerics.operand)
+    wide = partial(pieces, count=numerics.inverse)
     lower = triangle(tiling.chunk, below=True)
+    beta, r, gamma = x.beta, x.r, x.gamma
+    values = [v.astype(jnp.float32) for v in x.v]
 
-    def narrow(x):
-        return pieces(x, numerics.operand)
+    # Every line does one thing for all heads, which do not wait for each other.
+    kts = [k.T for k in x.k]
+    grams = [product((x.k[h],), (kts[h],)) for h in heads]
+    ts = inverses(numerics, [jnp.where(lower, beta[h] * grams[h], 0.0) for h in heads])
+    ys = [product(wide(ts[h].T), (x.k[h],)) for h in heads]
+    reads = [product(narrow(x.k[h]), narrow(start[h])) for h in heads]
+    residuals = [r[h] * values[h] - gamma[h] * reads[h] for h in heads]
+    dresiduals = [beta[h] * product(narrow(ys[h]), narrow(dstate[h])) for h in heads]
+    dxs = [product(narrow(residuals[h]), narrow(dstate[h]), 1) for h in heads]
+    zs = [product(narrow(ts[h]), narrow(beta[h] * dxs[h])) for h in heads]
+    ps = [jnp.where(lower, -product(narrow(ys[h]), narrow(zs[h]), 1), 0.0) for h in heads]
+    qs = [beta[h] * ps[h] for h in heads]
+    dvs = [r[h] * dresiduals[h] for h in heads]
+    dks = [product(narrow(dresiduals[h]), narrow(start[h]), 1) for h in heads]
+    dks = [zs[h] - gamma[h] * dks[h] for h in heads]
+    dks = [dks[h] + product(narrow(qs[h] + qs[h].T), (x.k[h],)) for h in heads]
+    dstates = [dstate[h] - product((kts[h],), narrow(dresiduals[h])) for h in heads]
+    dstates = [gamma[h] * dstates[h] for h in heads]
 
-    def column(x, h):
-        return x[:, h : h + 1]
-
-    kt = [k.T for k in x.k]
-    grams = [product((x.k[h],), (kt[h],)) for h in heads]
-    ts = inverses(numerics, [column(x.beta, h) * grams[h] for h in heads])
-    head = lax.broadcasted_iota(jnp.int32, x.beta.shape, 1)
-    written = jnp.zeros_like(x.beta)  # <v_i, dv_i>
-    dbetas = jnp.zeros_like(x.beta)
-    kept = jnp.zeros_like(x.gamma)  # <dS, S>
+    kept = [jnp.sum(dstates[h] * start[h], keepdims=True) for h in heads]
+    written = [jnp.sum(values[h] * dvs[h], 1, keepdims=True) for h in heads]
+    dbetas = [
+        jnp.sum(dxs[h] * ys[h], 1, keepdims=True) + jnp.sum(ps[h] * grams[h], 1, keepdims=True)
+        for h in heads
+    ]
     for h in heads:
-        k, v = (x.k[h],), x.v[h].astype(jnp.float32)
-        beta, r, gamma = column(x.beta, h), column(x.r, h), column(x.gamma, h)
-        s, d = start[h], dstate[h]
-        y = product(pieces(ts[h].T, numerics.inverse), k)
-        residual = r * v - gamma * product(narrow(x.k[h]), narrow(s))
-        dresidual = beta * product(narrow(y), narrow(d))
-        dx = product(narrow(residual), narrow(d), (1, 1))
-        z = product(narrow(ts[h]), narrow(beta * dx))
-        p = jnp.where(lower, -product(narrow(y), narrow(z), (1, 1)), 0.0)
-        q = beta * p
-        dv_h = r * dresidual
-        dk_h = z - gamma * product(narrow(dresidual), narrow(s), (1, 1))
-        dk_h += product(narrow(q + q.T), k)
-        ds = gamma * (d - product((kt[h],), narrow(dresidual)))
-        dstate[h] = ds
-        dk[:, h * tiling.key_dim : (h + 1) * tiling.key_dim] = dk_h.astype(dk.dtype)
-        dv[:, h * tiling.value_dim : (h + 1) * tiling.value_dim] = dv_h.astype(dv.dtype)
-        dbeta_h = jnp.sum(dx * y, 1, keepdims=True) + jnp.sum(p * grams[h], 1, keepdims=True)
-        dbetas = jnp.where(head == h, dbeta_h, dbetas)
-        written = jnp.where(head == h, jnp.sum(v * dv_h, 1, keepdims=True), written)
-        kept = jnp.where(head[:1] == h, jnp.sum(ds * s, keepdims=True), kept)
-    dbeta[...] = dbetas
-    dg[...] = kept + product((lower.astype(jnp.float32),), (written,))
+        dstate[h] = dstates[h]
+        dk[:, h * tiling.key_dim : (h + 1) * tiling.key_dim] = dks[h].astype(dk.dtype)
+        dv[:, h * tiling.value_dim : (h + 1) * tiling.value_dim] = dvs[h].astype(dv.dtype)
+    dbeta[...] = _columns(dbetas)
+    dg[...] = _columns(kept) + product((lower.astype(jnp.float32),), (_columns(written),))
 
     @pl.when((block == tiling.blocks - 1) & (chunk == tiling.chunks - 1))
     def _():
         dinitial[...] = dstate[...]
+
+
+def _columns(xs):
+    """[C, 1] of every head -> [C, heads]."""
+    shape = (xs[0].shape[0], len(xs))
+    head = lax.broadcasted_iota(jnp.int32, shape, 1)
+    out = jnp.zeros(shape, jnp.float32)
+    for h, x in enumerate(xs):
+        out = jnp.where(head == h, x, out)
+    return out

@@ -1,6 +1,7 @@
 """What both TPU kernels do with a chunk: where it lies, how it is read, products and the inverse."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from pallas_kernels.gated_delta.plan import Plan
 
 # Heads of one grid step at head dims of 128: independent work enough to hide every latency.
 _HEADS = 12
+
+# Diagonal blocks inverted by forward substitution; larger ones by matrix products.
+_BASE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +100,23 @@ def pieces(x: Array, count: int) -> Pieces:
     return tuple(parts)
 
 
-def product(x: Pieces, y: Pieces, contract: tuple[int, int] = (1, 0)) -> Array:
-    """x @ y over the contracted axes, in float32, without products of small pieces."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    count = max(len(x), len(y))
-    exact = lax.Precision.HIGHEST if x[0].dtype == jnp.float32 else None
-    return sum(
-        lax.dot_general(x[i], y[j], dims, precision=exact, preferred_element_type=jnp.float32)
-        for i in reversed(range(len(x)))
-        for j in reversed(range(len(y)))
-        if i + j < count
-    )  # pyright: ignore[reportReturnType]
+def product(x: Pieces, y: Pieces, contract: int = 0) -> Array:
+    """x @ y, or x @ y^T with contract = 1, in float32; products of two small pieces are left out.
+
+    Pieces of x that meet the same piece of y are stacked: the matrix unit loads y once.
+    """
+    dims = (((1,), (contract,)), ((), ()))
+    exact = lax.Precision.HIGHEST if y[0].dtype == jnp.float32 else None
+    rows, count = x[0].shape[0], max(len(x), len(y))
+    terms = []
+    for j, piece in enumerate(y):
+        stack = x[: count - j]
+        left = stack[0] if len(stack) == 1 else jnp.concatenate(stack)
+        out = lax.dot_general(
+            left, piece, dims, precision=exact, preferred_element_type=jnp.float32
+        )
+        terms += [out[i * rows : (i + 1) * rows] for i in range(len(stack))]
+    return functools.reduce(jnp.add, reversed(terms))
 
 
 @dataclasses.dataclass
@@ -115,9 +125,9 @@ class Chunk:
 
     k: Sequence[Array]  # [C, K] a head
     v: Sequence[Array]  # [C, V] a head
-    beta: Array  # [C, heads]
-    r: Array  # [C, heads]: the decay of what a token writes, until the end of the chunk
-    gamma: Array  # [1, heads]: the decay of the state
+    beta: Sequence[Array]  # [C, 1] a head
+    r: Sequence[Array]  # [C, 1] a head: the decay of what a token writes, until the chunk's end
+    gamma: Sequence[Array]  # [1, 1] a head: the decay of the state
 
 
 def read_chunk(tiling: Tiling, chunk: Any, k: Any, v: Any, g: Any, beta: Any) -> Chunk:
@@ -134,13 +144,19 @@ def read_chunk(tiling: Tiling, chunk: Any, k: Any, v: Any, g: Any, beta: Any) ->
     def heads(ref: Any, dim: int) -> list[Array]:
         return [masked(ref[:, h * dim : (h + 1) * dim]) for h in group]
 
+    def columns(x: Array) -> list[Array]:
+        return [x[:, h : h + 1] for h in group]
+
     decay = masked(g[...])
     # Suffix sums, never differences of sums, which a reset of -1e4 would swallow.
-    after = triangle(size, below=False).astype(jnp.float32)
-    later = product((after,), (decay,))
-    gamma = jnp.exp(later[:1] + decay[:1])
+    later = triangle(size, below=False).astype(jnp.float32)
+    later = product((later,), (decay,))
     return Chunk(
-        heads(k, tiling.key_dim), heads(v, tiling.value_dim), masked(beta[...]), jnp.exp(later), gamma
+        heads(k, tiling.key_dim),
+        heads(v, tiling.value_dim),
+        columns(masked(beta[...])),
+        columns(jnp.exp(later)),
+        columns(jnp.exp(later[:1] + decay[:1])),
     )
 
 
@@ -150,55 +166,77 @@ def triangle(size: int, *, below: bool) -> Array:
     return i > j if below else i < j
 
 
-def inverses(numerics: Numerics, ms: Sequence[Array]) -> list[Array]:
-    """(I + L)^-1 of every head, L the strictly lower part of m: X <- X - X L_b X, b = 1, 2, 4, ...
+def inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
+    """(I + L)^-1 of every head, L strictly lower: X <- X - X L_b X, b = 16, 32, ...
 
     X holds the inverses of the diagonal blocks of size b, L_b what joins two of them: bounded for
     any keys, where powers of L lose all digits. All heads climb a level together: their products
     do not wait for each other.
     """
-    size = ms[0].shape[0]
-    i, j = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-    def joining(m: Array, level: int) -> Array:
-        row, column = i >> level, j >> level
-        return jnp.where((row == column + 1) & (row & 1 == 1), m, 0.0)
-
-    xs = [jnp.where(i == j, 1.0, 0.0) - joining(m, 0) for m in ms]
-    for level in range(1, size.bit_length() - 1):
-        xs = _climb(numerics, xs, [joining(m, level) for m in ms], 2**level)
+    size = ls[0].shape[0]
+    xs = _diagonal_inverses(numerics, ls)
+    b = _BASE
+    while b < size:
+        xs = _climb(numerics, xs, ls, b)
+        b *= 2
     return xs
 
 
-def _climb(numerics: Numerics, xs: list[Array], ls: list[Array], b: int) -> list[Array]:
-    """One level. From b = 8 on only the rows that change, whole tiles of registers, take part."""
-    size = xs[0].shape[0]
-    starts = range(0, size, b)
+def _diagonal_inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
+    """Inverses of the 16 x 16 blocks on the diagonals, by forward substitution.
 
-    def split(x: Array) -> Pieces:
-        return pieces(x, numerics.inverse)
-
-    lows = xs
-    if b >= 8:
-        lows = [jnp.concatenate([x[s : s + b] for s in starts[1::2]]) for x in xs]
-    ups = [product(split(x), split(m)) for x, m in zip(lows, ls, strict=True)]
-    ups = [product(split(up), split(x)) for up, x in zip(ups, xs, strict=True)]
-    lows = [x - up for x, up in zip(lows, ups, strict=True)]
-    if b < 8:
-        return lows
+    The blocks of a head lie side by side: row s of all of them is one row, [heads, 16, lanes].
+    """
+    size, heads, lanes = ls[0].shape[0], len(ls), 128
+    row, lane = (lax.broadcasted_iota(jnp.int32, (size, lanes), axis) for axis in (0, 1))
+    own = lane[:_BASE, :size] & -_BASE  # first column of the block that a lane belongs to
+    tops = range(0, size, _BASE)
+    side = jnp.concatenate(
+        [
+            functools.reduce(
+                jnp.add, [jnp.where(own == top, l[top : top + _BASE], 0.0) for top in tops]
+            )
+            for l in ls
+        ]
+    )
+    side = pieces(side, numerics.inverse)
+    start = row - (lane & -_BASE)
+    x = jnp.where(start[:_BASE] + (lane[:_BASE] & -_BASE) == (lane[:_BASE] & (_BASE - 1)), 1.0, 0.0)
+    x = jnp.broadcast_to(x, (heads, _BASE, lanes))
+    for u in range(_BASE - 1):
+        # Column u of every block, in all lanes of the block.
+        spread = jnp.where(start == u, 1.0, 0.0)
+        spread = spread if numerics.inverse == 0 else spread.astype(jnp.bfloat16)
+        column = product(side, (spread,)).reshape(heads, _BASE, lanes)
+        x = x - column * x[:, u : u + 1]
     return [
-        jnp.concatenate(
-            [
-                x[s : s + b] if n % 2 == 0 else low[n // 2 * b : (n // 2 + 1) * b]
-                for n, s in enumerate(starts)
-            ]
-        )
-        for x, low in zip(xs, lows, strict=True)
+        jnp.concatenate([jnp.where(own == top, x[h][:, :size], 0.0) for top in tops])
+        for h in range(heads)
     ]
 
 
-def block_spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, index)
+def _climb(numerics: Numerics, xs: list[Array], ls: Sequence[Array], b: int) -> list[Array]:
+    """One level; only rows that change, the odd ones of the blocks of b, take part."""
+    size = xs[0].shape[0]
+    row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    joining = (row & -b == (column & -b) + b) & (row & b == b)
+
+    def odd(x: Array) -> Array:
+        return jnp.concatenate([x[s : s + b] for s in range(b, size, 2 * b)])
+
+    def merged(x: Array, up: Array) -> Array:
+        low = odd(x) - up
+        halves = [(x[2 * s : 2 * s + b], low[s : s + b]) for s in range(0, size // 2, b)]
+        return jnp.concatenate([half for pair in halves for half in pair])
+
+    splits = [pieces(x, numerics.inverse) for x in xs]
+    joins = [pieces(jnp.where(joining, l, 0.0), numerics.inverse) for l in ls]
+    ups = [
+        product(tuple(odd(x) for x in split), join)
+        for split, join in zip(splits, joins, strict=True)
+    ]
+    ups = [product(pieces(up, numerics.inverse), x) for up, x in zip(ups, splits, strict=True)]
+    return [merged(x, up) for x, up in zip(xs, ups, strict=True)]
 
 
 def varying(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:

@@ -68,19 +68,21 @@ def _kernel(tiling, numerics, chunk_starts, k, v, g, beta, initial, out, state):
         out[...] = state[...]
 
     x = read_chunk(tiling, chunk, k, v, g, beta)
-    lower = triangle(tiling.chunk, below=True)
     heads = range(tiling.group)
-    kt = [k.T for k in x.k]
-    ms = [x.beta[:, h : h + 1] * product((x.k[h],), (kt[h],)) for h in heads]
-    ts = inverses(numerics, ms)
-    yts = [product((kt[h],), pieces(ts[h], numerics.inverse)) for h in heads]
+    narrow = partial(pieces, count=numerics.operand)
+    lower = triangle(tiling.chunk, below=True)
+
+    # Every line does one thing for all heads, which do not wait for each other.
+    kts = [k.T for k in x.k]
+    grams = [product((x.k[h],), (kts[h],)) for h in heads]
+    ts = inverses(numerics, [jnp.where(lower, x.beta[h] * grams[h], 0.0) for h in heads])
+    yts = [product((kts[h],), pieces(ts[h], numerics.inverse)) for h in heads]
+    reads = [product(narrow(x.k[h]), narrow(state[h])) for h in heads]
+    writes = [
+        x.beta[h] * (x.r[h] * x.v[h].astype(jnp.float32) - x.gamma[h] * reads[h]) for h in heads
+    ]
     for h in heads:
-        s = state[h]
-        read = product(pieces(x.k[h], numerics.operand), pieces(s, numerics.operand))
-        gamma = x.gamma[:, h : h + 1]
-        residual = x.r[:, h : h + 1] * x.v[h].astype(jnp.float32) - gamma * read
-        write = pieces(x.beta[:, h : h + 1] * residual, numerics.operand)
-        state[h] = gamma * s + product(pieces(yts[h], numerics.operand), write)
+        state[h] = x.gamma[h] * state[h] + product(narrow(yts[h]), narrow(writes[h]))
 
     if not chunk_starts:
         @pl.when(chunk == tiling.chunks - 1)
