@@ -13,7 +13,7 @@ Every case's first results are compared with those of the XLA form in float32: t
 are in the JSON, the largest in the table, next to the time and the range of its samples. The
 implementation "default" is the library's own choice; "fla_chunk" and "fla_recurrent" are those of
 flash-linear-attention, forward alone, their last state compared. A case that an implementation
-cannot do, or that fails on the device, is listed with the reason.
+cannot do, or in which it fails, is listed with the reason.
 """
 
 import functools
@@ -74,7 +74,6 @@ class Bench:
 
         Raises:
           NotImplementedError: the implementation cannot do it here.
-          RuntimeError: it failed on the device.
         """
         count = device_time.sets_beyond_cache(self.costs[direction].size)
         sets = [self._arguments(seed) for seed in range(count)]
@@ -103,8 +102,13 @@ class Bench:
         """Inputs, and a cotangent of the result."""
         key = jax.random.key(seed)
         inputs = self.operation.make_inputs(self.shape, self.dtype, key)
-        out = jax.eval_shape(self._call("xla"), *inputs)
-        return inputs, jax.random.normal(jax.random.fold_in(key, 1), out.shape, out.dtype)
+        key = jax.random.fold_in(key, 1)
+        return inputs, jax.random.normal(key, self._result.shape, self._result.dtype)
+
+    @functools.cached_property
+    def _result(self) -> jax.ShapeDtypeStruct:
+        make = functools.partial(self.operation.make_inputs, self.shape, self.dtype)
+        return jax.eval_shape(lambda key: self._call("xla")(*make(key)), jax.random.key(0))
 
     def _call(self, implementation: str, precision: str = "default") -> Callable[..., Array]:
         name = None if implementation == "default" else implementation
@@ -151,8 +155,10 @@ def run_case(bench: Bench, implementation: str, direction: str, peaks: dict[str,
     """Figures and rates of a case, or why there are none."""
     try:
         figures = bench.time(implementation, direction)
-    except RuntimeError as error:  # NotImplementedError is one
-        return {"obstacle": str(error).split("\n")[0]}
+    except NotImplementedError as error:
+        return {"obstacle": str(error)}
+    except Exception as error:  # one that fails must not cost the figures of the others
+        return {"obstacle": f"{type(error).__name__}: {error}".split("\n")[0]}
     cost, seconds = bench.costs[direction], figures["seconds"]["median"]
     floor = max(
         cost.flop / peaks[f"{bench.dtype}_flop_per_second"], cost.size / peaks["bytes_per_second"]
@@ -190,8 +196,8 @@ def main(_):
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "what": "kernels of pallas_kernels on random inputs, device time per call in seconds",
-        "timed": "samples of calls enqueued at once, in turn over several argument sets, waited for "
-        "once; compilation apart (benchmarks/device_time.py)",
+        "timed": "samples of calls enqueued at once, in turn over several argument sets, and "
+        "waited for once; compilation apart (benchmarks/device_time.py)",
         "precision": _PRECISION.value,
         **device_time.describe_device(),
         "peaks": peaks,
