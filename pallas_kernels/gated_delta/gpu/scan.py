@@ -1,0 +1,259 @@
+"""What is sequential: states carried from chunk to chunk, in slices of 64 rows of S^T.
+
+With S^T in the registers of a warpgroup a chunk is two products, both with their left operand in
+registers:
+
+    R^T = (V^T diag(r) - gamma S^T K^T) diag(beta)        S'^T = gamma S^T + R^T Y
+
+Cotangents of states run through the same two products, backwards, with K and Y exchanged and no V.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gated_delta.gpu.tiles import (
+    CHUNK,
+    COLUMNS,
+    SLICE,
+    WGMMA,
+    accumulate,
+    bf16,
+    by_column,
+    f32,
+    iota,
+    kernel,
+    load,
+    load_transposed,
+    product,
+    split,
+    store,
+    tiles,
+    zeros,
+)
+
+STAGES = 2  # chunks in shared memory at a time; two programs fit a multiprocessor
+
+
+def maps(
+    k: Array, y: Array, v: Array, gates: Array, *, segments: int, interpret: Any
+) -> tuple[Array, Array, Array]:
+    """The maps S' = A S + B of all segments; a block is `segments` of them.
+
+    Args:
+        k, y: [N, block, H, K] bfloat16.
+        v: [N, block, H, V] bfloat16.
+        gates: [N, H, chunks, 3, 64] float32.
+        segments: Segments of a block; the last may have fewer chunks, but none has none.
+        interpret: As in Plan.
+
+    Returns:
+        High and low part of A^T, [N segments, H, K, K] bfloat16 each, and B^T,
+        [N segments, H, V, K] float32.
+    """
+    blocks, _, heads, key_dim = k.shape
+    value_dim = v.shape[-1]
+    value_slices = value_dim // SLICE
+
+    def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):  # noqa: ANN001
+        i, head, place = (lax.axis_index(name) for name in ("slice", "head", "segment"))
+        chunks = _segment(place, segments, gates.shape[2])
+
+        @pl.when(i < value_slices)
+        def _values():
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
+            s = _carry(zeros(SLICE, key_dim), stream, interpret=interpret)
+            store(b_ref.at[place, head, pl.ds(i * SLICE, SLICE)], s)
+
+        @pl.when(i >= value_slices)
+        def _transitions():
+            first = (i - value_slices) * SLICE
+            identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers)
+            s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
+            high, low = split(s)
+            store(high_ref.at[place, head, pl.ds(first, SLICE)], high)
+            store(low_ref.at[place, head, pl.ds(first, SLICE)], low)
+
+    count = blocks * segments
+    part = jax.ShapeDtypeStruct((count, heads, key_dim, key_dim), bf16)
+    return kernel(
+        body,
+        grid={"slice": value_slices + key_dim // SLICE, "head": heads, "segment": count},
+        scratch=[_buffers(key_dim)],
+        out_type=[part, part, jax.ShapeDtypeStruct((count, heads, value_dim, key_dim), f32)],
+        interpret=interpret,
+    )(k, y, v, gates)
+
+
+def chunk_states(
+    k: Array, y: Array, v: Array, gates: Array, starts: Array, *, segments: int, interpret: Any
+) -> Array:
+    """S^T before every chunk, [N, H, chunks, V, K] bfloat16.
+
+    Arguments as for `maps`, and starts [N segments, H, V, K] float32: S^T before every segment.
+    """
+    return _chunkwise((k, y, gates), starts, v, segments, interpret)
+
+
+def chunk_cotangents(
+    k: Array, y: Array, gates: Array, ends: Array, *, segments: int, interpret: Any
+) -> Array:
+    """The transposed cotangent of the state after every chunk, [N, H, chunks, V, K] bfloat16.
+
+    Arguments as for `maps`, and ends [N segments, H, V, K] float32: that after every segment.
+    """
+    return _chunkwise((y, k, gates), ends, None, segments, interpret)
+
+
+def _chunkwise(
+    streams: tuple[Array, Array, Array],
+    starts: Array,
+    v: Array | None,
+    segments: int,
+    interpret: Any,
+) -> Array:
+    first, _, gates = streams
+    blocks, _, heads, key_dim = first.shape
+    value_dim = starts.shape[2]
+    count = gates.shape[2]
+
+    def body(*refs):  # noqa: ANN002
+        *inputs, out_ref, buffers, tile = refs
+        first_ref, second_ref, gates_ref, starts_ref = inputs[:4]
+        i, head, place = (lax.axis_index(name) for name in ("slice", "head", "segment"))
+        chunks = _segment(place, segments, count)._replace(reverse=v is None)
+        rows = pl.ds(i * SLICE, SLICE)
+        v_ref = None if v is None else inputs[4]
+        stream = _Stream(chunks, head, first_ref, second_ref, gates_ref, buffers, v_ref, i)
+
+        def emit(chunk, s):  # noqa: ANN001
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.commit_smem()
+            tile[...] = s
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
+
+        start = load(starts_ref.at[place, head, rows], WGMMA, optimized=False)
+        _carry(start, stream, emit=emit, interpret=interpret)
+        plgpu.wait_smem_to_gmem(0)
+
+    return kernel(
+        body,
+        grid={"slice": value_dim // SLICE, "head": heads, "segment": blocks * segments},
+        scratch=[_buffers(key_dim), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
+        out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
+        interpret=interpret,
+    )(*streams, starts, *([] if v is None else [v]))
+
+
+class _Chunks(NamedTuple):
+    """The chunks of one segment, in the order in which they are walked."""
+
+    block: Any
+    first: Any
+    count: Any
+    reverse: bool = False
+
+    def at(self, step: Any) -> Any:
+        return self.first + (self.count - 1 - step if self.reverse else step)
+
+
+def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
+    each = -(-chunks // segments)
+    first = lax.rem(place, segments) * each
+    return _Chunks(lax.div(place, segments), first, jnp.minimum(each, chunks - first))
+
+
+class _Buffers(NamedTuple):
+    """Shared memory: STAGES chunks of the matrices that meet S^T first and second, of V, of gates."""
+
+    first: Any
+    second: Any
+    values: Any
+    gates: Any
+    full: Any
+    values_full: Any
+
+
+def _buffers(key_dim: int) -> _Buffers:
+    tile = lambda columns: plgpu.SMEM((STAGES, CHUNK, columns), bf16, transforms=tiles())
+    return _Buffers(
+        tile(key_dim),
+        tile(key_dim),
+        tile(SLICE),
+        plgpu.SMEM((STAGES, 3, CHUNK), f32),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
+        plgpu.Barrier(num_barriers=STAGES),
+    )
+
+
+class _Stream(NamedTuple):
+    """Where a program reads its chunks from; without values_ref there are no values."""
+
+    chunks: _Chunks
+    head: Any
+    first_ref: Any
+    second_ref: Any
+    gates_ref: Any
+    buffers: _Buffers
+    values_ref: Any = None
+    value_slice: Any = None
+
+    def fetch(self, step: Any) -> None:
+        """Starts the copies of a step's chunk."""
+        slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
+        tile = (self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head)
+        full = b.full.at[slot]
+        plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full)
+        gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
+        plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
+        if self.values_ref is not None:
+            columns = pl.ds(self.value_slice * SLICE, SLICE)
+            values = self.values_ref.at[(*tile, columns)]
+            plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
+
+
+def _carry(
+    start: Array,
+    stream: _Stream,
+    *,
+    interpret: Any,
+    emit: Callable[[Any, Array], None] | None = None,
+) -> Array:
+    """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
+    b, count = stream.buffers, stream.chunks.count
+    for step in range(STAGES):
+        pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
+
+    def advance(step: Any, s: Array) -> Array:
+        slot = lax.rem(step, STAGES)
+        operand = s.astype(bf16)
+        if emit is not None:
+            emit(stream.chunks.at(step), operand)
+        plgpu.barrier_wait(b.full.at[slot])
+
+        def beside():
+            gamma = b.gates[slot, 2, 0]
+            beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+            if stream.values_ref is None:
+                return gamma * s, -gamma * beta, None
+            plgpu.barrier_wait(b.values_full.at[slot])
+            r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE) * beta
+            return gamma * s, -gamma * beta, load_transposed(b.values.at[slot]).astype(f32) * r
+
+        seen, (decayed, scale, values) = product((operand, b.first.at[slot].T), meanwhile=beside)
+        residual = seen * scale if values is None else values + seen * scale
+        pair = (residual.astype(bf16), b.second.at[slot])
+        s = accumulate(decayed, pair, interpret=interpret)
+        plgpu.commit_smem()  # all warps have read the slot
+        pl.when(step + STAGES < count)(lambda: stream.fetch(step + STAGES))
+        return s
+
+    return lax.fori_loop(0, count, advance, start)

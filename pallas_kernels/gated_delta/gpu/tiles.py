@@ -1,0 +1,120 @@
+"""What the kernels for NVIDIA Hopper share: sizes, layouts, and Pallas calls that differ by version.
+
+Matrices of a chunk live in registers in the layout of wgmma's accumulators, 64 rows to a warpgroup.
+A state is kept transposed, [V, K], in slices of 64 rows: then the products that carry it from chunk
+to chunk take it from registers, and it never passes through shared memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64  # tokens of a chunk: the rows of one wgmma
+SLICE = 64  # rows of a transposed state that one warpgroup carries
+
+bf16, f32 = jnp.bfloat16, jnp.float32
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)  # one number a row of a WGMMA matrix
+COLUMNS = WGMMA.reduce(0)  # one number a column
+
+_LOAD_TAKES_INDEX = jax.__version__.startswith("0.10.")
+
+
+def tiles(columns: int = 64) -> tuple[Any, ...]:
+    """Tiling and swizzle of a bfloat16 matrix in shared memory for wgmma and the copy engine."""
+    return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+
+
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
+    """Reads a reference into registers; `optimized` insists on no bank conflicts."""
+    index = ((),) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def load_transposed(ref: Any) -> Array:
+    """The transpose of a bfloat16 tile in shared memory."""
+    return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+
+
+def store(ref: Any, x: Array) -> None:
+    """Writes registers to device memory, or to plain shared memory."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
+def zeros(rows: int, columns: int) -> Array:
+    """A float32 matrix of zeros."""
+    return plgpu.layout_cast(jnp.zeros((rows, columns), f32), WGMMA)
+
+
+def iota(rows: int, columns: int, dimension: int) -> Array:
+    """Row or column numbers."""
+    return plgpu.broadcasted_iota(jnp.int32, (rows, columns), dimension, layout=WGMMA)
+
+
+def by_row(x: Array, columns: int) -> Array:
+    """Repeats one number a row over the columns."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), (0,))
+
+
+def by_column(x: Array, rows: int) -> Array:
+    """Repeats one number a column over the rows."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
+
+
+def product(*pairs: tuple[Any, Any], meanwhile: Callable[[], Any] | None = None) -> Any:
+    """Sum of the products of pairs, float32; with `meanwhile`, what that computes beside them."""
+    shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+
+    def run(acc: Any) -> Any:
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        if meanwhile is None:
+            return acc[...]
+        other = meanwhile()
+        return acc[...], other
+
+    return pl.run_scoped(run, plgpu.ACC(shape, f32))
+
+
+def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
+    """start + the sum of the products of pairs, in the registers of start."""
+    if interpret:  # the interpreter knows no accumulator that starts with values
+        return start + product(*pairs)
+
+    def run(acc: Any) -> None:
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+
+    return pl.run_state(run)(plgpu.ACC.init(start))
+
+
+def split(x: Array) -> tuple[Array, Array]:
+    """Two bfloat16 matrices whose sum is x to 16 bits."""
+    high = x.astype(bf16)
+    return high, (x - high.astype(f32)).astype(bf16)
+
+
+def kernel(body: Callable[..., None], *, grid: dict[str, int], scratch: list[Any], **options: Any):
+    """plgpu.kernel with a named grid of single warpgroups and our choice of compiler parameters.
+
+    No barriers are added around shared memory: the kernels place them where warps meet.
+    """
+    return plgpu.kernel(
+        body,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **options,
+    )
