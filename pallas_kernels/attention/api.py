@@ -1,14 +1,21 @@
-"""Softmax attention: cuDNN where it applies, XLA elsewhere."""
+"""The public softmax attention: checks and the choice of an implementation."""
 
-import math
-from typing import Literal, get_args
+import importlib
+import logging
+from functools import cache
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "splash", "gpu"]
+
+# Modules of this folder, each with `attention` and an `obstacle`, which says why it cannot take the
+# queries here; the fastest first.
+_BACKENDS = {"gpu": ("gpu", "cudnn", "xla"), "tpu": ("splash", "xla")}
+_LOG = logging.getLogger("pallas_kernels")
 
 
 def dot_product_attention(
@@ -28,10 +35,18 @@ def dot_product_attention(
         k: Keys [B, Tk, H, D], in the dtype of q.
         v: Values [B, Tk, H, D], in the dtype of q.
         key_length: Visible keys, an integer scalar or [B], possibly traced; None means all. Keys
-            and values past it have no influence; cuDNN needs them finite (it multiplies the rest
-            of a tile by zero), XLA does not. With no visible key the output is zero.
-        implementation: "xla", "cudnn" (NVIDIA GPUs, half precision; cost follows key_length), or
-            None for cuDNN where it applies and XLA elsewhere. A named one never falls back.
+            and values past it have no influence; all but XLA need them finite (they multiply the
+            rest of a tile by zero). With no visible key the output is zero.
+        implementation: None takes the fastest of these that can do this here, and logs it once. A
+            named one never falls back.
+            "gpu": Pallas for NVIDIA Hopper; half precision, head dimension 64 or 128. Cost follows
+                key_length. Where it is differentiated, cuDNN runs in both directions.
+            "cudnn": NVIDIA GPUs, half precision. Cost follows key_length.
+            "splash": Pallas for TPUs, bfloat16. Forward, the products follow key_length, but the
+                whole buffer is copied; backward, the whole buffer is multiplied.
+            "xla": anywhere; the matrix of scores is held in memory.
+
+    XLA cannot split "gpu" and "splash" over devices: under a mesh they need `jax.shard_map`.
 
     Returns:
         [B, Tq, H, D] in the dtype of q.
@@ -44,50 +59,28 @@ def dot_product_attention(
     _check(q, k, v, implementation)
     if key_length is not None:
         key_length = _check_length(key_length, len(q))
-    obstacle = _cudnn_obstacle(q)
-    if implementation == "cudnn" and obstacle:
-        raise NotImplementedError(f"implementation 'cudnn' {obstacle}")
-    if implementation == "xla" or obstacle:
-        return _xla(q, k, v, key_length)
-    return _cudnn(q, k, v, key_length)
+    backend = implementation or _fastest(q, k)
+    if obstacle := _module(backend).obstacle(q):
+        raise NotImplementedError(f"implementation {backend!r} {obstacle}")
+    return _module(backend).attention(q, k, v, key_length)
 
 
-def _cudnn(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
-    return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=key_length, implementation="cudnn"
-    )
+def _module(backend: str) -> Any:
+    # Imported when first used: Pallas's compilers are not needed everywhere.
+    return importlib.import_module(f"pallas_kernels.attention.{backend}")
 
 
-def _xla(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    # float32 operands are multiplied as float32, also on TPUs and with TF32 at hand.
-    precision = lax.Precision.HIGHEST if q.dtype == accumulate else lax.Precision.DEFAULT
-    product = {"precision": precision, "preferred_element_type": accumulate}
-    visible = None
-    if key_length is not None:
-        visible = jnp.arange(k.shape[1]) < key_length[:, None]
-        # A masked score stops what k holds there in the output, but not in the gradient of q.
-        k, v = (jnp.where(visible[:, :, None, None], x, 0) for x in (k, v))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, **product) / math.sqrt(q.shape[-1])
-    if visible is not None:
-        scores = jnp.where(visible[:, None, None, :], scores, jnp.finfo(accumulate).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **product).astype(q.dtype)
+def _fastest(q: Array, k: Array) -> str:
+    platform = jax.default_backend()
+    candidates = _BACKENDS.get(platform, ("xla",))
+    backend = next(name for name in candidates if not _module(name).obstacle(q))
+    _log_choice(backend, platform, q.shape, k.shape, str(q.dtype))
+    return backend
 
 
-def _cudnn_obstacle(q: Array) -> str | None:
-    """Why cuDNN cannot take these queries here, or None."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
-        return f"needs an NVIDIA GPU; the device is {jax.devices()[0].device_kind}"
-    major = int(jax.devices()[0].compute_capability.split(".")[0])
-    if major < 8:
-        return f"needs compute capability 8.0; the device has {major}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"needs bfloat16 or float16; q has {q.dtype}"
-    largest = 256 if major >= 9 else 128
-    if q.shape[-1] % 8 or q.shape[-1] > largest:
-        return f"needs a head dimension in multiples of 8 up to {largest}; q has {q.shape[-1]}"
-    return None
+@cache
+def _log_choice(backend: str, platform: str, q: Any, k: Any, dtype: str) -> None:
+    _LOG.info("dot_product_attention: %s on %s for q %s, k %s, %s", backend, platform, q, k, dtype)
 
 
 def _check(q: Array, k: Array, v: Array, implementation: str | None) -> None:

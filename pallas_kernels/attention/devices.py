@@ -1,0 +1,14 @@
+"""Where a Pallas kernel may be called."""
+
+import jax
+from jax.sharding import AxisType
+
+
+def split_by_xla() -> str | None:
+    """That XLA would have to split the call over the devices of a mesh, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    names = [name for name, size, kind in axes if size > 1 and kind != AxisType.Manual]
+    if names:
+        return f"is not split over mesh axes by XLA; call it in jax.shard_map over {names}"
+    return None

@@ -1,0 +1,224 @@
+"""Softmax attention on NVIDIA Hopper: a flash attention forward in Pallas Mosaic-GPU.
+
+A CTA takes 128 queries of a head. Two warpgroups hold 64 of them each, with their output and the
+softmax's running maximum and sum in registers; a third one feeds both with tiles of 128 keys and
+values by asynchronous copies. While the tensor cores multiply the scores of a tile and the weighted
+values of the tile before, the warpgroup turns the scores into weights as soon as they are there.
+
+Tiles come last to first, so that the partly filled one is masked once, ahead of the loop. Copies
+fill rows past an array's end with zeros, and do not write there.
+
+Source: FlashAttention-3, arXiv 2407.08608.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import cudnn
+from pallas_kernels.attention.devices import split_by_xla
+
+_WARPGROUPS, _ROWS, _KEYS, _STAGES = 2, 64, 128, 3
+_HIDDEN = -1e30  # finite, so that rows without any visible key stay finite
+
+
+class _Shared(NamedTuple):
+    """Tiles in shared memory; barriers that say they are there, or have been read."""
+
+    q: Any  # and later the output
+    k: Any
+    v: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+
+
+def obstacle(q: Array) -> str | None:
+    """Why the kernel cannot take these queries here, or None."""
+    if missing := cudnn.no_nvidia():
+        return missing
+    capability = jax.devices()[0].compute_capability
+    if capability != "9.0":
+        return f"needs compute capability 9.0 (Hopper); the device has {capability}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16; q has {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"needs a head dimension of 64 or 128; q has {q.shape[-1]}"
+    return split_by_xla()
+
+
+@jax.custom_vjp
+def attention(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
+    """Attention by the kernel; where it is differentiated, by cuDNN in both directions."""
+    batch, queries, _, _ = q.shape
+    keys = k.shape[1]
+    length = jnp.full(batch, keys) if key_length is None else jnp.clip(key_length, 0, keys)
+    q, k, v = (_in_eights(x) for x in (q, k, v))
+    return _kernel(q, k, v, length.astype(jnp.int32))[:, :queries]
+
+
+def _attention_forward(q, k, v, key_length):
+    return jax.vjp(lambda q, k, v: cudnn.attention(q, k, v, key_length), q, k, v)
+
+
+def _attention_backward(vjp, dout):
+    return *vjp(dout), None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _in_eights(x: Array) -> Array:
+    """Tokens padded to a multiple of 8, the height of a tile in shared memory."""
+    missing = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _kernel(q: Array, k: Array, v: Array, length: Array) -> Array:
+    batch, queries, heads, dim = q.shape
+
+    def body(q_ref, k_ref, v_ref, length_ref, out_ref, shared):
+        tile, head, row = (lax.axis_index(name) for name in ("tile", "head", "row"))
+        warpgroup = lax.axis_index("warpgroup")
+        length = length_ref[row]
+        tiles = jnp.maximum(lax.div(length + (_KEYS - 1), _KEYS), 1)
+
+        @pl.when(warpgroup == _WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            _copy_keys(k_ref.at[row, :, head], v_ref.at[row, :, head], tiles, shared)
+
+        @pl.when(warpgroup < _WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds((tile * _WARPGROUPS + warpgroup) * _ROWS, _ROWS)
+            mine, ready = shared.q.at[warpgroup], shared.q_ready.at[warpgroup]
+            plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], mine, ready)
+            plgpu.barrier_wait(ready)
+            mine[...] = _attend(mine, length, tiles, shared).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(mine, out_ref.at[row, rows, head])
+            plgpu.wait_smem_to_gmem(0)
+
+    wgmma_tiles = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
+    matrices: Any = lambda *shape: plgpu.SMEM((*shape, dim), q.dtype, transforms=wgmma_tiles)
+    ready = plgpu.Barrier(num_barriers=_STAGES)
+    free = plgpu.Barrier(num_barriers=_STAGES, num_arrivals=_WARPGROUPS)
+    shared = _Shared(
+        matrices(_WARPGROUPS, _ROWS),
+        matrices(_STAGES, _KEYS),
+        matrices(_STAGES, _KEYS),
+        plgpu.Barrier(num_barriers=_WARPGROUPS),
+        ready, ready, free, free,
+    )  # fmt: skip
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(pl.cdiv(queries, _WARPGROUPS * _ROWS), heads, batch),
+        grid_names=("tile", "head", "row"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=[shared],
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(q, k, v, length)
+
+
+def _copy_keys(k_ref: Any, v_ref: Any, tiles: Array, shared: _Shared) -> None:
+    """Feeds the tiles of keys and values [T, D], the last one first."""
+
+    def step(i, _):
+        slot = lax.rem(i, _STAGES)
+        rows = pl.ds((tiles - 1 - i) * _KEYS, _KEYS)
+        for source, target, free, ready in (
+            (k_ref, shared.k, shared.k_free, shared.k_ready),
+            (v_ref, shared.v, shared.v_free, shared.v_ready),
+        ):
+            pl.when(i >= _STAGES)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(source.at[rows], target.at[slot], ready.at[slot])
+
+    lax.fori_loop(0, tiles, step, None)
+
+
+def _attend(q_smem: Any, length: Array, tiles: Array, shared: _Shared) -> Array:
+    """Output of 64 queries, float32 [64, D]."""
+    dim = q_smem.shape[1]
+
+    def first():
+        plgpu.barrier_wait(shared.k_ready.at[0])
+        scores = _add_product(_filled((_ROWS, _KEYS), 0), q_smem, shared.k.at[0].T)
+        plgpu.barrier_arrive(shared.k_free.at[0])
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+        scores = jnp.where(key < length - (tiles - 1) * _KEYS, scores, _HIDDEN)
+        return _weights(scores, _filled((_ROWS,), _HIDDEN), dim, q_smem.dtype)
+
+    def step(i, carry):
+        """Scores of tile i beside values of tile i - 1."""
+        out, highest, total, weights = carry
+        now, before = lax.rem(i, _STAGES), lax.rem(i - 1, _STAGES)
+        plgpu.barrier_wait(shared.k_ready.at[now])
+        plgpu.barrier_wait(shared.v_ready.at[before])
+
+        def products(refs):
+            scores_ref, out_ref, *softmax_refs = refs
+            highest_ref, _, weights_ref = softmax_refs
+            plgpu.wgmma(scores_ref, q_smem, shared.k.at[now].T)
+            plgpu.wgmma(out_ref, weights_ref[...], shared.v.at[before])
+            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+            plgpu.barrier_arrive(shared.k_free.at[now])
+            found = _weights(scores, highest_ref[...], dim, q_smem.dtype)
+            for ref, x in zip(softmax_refs, found, strict=True):
+                ref[...] = x
+
+        accumulators = _accumulator(_filled((_ROWS, _KEYS), 0)), _accumulator(out)
+        state: Any = (*accumulators, highest, total, weights)
+        _, out, new_highest, added, weights = pl.run_state(products)(state)
+        plgpu.barrier_arrive(shared.v_free.at[before])
+        fade = jnp.exp2(highest - new_highest)
+        return out * _across(fade, dim), new_highest, total * fade + added, weights
+
+    carry = (_filled((_ROWS, dim), 0), *first())
+    out, _, total, weights = lax.fori_loop(1, tiles, step, carry)
+    last = lax.rem(tiles - 1, _STAGES)
+    plgpu.barrier_wait(shared.v_ready.at[last])
+    out = _add_product(out, weights, shared.v.at[last])
+    return out * _across(jnp.where(length > 0, 1 / total, 0.0), dim)
+
+
+def _weights(scores: Array, highest: Array, dim: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """Of a tile of scores: each row's new maximum and sum of weights, and the weights.
+
+    They are powers of two, which the hardware has, so that maxima are in that scale.
+    """
+    scale = math.log2(math.e) / math.sqrt(dim)
+    highest = jnp.maximum(highest, scores.max(axis=1) * scale)
+    weights = jnp.exp2(scores * scale - _across(highest, _KEYS))
+    return highest, weights.sum(axis=1), weights.astype(dtype)
+
+
+_accumulator = plgpu.WGMMAAccumulatorRef.init
+
+
+def _add_product(out: Array, a: Any, b: Any) -> Array:
+    result: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(_accumulator(out))
+    return result
+
+
+def _filled(shape: tuple[int, ...], value: float) -> Array:
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _across(x: Array, columns: int) -> Array:
+    return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))

@@ -1,0 +1,85 @@
+"""Softmax attention on TPUs by JAX's splash attention, a flash attention in Pallas."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
+
+from pallas_kernels.attention.devices import split_by_xla
+
+_LANES = 128
+
+
+def obstacle(q: Array) -> str | None:
+    """Why splash attention cannot take these queries here, or None."""
+    if jax.default_backend() != "tpu":
+        return f"needs a TPU; the device is {jax.devices()[0].device_kind}"
+    if q.dtype != jnp.bfloat16:
+        return f"needs bfloat16, in which it multiplies; q has {q.dtype}"
+    if q.shape[-1] % 64:
+        return f"needs a head dimension in multiples of 64; q has {q.shape[-1]}"
+    return split_by_xla()
+
+
+def attention(
+    q: Array, k: Array, v: Array, key_length: Array | None, *, interpret: bool = False
+) -> Array:
+    """Attention; lengths are padded to whole blocks, whose keys past the length are masked."""
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    rows, columns = _block(queries), _block(keys)
+    q = q * jnp.asarray(1 / math.sqrt(dim), q.dtype)
+    q, k, v = (_padded(x, n).swapaxes(1, 2) for x, n in ((q, rows), (k, columns), (v, columns)))
+    length = jnp.full(batch, keys) if key_length is None else jnp.clip(key_length, 0, keys)
+    masked = key_length is not None or k.shape[2] > keys
+
+    def attend(q, k, v, length) -> Any:
+        kernel = _kernel(heads, q.shape[1], k.shape[1], rows, columns, interpret)
+        if not masked:
+            return kernel(q, k, v)
+        if key_length is not None:
+            kernel.fwd_mask_info = _filled_blocks(length, q.shape[1] // rows, k.shape[1], columns)
+        shown = jnp.arange(k.shape[1]) < length
+        ids = splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), shown.astype(jnp.int32))
+        return jnp.where(length > 0, kernel(q, k, v, segment_ids=ids), 0)
+
+    out: Array = jax.vmap(attend)(q, k, v, length.astype(jnp.int32))
+    return out.swapaxes(1, 2)[:, :queries]
+
+
+def _kernel(heads: int, queries: int, keys: int, rows: int, columns: int, interpret: bool) -> Any:
+    sizes = splash.BlockSizes(
+        block_q=rows, block_kv=columns,
+        block_q_dkv=rows, block_kv_dkv=columns,
+        block_q_dq=rows, block_kv_dq=columns,
+    )  # fmt: skip
+    mask = splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads)
+    return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+
+
+def _block(length: int) -> int:
+    """Of blocks up to 1024, the largest of those that pad the length least."""
+    if length <= 512:
+        return -(-length // _LANES) * _LANES
+    return min(range(1024, 511, -_LANES), key=lambda block: -length % block)
+
+
+def _padded(x: Array, block: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
+
+
+def _filled_blocks(length: Array, row_blocks: int, keys: int, columns: int):
+    """Makes the forward pass skip blocks of keys past the length, and not fetch them."""
+    last = jnp.maximum(length - 1, 0) // columns
+    block = jnp.broadcast_to(jnp.arange(keys // columns), (1, row_blocks, keys // columns))
+    return splash_attention_mask_info.MaskInfo(
+        data_next=jnp.minimum(block, last).astype(jnp.int16),
+        mask_next=None,
+        block_mask=(2 * (block <= last)).astype(jnp.int8),
+        partial_mask_blocks=None,
+        q_sequence=None,
+    )
