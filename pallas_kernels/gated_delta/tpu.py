@@ -27,5 +27,5 @@ def forward(plan, k, v, g, beta, initial_state):
 
 
 def backward(plan, res, dstates):
-    starts = tpu_forward.block_ends(plan, *res, chunk_starts=True)
-    return tpu_backward.gradients(plan, *res[:4], starts, dstates)
+    matrices = tpu_forward.chunk_matrices(plan, *res)
+    return tpu_backward.gradients(plan, *res[:4], matrices, dstates)

@@ -1,101 +1,100 @@
-"""The backward TPU kernel: chunks in reverse, the cotangent of the state carried in VMEM."""
+"""The backward TPU kernel: chunks from the last to the first, the state's cotangent in VMEM.
 
+With D the cotangent of a chunk's end state, in the letters of `xla.py`:
+
+    R  = diag(r) V - gamma K S      dR = X D      dX = R D^T      Z = T diag(beta) dX
+    P  = -lower(Y Z^T)              Q = diag(beta) P
+    dV = diag(r) dR                 dK = Z - gamma dR S^T + (Q + Q^T) K
+    dbeta = rowsum(dX * Y + P * K K^T)
+    dS = gamma (D - K^T dR)         dg_t = <dS, S> + sum_{i<t} <v_i, dv_i>
+"""
+
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.gated_delta.plan import Plan
 from pallas_kernels.gated_delta.tpu_chunk import (
+    Chunk,
     Numerics,
-    Tiling,
-    inverses,
     pieces,
     product,
     read_chunk,
-    triangle,
-    varying,
+    strictly_lower,
 )
+from pallas_kernels.gated_delta.tpu_layout import Layout
 
 
-def gradients(plan, k, v, g, beta, starts, dstates):
-    """Gradients of k, v, g, beta and the initial state."""
-    tiling, numerics = Tiling.of(plan, k, v), Numerics.of(plan, k)
-    size, group, dims = tiling.chunk, tiling.group, (tiling.key_dim, tiling.value_dim)
-    blocks, chunks = tiling.blocks - 1, tiling.chunks - 1
+def gradients(
+    plan: Plan, k: Array, v: Array, g: Array, beta: Array, matrices: Sequence[Array], dstates: Array
+) -> tuple[Array, ...]:
+    """Gradients of k, v, g, beta and the initial state.
 
-    def tokens(dim):
-        return pl.BlockSpec(
-            (None, None, size, group * dim), lambda b, h, n, c: (b, blocks - n, chunks - c, h)
-        )
-
-    gates = pl.BlockSpec(
-        (None, None, None, size, group), lambda b, h, n, c: (b, h, blocks - n, chunks - c, 0)
+    `matrices`: start state and T of every chunk; `dstates` [B, blocks + 1, H, K, V].
+    """
+    layout = Layout.of(plan, k, v, reverse=True)
+    tokens, square = layout.fold(k, v, g, beta), (layout.chunk, layout.chunk)
+    specs = layout.tokens()
+    of_matrices = [layout.chunk_matrix(*layout.state), layout.chunk_matrix(*square)]
+    initial = (layout.batch, layout.heads, *layout.state)
+    *dtokens, dinitial = layout.call(
+        partial(_kernel, Numerics.of(plan, k)),
+        "gated_delta_backward",
+        plan,
+        [*tokens, *matrices, dstates],
+        [*specs, *of_matrices, layout.block_state(ahead=1)],
+        [
+            *((x.shape, x.dtype, spec) for x, spec in zip(tokens, specs, strict=True)),
+            (initial, jnp.float32, layout.carried_state()),
+        ],
     )
-    start = pl.BlockSpec(
-        (None, None, None, group, *dims), lambda b, h, n, c: (b, blocks - n, chunks - c, h, 0, 0)
-    )
-    end = pl.BlockSpec((None, None, group, *dims), lambda b, h, n, c: (b, blocks - n + 1, h, 0, 0))
-    initial = pl.BlockSpec((None, group, *dims), lambda b, h, n, c: (b, h, 0, 0))
-    folded = (
-        tiling.fold_features(k), tiling.fold_features(v),
-        tiling.fold_heads(g), tiling.fold_heads(beta),
-    )  # fmt: skip
-    like = [varying(x.shape, x.dtype, k) for x in folded]
-    state = varying((tiling.batch, tiling.heads, *dims), jnp.float32, k)
-    token_specs = [tokens(dims[0]), tokens(dims[1]), gates, gates]
-    dk, dv, dg, dbeta, dinitial = pl.pallas_call(
-        partial(_kernel, tiling, numerics),
-        out_shape=(*like, state),
-        grid=tiling.grid,
-        in_specs=[*token_specs, start, end],
-        out_specs=(*token_specs, initial),
-        scratch_shapes=[pltpu.VMEM((group, *dims), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=64 * 2**20,
-        ),
-        interpret=plan.interpret,
-        name="gated_delta_backward",
-    )(*folded, starts, dstates)
-    return (
-        dk.reshape(k.shape), dv.reshape(v.shape),
-        tiling.unfold_heads(dg), tiling.unfold_heads(dbeta), dinitial + dstates[:, 0],
-    )  # fmt: skip
+    return (*layout.unfold(*dtokens), dinitial + dstates[:, 0])
 
 
-def _kernel(
-    tiling, numerics, k, v, g, writing, start, end, dk, dv, dg, dbeta, dinitial, dstate
-):
-    block, chunk = pl.program_id(2), pl.program_id(3)
+def _kernel(numerics: Numerics, layout: Layout, *refs: Any) -> None:
+    k, v, g, beta, start, inverse, dend, dk, dv, dg, dbeta, dinitial, dstate = refs
+    block, chunk = layout.position()
 
-    @pl.when((block == 0) & (chunk == 0))
+    @pl.when(layout.first())
     def _():
         dstate[...] = jnp.zeros_like(dstate)
 
-    @pl.when(chunk == 0)
+    @pl.when(chunk == layout.chunks - 1)
     def _():
-        dstate[...] += end[...]
+        dstate[...] += dend[...]
 
-    x = read_chunk(tiling, tiling.chunks - 1 - chunk, k, v, g, writing)
-    heads = range(tiling.group)
+    x = read_chunk(layout, k, v, g, beta)
+    _step(numerics, layout, x, start, inverse, dk, dv, dg, dbeta, dstate)
+
+    @pl.when((block == 0) & (chunk == 0))
+    def _():
+        dinitial[...] = dstate[...]
+
+
+def _step(
+    numerics: Numerics, layout: Layout, x: Chunk, start: Any, inverse: Any,
+    dk: Any, dv: Any, dg: Any, dbeta: Any, dstate: Any,
+) -> None:  # fmt: skip
+    """Moves `dstate` back over a chunk and writes the gradients of its tokens."""
+    heads, lower = range(layout.group), strictly_lower(layout.chunk)
     narrow = partial(pieces, count=numerics.operand)
     wide = partial(pieces, count=numerics.inverse)
-    lower = triangle(tiling.chunk, below=True)
     beta, r, gamma = x.beta, x.r, x.gamma
     values = [v.astype(jnp.float32) for v in x.v]
 
-    # Every line does one thing for all heads, which do not wait for each other.
+    # A line does one thing for all heads: they do not wait for each other.
     kts = [k.T for k in x.k]
     grams = [product((x.k[h],), (kts[h],)) for h in heads]
-    ts = inverses(numerics, [jnp.where(lower, beta[h] * grams[h], 0.0) for h in heads])
-    ys = [product(wide(ts[h].T), (x.k[h],)) for h in heads]
+    ys = [product(wide(inverse[h].T), (x.k[h],)) for h in heads]
     reads = [product(narrow(x.k[h]), narrow(start[h])) for h in heads]
     residuals = [r[h] * values[h] - gamma[h] * reads[h] for h in heads]
     dresiduals = [beta[h] * product(narrow(ys[h]), narrow(dstate[h])) for h in heads]
     dxs = [product(narrow(residuals[h]), narrow(dstate[h]), 1) for h in heads]
-    zs = [product(narrow(ts[h]), narrow(beta[h] * dxs[h])) for h in heads]
+    zs = [product(narrow(inverse[h]), narrow(beta[h] * dxs[h])) for h in heads]
     ps = [jnp.where(lower, -product(narrow(ys[h]), narrow(zs[h]), 1), 0.0) for h in heads]
     qs = [beta[h] * ps[h] for h in heads]
     dvs = [r[h] * dresiduals[h] for h in heads]
@@ -106,24 +105,21 @@ def _kernel(
     dstates = [gamma[h] * dstates[h] for h in heads]
 
     kept = [jnp.sum(dstates[h] * start[h], keepdims=True) for h in heads]
-    written = [jnp.sum(values[h] * dvs[h], 1, keepdims=True) for h in heads]
-    dbetas = [
-        jnp.sum(dxs[h] * ys[h], 1, keepdims=True) + jnp.sum(ps[h] * grams[h], 1, keepdims=True)
-        for h in heads
-    ]
+    written = [_rowsum(values[h] * dvs[h]) for h in heads]
+    dbetas = [_rowsum(dxs[h] * ys[h]) + _rowsum(ps[h] * grams[h]) for h in heads]
     for h in heads:
         dstate[h] = dstates[h]
-        dk[:, h * tiling.key_dim : (h + 1) * tiling.key_dim] = dks[h].astype(dk.dtype)
-        dv[:, h * tiling.value_dim : (h + 1) * tiling.value_dim] = dvs[h].astype(dv.dtype)
+        dk[:, h * layout.key_dim : (h + 1) * layout.key_dim] = dks[h].astype(dk.dtype)
+        dv[:, h * layout.value_dim : (h + 1) * layout.value_dim] = dvs[h].astype(dv.dtype)
     dbeta[...] = _columns(dbetas)
     dg[...] = _columns(kept) + product((lower.astype(jnp.float32),), (_columns(written),))
 
-    @pl.when((block == tiling.blocks - 1) & (chunk == tiling.chunks - 1))
-    def _():
-        dinitial[...] = dstate[...]
+
+def _rowsum(x: Array) -> Array:
+    return jnp.sum(x, 1, keepdims=True)
 
 
-def _columns(xs):
+def _columns(xs: Sequence[Array]) -> Array:
     """[C, 1] of every head -> [C, heads]."""
     shape = (xs[0].shape[0], len(xs))
     head = lax.broadcasted_iota(jnp.int32, shape, 1)

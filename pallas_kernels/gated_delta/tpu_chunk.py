@@ -5,66 +5,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_delta.plan import Plan
-
-# Heads of one grid step at head dims of 128: independent work enough to hide every latency.
-_HEADS = 12
+from pallas_kernels.gated_delta.tpu_layout import Layout
 
 # Diagonal blocks inverted by forward substitution; larger ones by matrix products.
 _BASE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Sizes of a call and of one grid step: `chunk` tokens of `group` heads."""
-
-    batch: int
-    blocks: int
-    block_size: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    chunk: int
-    group: int
-
-    @classmethod
-    def of(cls, plan: Plan, k: Array, v: Array) -> "Tiling":
-        """The tiling of k [B, T, H, K] and v [B, T, H, V]."""
-        batch, time, heads, key_dim = k.shape
-        value_dim = v.shape[-1]
-        most = max(1, _HEADS * 128 * 128 // (key_dim * value_dim))
-        group = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
-        blocks = time // plan.block_size
-        chunk = plan.chunk_size or 128
-        return cls(batch, blocks, plan.block_size, heads, key_dim, value_dim, chunk, group)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a block, the last of them perhaps ragged."""
-        return -(-self.block_size // self.chunk)
-
-    @property
-    def grid(self) -> tuple[int, int, int, int]:
-        """Batch entries, groups of heads, blocks, chunks; the state is carried over the last two."""
-        return self.batch, self.heads // self.group, self.blocks, self.chunks
-
-    def fold_features(self, x: Array) -> Array:
-        """[B, T, H, D] -> [B, block, token, H D]: heads become lane blocks."""
-        return x.reshape(self.batch, self.blocks, self.block_size, -1)
-
-    def fold_heads(self, x: Array) -> Array:
-        """[B, T, H] -> [B, group of heads, block, token, head]."""
-        shape = (self.batch, self.blocks, self.block_size, -1, self.group)
-        return jnp.moveaxis(x.reshape(shape), 3, 1)
-
-    def unfold_heads(self, x: Array) -> Array:
-        """The inverse of fold_heads."""
-        return jnp.moveaxis(x, 1, 3).reshape(self.batch, -1, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +78,13 @@ class Chunk:
     gamma: Sequence[Array]  # [1, 1] a head: the decay of the state
 
 
-def read_chunk(tiling: Tiling, chunk: Any, k: Any, v: Any, g: Any, beta: Any) -> Chunk:
-    """Reads chunk number `chunk` of a block from the step's references."""
-    size, group = tiling.chunk, range(tiling.group)
-    rest = tiling.block_size - chunk * size
+def read_chunk(layout: Layout, k: Any, v: Any, g: Any, beta: Any) -> Chunk:
+    """The chunk of a grid step from references to k, v, g and beta."""
+    size, group = layout.chunk, range(layout.group)
+    rest = layout.block_size - layout.position()[1] * size
 
     def masked(x: Array) -> Array:
-        if tiling.block_size % size == 0:
+        if layout.block_size % size == 0:
             return x
         row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
         return jnp.where(row < rest, x, jnp.zeros_like(x))
@@ -149,31 +97,31 @@ def read_chunk(tiling: Tiling, chunk: Any, k: Any, v: Any, g: Any, beta: Any) ->
 
     decay = masked(g[...])
     # Suffix sums, never differences of sums, which a reset of -1e4 would swallow.
-    later = triangle(size, below=False).astype(jnp.float32)
-    later = product((later,), (decay,))
+    later = product((strictly_lower(size).astype(jnp.float32).T,), (decay,))
     return Chunk(
-        heads(k, tiling.key_dim),
-        heads(v, tiling.value_dim),
+        heads(k, layout.key_dim),
+        heads(v, layout.value_dim),
         columns(masked(beta[...])),
         columns(jnp.exp(later)),
         columns(jnp.exp(later[:1] + decay[:1])),
     )
 
 
-def triangle(size: int, *, below: bool) -> Array:
-    """True strictly below the diagonal, or strictly above."""
-    i, j = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return i > j if below else i < j
+def strictly_lower(size: int) -> Array:
+    """True below the diagonal."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return row > column
 
 
-def inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
-    """(I + L)^-1 of every head, L strictly lower: X <- X - X L_b X, b = 16, 32, ...
+def inverses(numerics: Numerics, ms: Sequence[Array]) -> list[Array]:
+    """(I + L)^-1 of every head, L the strictly lower part of m: X <- X - X L_b X, b = 16, 32, ...
 
     X holds the inverses of the diagonal blocks of size b, L_b what joins two of them: bounded for
     any keys, where powers of L lose all digits. All heads climb a level together: their products
     do not wait for each other.
     """
-    size = ls[0].shape[0]
+    size = ms[0].shape[0]
+    ls = [jnp.where(strictly_lower(size), m, 0.0) for m in ms]
     xs = _diagonal_inverses(numerics, ls)
     b = _BASE
     while b < size:
@@ -237,8 +185,3 @@ def _climb(numerics: Numerics, xs: list[Array], ls: Sequence[Array], b: int) -> 
     ]
     ups = [product(pieces(up, numerics.inverse), x) for up, x in zip(ups, splits, strict=True)]
     return [merged(x, up) for x, up in zip(xs, ups, strict=True)]
-
-
-def varying(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """An output that varies over a device mesh as `like` does."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

@@ -1,90 +1,81 @@
-"""The forward TPU kernel: the state carried in VMEM over the chunks of all blocks."""
+"""The forward TPU kernel: a chunk a step, the state carried in VMEM."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_delta.plan import Plan
-from pallas_kernels.gated_delta.tpu_chunk import (
-    Numerics,
-    Tiling,
-    inverses,
-    pieces,
-    product,
-    read_chunk,
-    triangle,
-    varying,
-)
+from pallas_kernels.gated_delta.tpu_chunk import Numerics, inverses, pieces, product, read_chunk
+from pallas_kernels.gated_delta.tpu_layout import Layout
 
 
-def block_ends(plan, k, v, g, beta, initial_state, *, chunk_starts=False):
-    """States after each block [B, blocks, H, K, V]; with chunk_starts, before each chunk."""
-    tiling, numerics = Tiling.of(plan, k, v), Numerics.of(plan, k)
-    size, group, dims = tiling.chunk, tiling.group, (tiling.key_dim, tiling.value_dim)
-
-    def tokens(dim):
-        return pl.BlockSpec((None, None, size, group * dim), lambda b, h, n, c: (b, n, c, h))
-
-    gates = pl.BlockSpec((None, None, None, size, group), lambda b, h, n, c: (b, h, n, c, 0))
-    state = pl.BlockSpec((None, group, *dims), lambda b, h, n, c: (b, h, 0, 0))
-    out = pl.BlockSpec((None, None, group, *dims), lambda b, h, n, c: (b, n, h, 0, 0))
-    shape = (tiling.batch, tiling.blocks, tiling.heads, *dims)
-    if chunk_starts:
-        out = pl.BlockSpec(
-            (None, None, None, group, *dims), lambda b, h, n, c: (b, n, c, h, 0, 0)
-        )
-        shape = (tiling.batch, tiling.blocks, tiling.chunks, tiling.heads, *dims)
-    return pl.pallas_call(
-        partial(_kernel, tiling, numerics, chunk_starts),
-        out_shape=varying(shape, jnp.float32, k),
-        grid=tiling.grid,
-        in_specs=[tokens(dims[0]), tokens(dims[1]), gates, gates, state],
-        out_specs=out,
-        scratch_shapes=[pltpu.VMEM((group, *dims), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=48 * 2**20,
-        ),
-        interpret=plan.interpret,
-        name="gated_delta_forward",
-    )(
-        tiling.fold_features(k), tiling.fold_features(v),
-        tiling.fold_heads(g), tiling.fold_heads(beta), initial_state,
-    )  # fmt: skip
+def block_ends(plan: Plan, *inputs: Array) -> Array:
+    """The state after each block, [B, blocks, H, K, V]."""
+    layout = Layout.of(plan, *inputs[:2])
+    shape = (layout.batch, layout.blocks, layout.heads, *layout.state)
+    outputs = [(shape, jnp.float32, layout.block_state())]
+    return _call(plan, layout, _ends_kernel, inputs, outputs)[0]
 
 
-def _kernel(tiling, numerics, chunk_starts, k, v, g, beta, initial, out, state):
-    block, chunk = pl.program_id(2), pl.program_id(3)
+def chunk_matrices(plan: Plan, *inputs: Array) -> Sequence[Array]:
+    """Of every chunk its start state and its T = (I + L)^-1, [B, blocks, chunks, H, ., .]."""
+    layout = Layout.of(plan, *inputs[:2])
+    lead = (layout.batch, layout.blocks, layout.chunks, layout.heads)
+    shapes = (layout.state, (layout.chunk, layout.chunk))
+    outputs = [((*lead, *shape), jnp.float32, layout.chunk_matrix(*shape)) for shape in shapes]
+    return _call(plan, layout, _chunks_kernel, inputs, outputs)
 
-    @pl.when((block == 0) & (chunk == 0))
+
+def _call(plan: Plan, layout: Layout, kernel: Any, inputs: Any, outputs: Any) -> Sequence[Array]:
+    *tokens, initial_state = inputs
+    kernel = partial(kernel, Numerics.of(plan, tokens[0]))
+    in_specs = [*layout.tokens(), layout.carried_state()]
+    inputs = [*layout.fold(*tokens), initial_state]
+    return layout.call(kernel, "gated_delta_forward", plan, inputs, in_specs, outputs)
+
+
+def _ends_kernel(numerics: Numerics, layout: Layout, *refs: Any) -> None:
+    *inputs, end, state = refs
+    _step(numerics, layout, *inputs, state)
+
+    @pl.when(layout.position()[1] == layout.chunks - 1)
+    def _():
+        end[...] = state[...]
+
+
+def _chunks_kernel(numerics: Numerics, layout: Layout, *refs: Any) -> None:
+    *inputs, start, inverse, state = refs
+    starts, ts = _step(numerics, layout, *inputs, state)
+    for h in range(layout.group):
+        start[h], inverse[h] = starts[h], ts[h]
+
+
+def _step(
+    numerics: Numerics, layout: Layout, k: Any, v: Any, g: Any, beta: Any, initial: Any, state: Any
+) -> tuple[list[Array], list[Array]]:
+    """Moves `state` over a chunk; its start and T, a head each."""
+
+    @pl.when(layout.first())
     def _():
         state[...] = initial[...]
 
-    if chunk_starts:
-        out[...] = state[...]
-
-    x = read_chunk(tiling, chunk, k, v, g, beta)
-    heads = range(tiling.group)
+    x = read_chunk(layout, k, v, g, beta)
+    heads = range(layout.group)
     narrow = partial(pieces, count=numerics.operand)
-    lower = triangle(tiling.chunk, below=True)
 
-    # Every line does one thing for all heads, which do not wait for each other.
+    # A line does one thing for all heads: they do not wait for each other.
     kts = [k.T for k in x.k]
     grams = [product((x.k[h],), (kts[h],)) for h in heads]
-    ts = inverses(numerics, [jnp.where(lower, x.beta[h] * grams[h], 0.0) for h in heads])
+    ts = inverses(numerics, [x.beta[h] * grams[h] for h in heads])
     yts = [product((kts[h],), pieces(ts[h], numerics.inverse)) for h in heads]
-    reads = [product(narrow(x.k[h]), narrow(state[h])) for h in heads]
-    writes = [
-        x.beta[h] * (x.r[h] * x.v[h].astype(jnp.float32) - x.gamma[h] * reads[h]) for h in heads
-    ]
+    starts = [state[h] for h in heads]
+    reads = [product(narrow(x.k[h]), narrow(starts[h])) for h in heads]
+    residuals = [x.r[h] * x.v[h].astype(jnp.float32) - x.gamma[h] * reads[h] for h in heads]
+    writes = [product(narrow(yts[h]), narrow(x.beta[h] * residuals[h])) for h in heads]
     for h in heads:
-        state[h] = x.gamma[h] * state[h] + product(narrow(yts[h]), narrow(writes[h]))
-
-    if not chunk_starts:
-        @pl.when(chunk == tiling.chunks - 1)
-        def _():
-            out[...] = state[...]
+        state[h] = x.gamma[h] * starts[h] + writes[h]
+    return starts, ts
