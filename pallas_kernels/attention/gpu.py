@@ -6,7 +6,8 @@ values by asynchronous copies. While the tensor cores multiply the scores of a t
 values of the tile before, the warpgroup turns the scores into weights as soon as they are there.
 
 Tiles come last to first, so that the partly filled one is masked once, ahead of the loop. Copies
-fill rows past an array's end with zeros, and do not write there.
+fill rows past an array's end with zeros, and do not write there. Numbers of tokens that are no
+multiple of 8 cost a padded copy.
 
 Source: FlashAttention-3, arXiv 2407.08608.
 """
@@ -22,8 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.devices import split_by_xla
+from pallas_kernels.attention.lengths import padded, visible
 
 _WARPGROUPS, _ROWS, _KEYS, _STAGES = 2, 64, 128, 3
+_TILE_ROWS = 8  # of a tile of 64 columns in shared memory
 _HIDDEN = -1e30  # finite, so that rows without any visible key stay finite
 
 
@@ -57,11 +60,9 @@ def obstacle(q: Array) -> str | None:
 @jax.custom_vjp
 def attention(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
     """Attention by the kernel; where it is differentiated, by cuDNN in both directions."""
-    batch, queries, _, _ = q.shape
-    keys = k.shape[1]
-    length = jnp.full(batch, keys) if key_length is None else jnp.clip(key_length, 0, keys)
-    q, k, v = (_in_eights(x) for x in (q, k, v))
-    return _kernel(q, k, v, length.astype(jnp.int32))[:, :queries]
+    queries, length = q.shape[1], visible(k, key_length)
+    q, k, v = (padded(x, _TILE_ROWS) for x in (q, k, v))
+    return _kernel(q, k, v, length)[:, :queries]
 
 
 def _attention_forward(q, k, v, key_length):
@@ -73,12 +74,6 @@ def _attention_backward(vjp, dout):
 
 
 attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _in_eights(x: Array) -> Array:
-    """Tokens padded to a multiple of 8, the height of a tile in shared memory."""
-    missing = -x.shape[1] % 8
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
 def _kernel(q: Array, k: Array, v: Array, length: Array) -> Array:
@@ -108,7 +103,7 @@ def _kernel(q: Array, k: Array, v: Array, length: Array) -> Array:
             plgpu.wait_smem_to_gmem(0)
 
     wgmma_tiles = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.TilingTransform((_TILE_ROWS, 64)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
     )
     matrices: Any = lambda *shape: plgpu.SMEM((*shape, dim), q.dtype, transforms=wgmma_tiles)

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
 from pallas_kernels.attention.devices import split_by_xla
+from pallas_kernels.attention.lengths import padded, visible
 
 _LANES = 128
 
@@ -29,12 +30,11 @@ def attention(
     q: Array, k: Array, v: Array, key_length: Array | None, *, interpret: bool = False
 ) -> Array:
     """Attention; lengths are padded to whole blocks, whose keys past the length are masked."""
-    batch, queries, heads, dim = q.shape
-    keys = k.shape[1]
+    _, queries, heads, dim = q.shape
+    keys, length = k.shape[1], visible(k, key_length)
     rows, columns = _block(queries), _block(keys)
     q = q * jnp.asarray(1 / math.sqrt(dim), q.dtype)
-    q, k, v = (_padded(x, n).swapaxes(1, 2) for x, n in ((q, rows), (k, columns), (v, columns)))
-    length = jnp.full(batch, keys) if key_length is None else jnp.clip(key_length, 0, keys)
+    q, k, v = (padded(x, n).swapaxes(1, 2) for x, n in ((q, rows), (k, columns), (v, columns)))
     masked = key_length is not None or k.shape[2] > keys
 
     def attend(q, k, v, length) -> Any:
@@ -47,7 +47,7 @@ def attention(
         ids = splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), shown.astype(jnp.int32))
         return jnp.where(length > 0, kernel(q, k, v, segment_ids=ids), 0)
 
-    out: Array = jax.vmap(attend)(q, k, v, length.astype(jnp.int32))
+    out: Array = jax.vmap(attend)(q, k, v, length)
     return out.swapaxes(1, 2)[:, :queries]
 
 
@@ -66,10 +66,6 @@ def _block(length: int) -> int:
     if length <= 512:
         return -(-length // _LANES) * _LANES
     return min(range(1024, 511, -_LANES), key=lambda block: -length % block)
-
-
-def _padded(x: Array, block: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
 def _filled_blocks(length: Array, row_blocks: int, keys: int, columns: int):
