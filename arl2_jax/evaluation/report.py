@@ -1,5 +1,6 @@
 """What a run has achieved: numbers, curves, pictures and videos, in one folder."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -9,6 +10,7 @@ import os
 import platform
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from arl2_jax import models
 from arl2_jax.config import Config, ModelConfig, to_config_dict
@@ -94,10 +97,10 @@ def write_report(
 
     # On a CPU, compilation takes one core, and small products do not fill many.
     workers = 3 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
+    layout = jax.tree.leaves(converted.untrained)[0].sharding
     with ThreadPoolExecutor(workers) as pool:
-        gap = pool.submit(_gap, config, data, found, key)
-        recalled = pool.submit(_recall, config, data, found, key)
-        continued = pool.submit(_continue, config, data, found, key).result()
+        submit = lambda part: pool.submit(_on_mesh, layout, part, config, data, found, key)
+        gap, recalled, continued = submit(_gap), submit(_recall), submit(_continue).result()
     scores, sheet = recalled.result()
     if jax.process_index() == 0:
         (folder / "report").mkdir(parents=True, exist_ok=True)
@@ -109,6 +112,13 @@ def write_report(
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
         write_whole(folder / "report" / "report.json", content.encode())
     return report
+
+
+def _on_mesh(layout: Sharding, function: Callable[..., Any], *arguments) -> Any:
+    """Calls a function under the mesh of a layout, if it has one; each thread has its own."""
+    mesh = layout.mesh if isinstance(layout, NamedSharding) else None
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
+        return function(*arguments)
 
 
 def _models(config: Config, converted: Converted) -> dict[str, Model]:
