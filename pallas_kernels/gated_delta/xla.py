@@ -113,8 +113,9 @@ def _block_backward(
 
     residual = f.r * v - f.gamma * _tokens(plan, "...ck,...kv->...cv", k, s)
     dresidual = _tokens(plan, "...ck,...kv->...cv", f.x, d)
-    dx = _tokens(plan, "...cv,...kv->...ck", residual, d)
-    z = _tokens(plan, "...ij,...jk->...ik", f.t, beta[..., None] * dx)
+    # dX and Z cancel with alike keys, as Y does.
+    dx = _states(plan, "...cv,...kv->...ck", residual, d)
+    z = _states(plan, "...ij,...jk->...ik", f.t, beta[..., None] * dx)
     p = -jnp.tril(_tokens(plan, "...ik,...jk->...ij", f.y, z), -1)
     q = beta[..., None] * p
 
@@ -173,7 +174,8 @@ def _inverse_ladder(plan: Plan, m: Array) -> Array:
 
 def _chunk_maps(plan: Plan, f: Factors, k: Array, v: Array) -> tuple[Array, Array]:
     eye = jnp.eye(k.shape[-1], dtype=plan.state)
-    a = f.gamma * (eye - _tokens(plan, "...ci,...cj->...ij", f.x, k))
+    # Long products of A keep what one of them loses where nothing decays.
+    a = f.gamma * (eye - _states(plan, "...ci,...cj->...ij", f.x, k))
     return a, _tokens(plan, "...ck,...cv->...kv", f.x, f.r * v)
 
 

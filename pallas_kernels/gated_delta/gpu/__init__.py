@@ -75,16 +75,13 @@ def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     static = {"segments": segments, "interpret": plan.interpret}
     # Between the boundaries of blocks no cotangent comes in.
     added = jnp.zeros_like(res.states).at[:, ::segments].set(dstates[:, :-1].mT)
-    ends = fold(
-        res.high, res.low, added, dstates[:, -1].mT, reverse=True, interpret=plan.interpret
-    )
+    ends = fold(res.high, res.low, added, dstates[:, -1].mT, reverse=True, interpret=plan.interpret)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     states = chunk_states(k, res.y, v, gates, flat(res.states), **static)
     cotangents = chunk_cotangents(k, res.y, gates, flat(ends[:, 1:]), **static)
     dk, dv, rows = gradients(k, res.y, v, gates, states, cotangents, interpret=plan.interpret)
-    dbeta, vdv, carried = (rows[..., i, :] for i in range(3))
-    dg = gate.decay_gradient(vdv, carried.sum(-1), k.shape[1])
-    dtokens = (dk, dv, dg, gate.tokens(dbeta, k.shape[1]))
+    dbeta, dg = (gate.tokens(rows[..., i, :], k.shape[1]) for i in (0, 1))
+    dtokens = (dk, dv, dg, dbeta)
     joined = (_join(plan, d, x) for d, x in zip(dtokens, res[:4], strict=True))
     return (*joined, ends[:, 0].mT)
 

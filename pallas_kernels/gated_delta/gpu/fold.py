@@ -76,6 +76,7 @@ def fold(
         store(out_ref.at[b, 0 if reverse else count, head, rows], last)
 
     return kernel(
+        "fold_back" if reverse else "fold",
         body,
         grid={"slice": value_dim // SLICE, "head": heads, "batch": batch},
         scratch=[

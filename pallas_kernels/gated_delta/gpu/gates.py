@@ -1,4 +1,4 @@
-"""Gates of chunks, as the kernels read them, and the gradient of the decay."""
+"""Gates of chunks, as the kernels read them."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,17 +20,6 @@ def chunk_gates(g: Array, beta: Array) -> Array:
     r = jnp.exp(jnp.where(after, g[..., None, :], 0).sum(-1))
     gamma = jnp.exp(g.sum(-1, keepdims=True))
     return jnp.stack([r, beta, jnp.broadcast_to(gamma, r.shape)], -2)
-
-
-def decay_gradient(vdv: Array, carried: Array, block: int) -> Array:
-    """dg [N, block, H] of tokens from <v_i, dv_i> [N, H, chunks, 64] and <dS, S> [N, H, chunks].
-
-    dg_t = <dS, S> + sum_{i<t} <v_i, dv_i>, sums within the chunk.
-    """
-    i = jnp.arange(CHUNK)
-    before = i[None, :] < i[:, None]
-    dg = jnp.where(before, vdv[..., None, :], 0).sum(-1) + carried[..., None]
-    return tokens(dg, block)
 
 
 def tokens(x: Array, block: int) -> Array:

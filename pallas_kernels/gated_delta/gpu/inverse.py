@@ -74,15 +74,15 @@ def unit_inverse(m: Array, s: Scratch, *, upper: bool, interpret: Any) -> tuple[
     outer, inner = (here, there) if upper else (there, here)
     b_high, b_low = (ref.at[outer] for ref in s.beside)
     d_high, d_low = (ref.at[inner] for ref in s.factor)
-    left = product((low, b_high), (high, b_low), (high, b_high))
+    left, _ = product((low, b_high), (high, b_low), (high, b_high), interpret=interpret)
     l_high, l_low = split(left)
-    block = -product((l_low, d_high), (l_high, d_low), (l_high, d_high))
+    block, _ = product((l_low, d_high), (l_high, d_low), (l_high, d_high), interpret=interpret)
 
     top = iota(CHUNK, HALF, 0) < HALF
     nothing = jnp.zeros_like(diagonal)
     if upper:
-        return jnp.where(top, diagonal, nothing), jnp.where(top, block, diagonal)
-    return jnp.where(top, diagonal, block), jnp.where(top, nothing, diagonal)
+        return jnp.where(top, diagonal, nothing), jnp.where(top, -block, diagonal)
+    return jnp.where(top, diagonal, -block), jnp.where(top, nothing, diagonal)
 
 
 def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
@@ -103,8 +103,8 @@ def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
             for i in reversed(range(HALF)) if upper else range(HALF):
                 row = arith.addi(base, const(i))
                 on_diagonal = arith.cmpi(arith.CmpIPredicate.eq, column, const(i))
-                # Two sums, so that one addition need not wait for the other.
-                sums = [arith.select(on_diagonal, one, zero), zero]
+                # Four sums, so that additions need not wait for each other.
+                sums = [arith.select(on_diagonal, one, zero), zero, zero, zero]
                 for start in range(0, HALF, 4):
                     inside = [j for j in range(start, start + 4) if j in minus]
                     if not inside:
@@ -112,8 +112,8 @@ def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
                     entries = vector.load(four, matrix, [row, arith.addi(base, const(start))])
                     for j in inside:
                         entry = vector.extract(entries, [], [j - start])
-                        sums[j % 2] = math.fma(entry, minus[j], sums[j % 2])
-                entry = arith.addf(*sums)
+                        sums[j % 4] = math.fma(entry, minus[j], sums[j % 4])
+                entry = arith.addf(arith.addf(*sums[:2]), arith.addf(*sums[2:]))
                 memref.store(entry, diagonal, [row, column])
                 minus[i] = arith.negf(entry)
 

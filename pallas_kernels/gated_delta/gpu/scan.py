@@ -6,6 +6,7 @@ registers:
     R^T = (V^T diag(r) - gamma S^T K^T) diag(beta)        S'^T = gamma S^T + R^T Y
 
 Cotangents of states run through the same two products, backwards, with K and Y exchanged and no V.
+Two programs that carry neighbouring slices form a cluster: what both read is fetched once for both.
 """
 
 from collections.abc import Callable
@@ -58,10 +59,11 @@ def maps(
     """
     blocks, _, heads, key_dim = k.shape
     value_dim = v.shape[-1]
-    value_slices = value_dim // SLICE
+    value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
+    pair = _pair(value_slices, key_slices)
 
     def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):  # noqa: ANN001
-        i, head, place = (lax.axis_index(name) for name in ("slice", "head", "segment"))
+        i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
         chunks = _segment(place, segments, gates.shape[2])
 
         @pl.when(i < value_slices)
@@ -83,8 +85,10 @@ def maps(
     count = blocks * segments
     part = jax.ShapeDtypeStruct((count, heads, key_dim, key_dim), bf16)
     return kernel(
+        "maps",
         body,
-        grid={"slice": value_slices + key_dim // SLICE, "head": heads, "segment": count},
+        grid={"slice": (value_slices + key_slices) // pair, "head": heads, "segment": count},
+        cluster={"pair": pair},
         scratch=[_buffers(key_dim)],
         out_type=[part, part, jax.ShapeDtypeStruct((count, heads, value_dim, key_dim), f32)],
         interpret=interpret,
@@ -122,18 +126,19 @@ def _chunkwise(
     blocks, _, heads, key_dim = first.shape
     value_dim = starts.shape[2]
     count = gates.shape[2]
+    pair = _pair(value_dim // SLICE)
 
     def body(*refs):  # noqa: ANN002
         *inputs, out_ref, buffers, tile = refs
         first_ref, second_ref, gates_ref, starts_ref = inputs[:4]
-        i, head, place = (lax.axis_index(name) for name in ("slice", "head", "segment"))
+        i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
         chunks = _segment(place, segments, count)._replace(reverse=v is None)
         rows = pl.ds(i * SLICE, SLICE)
         v_ref = None if v is None else inputs[4]
         stream = _Stream(chunks, head, first_ref, second_ref, gates_ref, buffers, v_ref, i)
 
         def emit(chunk, s):  # noqa: ANN001
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
             tile[...] = s
             plgpu.commit_smem()
@@ -144,12 +149,23 @@ def _chunkwise(
         plgpu.wait_smem_to_gmem(0)
 
     return kernel(
+        "chunk_cotangents" if v is None else "chunk_states",
         body,
-        grid={"slice": value_dim // SLICE, "head": heads, "segment": blocks * segments},
+        grid={"slice": value_dim // SLICE // pair, "head": heads, "segment": blocks * segments},
+        cluster={"pair": pair},
         scratch=[_buffers(key_dim), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
         interpret=interpret,
     )(*streams, starts, *([] if v is None else [v]))
+
+
+def _pair(*slices: int) -> int:
+    """Programs of a cluster: two, where slices of every kind come in pairs."""
+    return 1 if any(n % 2 for n in slices) else 2
+
+
+def _slice(pair: int) -> Any:
+    return pair * lax.axis_index("slice") + lax.axis_index("pair")
 
 
 class _Chunks(NamedTuple):
@@ -179,6 +195,7 @@ class _Buffers(NamedTuple):
     gates: Any
     full: Any
     values_full: Any
+    consumed: Any
 
 
 def _buffers(key_dim: int) -> _Buffers:
@@ -190,6 +207,7 @@ def _buffers(key_dim: int) -> _Buffers:
         plgpu.SMEM((STAGES, 3, CHUNK), f32),
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
         plgpu.Barrier(num_barriers=STAGES),
+        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
     )
 
 
@@ -210,8 +228,9 @@ class _Stream(NamedTuple):
         slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
         tile = (self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head)
         full = b.full.at[slot]
-        plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full)
-        plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full)
+        share = {"collective_axes": "pair"}
+        plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full, **share)
+        plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full, **share)
         gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
         plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
         if self.values_ref is not None:
@@ -248,12 +267,20 @@ def _carry(
             r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE) * beta
             return gamma * s, -gamma * beta, load_transposed(b.values.at[slot]).astype(f32) * r
 
-        seen, (decayed, scale, values) = product((operand, b.first.at[slot].T), meanwhile=beside)
+        seen, (decayed, scale, values) = product(
+            (operand, b.first.at[slot].T), interpret=interpret, meanwhile=beside
+        )
         residual = seen * scale if values is None else values + seen * scale
         pair = (residual.astype(bf16), b.second.at[slot])
         s = accumulate(decayed, pair, interpret=interpret)
         plgpu.commit_smem()  # all warps have read the slot
-        pl.when(step + STAGES < count)(lambda: stream.fetch(step + STAGES))
+
+        @pl.when(step + STAGES < count)
+        def _refill():
+            plgpu.barrier_arrive(b.consumed.at[slot])
+            plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
+            stream.fetch(step + STAGES)
+
         return s
 
     return lax.fori_loop(0, count, advance, start)

@@ -41,18 +41,20 @@ def solve(k: Array, gates: Array, *, interpret: Any) -> Array:
         plgpu.copy_gmem_to_smem(gates_ref.at[n, head, chunk], beta, full)
         plgpu.barrier_wait(full)
         scale = by_column(load(beta.at[1], COLUMNS), CHUNK)
-        matrix = product((tile, tile.T)) * scale
-        left, right = inverse.unit_inverse(matrix, scratch, upper=True, interpret=interpret)
+        gram, _ = product((tile, tile.T), interpret=interpret)
+        left, right = inverse.unit_inverse(gram * scale, scratch, upper=True, interpret=interpret)
         top, bottom = (tile.at[pl.ds(start, inverse.HALF)] for start in (0, inverse.HALF))
         (l_high, l_low), (r_high, r_low) = split(left), split(right)
-        y = product((l_low, top), (r_low, bottom), (l_high, top), (r_high, bottom))
+        pairs = ((l_low, top), (r_low, bottom), (l_high, top), (r_high, bottom))
+        y, _ = product(*pairs, interpret=interpret)
         plgpu.commit_smem()  # all warps have read the keys
         tile[...] = y.astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, y_ref.at[place])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return kernel(
+        "solve",
         body,
         grid={"chunk": gates.shape[2], "head": heads, "block": blocks},
         scratch=[

@@ -69,15 +69,20 @@ def by_column(x: Array, rows: int) -> Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
 
 
-def product(*pairs: tuple[Any, Any], meanwhile: Callable[[], Any] | None = None) -> Any:
-    """Sum of the products of pairs, float32; with `meanwhile`, what that computes beside them."""
+def product(
+    *pairs: tuple[Any, Any], interpret: Any, meanwhile: Callable[[], Any] = lambda: None
+) -> tuple[Array, Any]:
+    """Sum of the products of pairs, float32, and what `meanwhile` computes beside them.
+
+    The left matrix of a pair is in registers or in shared memory, the right one in shared memory.
+    """
+    if interpret:  # the interpreter multiplies no registers, and starts no sum with values
+        return sum(_read(a) @ _read(b) for a, b in pairs), meanwhile()
     shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
 
-    def run(acc: Any) -> Any:
+    def run(acc: Any) -> tuple[Array, Any]:
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
-        if meanwhile is None:
-            return acc[...]
         other = meanwhile()
         return acc[...], other
 
@@ -86,8 +91,8 @@ def product(*pairs: tuple[Any, Any], meanwhile: Callable[[], Any] | None = None)
 
 def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     """start + the sum of the products of pairs, in the registers of start."""
-    if interpret:  # the interpreter knows no accumulator that starts with values
-        return start + product(*pairs)
+    if interpret:
+        return start + product(*pairs, interpret=interpret)[0]
 
     def run(acc: Any) -> None:
         for a, b in pairs:
@@ -96,21 +101,37 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     return pl.run_state(run)(plgpu.ACC.init(start))
 
 
+def _read(x: Any) -> Array:
+    return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+
+
 def split(x: Array) -> tuple[Array, Array]:
     """Two bfloat16 matrices whose sum is x to 16 bits."""
     high = x.astype(bf16)
     return high, (x - high.astype(f32)).astype(bf16)
 
 
-def kernel(body: Callable[..., None], *, grid: dict[str, int], scratch: list[Any], **options: Any):
-    """plgpu.kernel with a named grid of single warpgroups and our choice of compiler parameters.
+def kernel(
+    name: str,
+    body: Callable[..., None],
+    *,
+    grid: dict[str, int],
+    scratch: list[Any],
+    cluster: dict[str, int] | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+    """plgpu.kernel under a name, with named grid and cluster axes of single warpgroups.
 
     No barriers are added around shared memory: the kernels place them where warps meet.
     """
+    body.__name__ = f"gated_delta_{name}"
+    cluster = cluster or {}
     return plgpu.kernel(
         body,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple(cluster.values()),
+        cluster_names=tuple(cluster),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
