@@ -19,8 +19,8 @@ from pallas_kernels import dot_product_attention, gated_delta_states
 from pallas_kernels.gated_delta import context_parallel
 
 State = Float[Array, "b h k v"]
-# Tokens by block, [B, blocks, n, H, ...]: no block is split, so none looks beyond its device.
-_BLOCKS = PartitionSpec(CLIPS, BLOCKS, None, HEADS)
+# Tokens by block, [B, blocks, n, H, ...]: a block is whole on its device, which needs no other.
+_BY_BLOCK = PartitionSpec(CLIPS, BLOCKS, None, HEADS)
 
 
 class GatedDelta(nnx.Module):
@@ -81,7 +81,7 @@ class GatedDelta(nnx.Module):
         """All blocks at once: clean copies make the states, all copies read them."""
         split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
         q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
-        local = per_device(_attend_inside, (_BLOCKS,) * 3, _BLOCKS)(q, k, v).reshape(p.v.shape)
+        local = per_device(_attend_inside, (_BY_BLOCK,) * 3, _BY_BLOCK)(q, k, v).reshape(p.v.shape)
         if self.closed:
             return local, {}
         clean = p.first_of(copies)
@@ -123,7 +123,7 @@ class GatedDelta(nnx.Module):
                 k, v, g, beta, state, axis_name=BLOCKS, block_size=size
             )[:, kept]
 
-        inputs = (*(_BLOCKS,) * 4, PartitionSpec(CLIPS, HEADS))
+        inputs = (*(_BY_BLOCK,) * 4, PartitionSpec(CLIPS, HEADS))
         output = PartitionSpec(CLIPS, BLOCKS, HEADS)
         return per_device(states, inputs, output)(*map(split, (k, v, g, beta)), state)
 
