@@ -81,8 +81,8 @@ def _step(
 ) -> None:  # fmt: skip
     """Moves `dstate` back over a chunk and writes the gradients of its tokens."""
     heads, lower = range(layout.group), strictly_lower(layout.chunk)
-    narrow = partial(pieces, count=numerics.operand)
-    wide = partial(pieces, count=numerics.inverse)
+    narrow = partial(pieces, count=numerics.narrow)
+    wide = partial(pieces, count=numerics.wide)
     beta, r, gamma = x.beta, x.r, x.gamma
     values = [v.astype(jnp.float32) for v in x.v]
 
@@ -92,16 +92,16 @@ def _step(
     ys = [product(wide(inverse[h].T), (x.k[h],)) for h in heads]
     reads = [product(narrow(x.k[h]), narrow(start[h])) for h in heads]
     residuals = [r[h] * values[h] - gamma[h] * reads[h] for h in heads]
-    dresiduals = [beta[h] * product(narrow(ys[h]), narrow(dstate[h])) for h in heads]
-    dxs = [product(narrow(residuals[h]), narrow(dstate[h]), 1) for h in heads]
-    zs = [product(narrow(inverse[h]), narrow(beta[h] * dxs[h])) for h in heads]
+    dresiduals = [beta[h] * product(wide(ys[h]), wide(dstate[h])) for h in heads]
+    dxs = [product(wide(residuals[h]), wide(dstate[h]), 1) for h in heads]
+    zs = [product(wide(inverse[h]), wide(beta[h] * dxs[h])) for h in heads]
     ps = [jnp.where(lower, -product(narrow(ys[h]), narrow(zs[h]), 1), 0.0) for h in heads]
     qs = [beta[h] * ps[h] for h in heads]
     dvs = [r[h] * dresiduals[h] for h in heads]
     dks = [product(narrow(dresiduals[h]), narrow(start[h]), 1) for h in heads]
     dks = [zs[h] - gamma[h] * dks[h] for h in heads]
     dks = [dks[h] + product(narrow(qs[h] + qs[h].T), (x.k[h],)) for h in heads]
-    dstates = [dstate[h] - product((kts[h],), narrow(dresiduals[h])) for h in heads]
+    dstates = [dstate[h] - product((kts[h],), wide(dresiduals[h])) for h in heads]
     dstates = [gamma[h] * dstates[h] for h in heads]
 
     kept = [jnp.sum(dstates[h] * start[h], keepdims=True) for h in heads]

@@ -65,17 +65,18 @@ def _step(
 
     x = read_chunk(layout, k, v, g, beta)
     heads = range(layout.group)
-    narrow = partial(pieces, count=numerics.operand)
+    narrow = partial(pieces, count=numerics.narrow)
+    wide = partial(pieces, count=numerics.wide)
 
     # A line does one thing for all heads: they do not wait for each other.
     kts = [k.T for k in x.k]
     grams = [product((x.k[h],), (kts[h],)) for h in heads]
     ts = inverses(numerics, [x.beta[h] * grams[h] for h in heads])
-    yts = [product((kts[h],), pieces(ts[h], numerics.inverse)) for h in heads]
+    yts = [product((kts[h],), wide(ts[h])) for h in heads]
     starts = [state[h] for h in heads]
     reads = [product(narrow(x.k[h]), narrow(starts[h])) for h in heads]
     residuals = [x.r[h] * x.v[h].astype(jnp.float32) - x.gamma[h] * reads[h] for h in heads]
-    writes = [product(narrow(yts[h]), narrow(x.beta[h] * residuals[h])) for h in heads]
+    writes = [product(wide(yts[h]), wide(x.beta[h] * residuals[h])) for h in heads]
     for h in heads:
         state[h] = x.gamma[h] * starts[h] + writes[h]
     return starts, ts
