@@ -1,4 +1,10 @@
-"""The gated delta rule as Pallas kernels for TPUs."""
+"""The gated delta rule as two Pallas kernels for TPUs, by chunks; equations as in `xla.py`.
+
+The backward pass runs the forward kernel again, which now writes each chunk's start state and T:
+kept from the forward pass they would take 190 MB a layer of a seven-block Wan 1.3B clip. Written
+and read at once they cost little, as the kernels wait for the matrix units and not for memory, and
+save the backward kernel half its work.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +13,16 @@ from jax import Array
 from pallas_kernels.gated_delta import tpu_backward, tpu_forward
 from pallas_kernels.gated_delta.plan import Plan
 
+Residuals = tuple[Array, Array, Array, Array, Array]  # the arguments
+
 
 def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
-    if not plan.interpret and jax.default_backend() != "tpu":
-        return f"needs a TPU; the device is {jax.default_backend()}"
+    """Why the kernels cannot take a call, or None."""
+    device = jax.default_backend()
+    if device != "tpu" and not plan.interpret:
+        return f"needs a TPU; the device is {device}"
     if k.dtype == jnp.float64:
-        return "takes float32 and bfloat16 keys; k is float64"
+        return "takes float32 and bfloat16; k is float64"
     if k.shape[-1] % 128 or v.shape[-1] % 128:
         return f"takes head dims that are multiples of 128; K is {k.shape[-1]}, V {v.shape[-1]}"
     if plan.chunk_size not in (None, 64, 128):
@@ -20,12 +30,17 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
     return None
 
 
-def forward(plan, k, v, g, beta, initial_state):
-    ends = tpu_forward.block_ends(plan, k, v, g, beta, initial_state)
-    states = jnp.concatenate([initial_state[:, None], ends], 1)
-    return states, (k, v, g, beta, initial_state)
+def forward(
+    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
+) -> tuple[Array, Residuals]:
+    """States at the boundaries of blocks, and what the backward pass needs."""
+    inputs = (k, v, g, beta, initial_state)
+    ends = tpu_forward.block_ends(plan, *inputs)
+    return jnp.concatenate([initial_state[:, None], ends], 1), inputs
 
 
-def backward(plan, res, dstates):
+def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
+    """Gradients of k, v, g, beta and initial_state."""
     matrices = tpu_forward.chunk_matrices(plan, *res)
-    return tpu_backward.gradients(plan, *res[:4], matrices, dstates)
+    k, v, g, beta, _ = res
+    return tpu_backward.gradients(plan, k, v, g, beta, matrices, dstates)

@@ -1,4 +1,4 @@
-"""What both TPU kernels do with a chunk: where it lies, how it is read, products and the inverse."""
+"""What both TPU kernels do with a chunk: reading it, matrix products, the inverse."""
 
 import dataclasses
 import functools
@@ -142,9 +142,9 @@ def _diagonal_inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
     side = jnp.concatenate(
         [
             functools.reduce(
-                jnp.add, [jnp.where(own == top, l[top : top + _BASE], 0.0) for top in tops]
+                jnp.add, [jnp.where(own == top, m[top : top + _BASE], 0.0) for top in tops]
             )
-            for l in ls
+            for m in ls
         ]
     )
     side = pieces(side, numerics.wide)
@@ -178,7 +178,7 @@ def _climb(numerics: Numerics, xs: list[Array], ls: Sequence[Array], b: int) -> 
         return jnp.concatenate([half for pair in halves for half in pair])
 
     splits = [pieces(x, numerics.wide) for x in xs]
-    joins = [pieces(jnp.where(joining, l, 0.0), numerics.wide) for l in ls]
+    joins = [pieces(jnp.where(joining, m, 0.0), numerics.wide) for m in ls]
     ups = [
         product(tuple(odd(x) for x in split), join)
         for split, join in zip(splits, joins, strict=True)

@@ -54,10 +54,9 @@ def _chunks_kernel(numerics: Numerics, layout: Layout, *refs: Any) -> None:
         start[h], inverse[h] = starts[h], ts[h]
 
 
-def _step(
-    numerics: Numerics, layout: Layout, k: Any, v: Any, g: Any, beta: Any, initial: Any, state: Any
-) -> tuple[list[Array], list[Array]]:
+def _step(numerics: Numerics, layout: Layout, *refs: Any) -> tuple[list[Array], list[Array]]:
     """Moves `state` over a chunk; its start and T, a head each."""
+    k, v, g, beta, initial, state = refs
 
     @pl.when(layout.first())
     def _():
