@@ -133,32 +133,26 @@ def inverses(numerics: Numerics, ms: Sequence[Array]) -> list[Array]:
 def _diagonal_inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
     """Inverses of the 16 x 16 blocks on the diagonals, by forward substitution.
 
-    The blocks of a head lie side by side: row s of all of them is one row, [heads, 16, lanes].
+    The blocks of a head lie side by side, [heads, 16, lanes]: their rows s are one row.
     """
     size, heads, lanes = ls[0].shape[0], len(ls), 128
     row, lane = (lax.broadcasted_iota(jnp.int32, (size, lanes), axis) for axis in (0, 1))
-    own = lane[:_BASE, :size] & -_BASE  # first column of the block that a lane belongs to
-    tops = range(0, size, _BASE)
-    side = jnp.concatenate(
-        [
-            functools.reduce(
-                jnp.add, [jnp.where(own == top, m[top : top + _BASE], 0.0) for top in tops]
-            )
-            for m in ls
-        ]
-    )
-    side = pieces(side, numerics.wide)
-    start = row - (lane & -_BASE)
-    x = jnp.where(start[:_BASE] + (lane[:_BASE] & -_BASE) == (lane[:_BASE] & (_BASE - 1)), 1.0, 0.0)
+    first, column = lane & -_BASE, lane & (_BASE - 1)  # of a lane's block, and within it
+    tops, own = range(0, size, _BASE), first[:_BASE, :size]
+
+    def side_by_side(m: Array) -> Array:
+        blocks = [jnp.where(own == top, m[top : top + _BASE], 0.0) for top in tops]
+        return functools.reduce(jnp.add, blocks)
+
+    sides = pieces(jnp.concatenate([side_by_side(m) for m in ls]), numerics.wide)
+    x = jnp.where(row == column, 1.0, 0.0)[:_BASE]
     x = jnp.broadcast_to(x, (heads, _BASE, lanes))
-    for u in range(_BASE - 1):
-        # Column u of every block, in all lanes of the block.
-        spread = jnp.where(start == u, 1.0, 0.0)
-        spread = spread if numerics.wide == 0 else spread.astype(jnp.bfloat16)
-        column = product(side, (spread,)).reshape(heads, _BASE, lanes)
-        x = x - column * x[:, u : u + 1]
+    for s in range(_BASE - 1):
+        # Column s of every block, in all lanes of its block.
+        spread = jnp.where(row == first + s, 1.0, 0.0).astype(sides[0].dtype)
+        x -= product(sides, (spread,)).reshape(heads, _BASE, lanes) * x[:, s : s + 1]
     return [
-        jnp.concatenate([jnp.where(own == top, x[h][:, :size], 0.0) for top in tops])
+        jnp.concatenate([jnp.where(own == top, x[h, :, :size], 0.0) for top in tops])
         for h in range(heads)
     ]
 

@@ -71,17 +71,21 @@ def test_ragged_blocks(operands):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_size", [64, 128])
-@pytest.mark.parametrize("time", [1, 63, 64, 65, 127, 129])
+@pytest.mark.parametrize(
+    ("time", "chunk_size"),
+    [(1, 128), (63, 64), (64, 64), (65, 64), (65, 128), (127, 128), (128, 128), (129, 128)],
+)
 def test_any_length(time, chunk_size):
     assert_matches(make_inputs(2 * time), time, "bfloat16", chunk_size=chunk_size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operands", TOLERANCES)
-@pytest.mark.parametrize("time", [1560, 4680])
+@pytest.mark.parametrize(
+    ("time", "operands"),
+    [(1560, "float32"), (1560, "high"), (1560, "bfloat16"), (4680, "bfloat16")],
+)
 def test_true_lengths(time, operands):
-    assert_matches(make_inputs(time), time, operands)
+    assert_matches(make_inputs(time, heads=1), time, operands)
 
 
 @pytest.mark.slow
@@ -101,7 +105,7 @@ def test_alike_keys_in_bfloat16(case):
 
 @pytest.mark.slow
 def test_groups_of_heads_batches_and_wide_values():
-    inputs = make_any_inputs(65, batch=2, heads=14, key=128, value=256)
+    inputs = make_any_inputs(65, batch=2, heads=8, key=128, value=256)
     assert_matches(inputs, 65, "bfloat16")
 
 
@@ -122,7 +126,7 @@ def test_a_reset_forgets_exactly():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("token", [0, 64, 65, 128, 194])
+@pytest.mark.parametrize("token", [0, 64, 65, 194])
 def test_a_reset_anywhere(token):
     inputs = make_inputs(195)
     inputs[2][:, token] = -1e4
