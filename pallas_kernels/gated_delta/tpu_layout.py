@@ -48,6 +48,7 @@ class Layout:
         most = max(1, _HEADS * 128 * 128 // (key_dim * value_dim))
         group = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
         sizes = (batch, time // plan.block_size, plan.block_size, heads, key_dim, value_dim)
+        # 128 tokens take fewer bundles than twice 64: benchmarks/results/tpu_schedules.json.
         return cls(*sizes, plan.chunk_size or 128, group, reverse)
 
     @property
