@@ -27,8 +27,8 @@ from pallas_kernels.gated_delta.plan import Plan
 
 make_inputs = functools.partial(make_any_inputs, batch=1, key=128, value=128)
 
-# How much further than TOLERANCES rounding errors may add up where nothing damps them: n alike tokens
-# amplify the error of |k|^2, here a plain sum of 128 squares, 2 n times.
+# How much further than TOLERANCES rounding errors may add up where nothing damps them: n alike
+# tokens amplify the error of |k|^2, here a plain sum of 128 squares, 2 n times.
 UNDAMPED = {"float32": 5, "high": 1, "bfloat16": 1}
 
 
