@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_delta.gpu import inverse
 from pallas_kernels.gated_delta.gpu.tiles import (
     CHUNK,
     COLUMNS,
@@ -18,14 +19,11 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     bf16,
     by_column,
     by_row,
-    f16,
     f32,
     iota,
     kernel,
     load,
-    load_transposed,
     product,
-    split,
     store,
     tiles,
     zeros,
@@ -35,7 +33,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 def gradients(
     k: Array,
     y: Array,
-    u: Array,
     v: Array,
     gates: Array,
     states: Array,
@@ -45,7 +42,7 @@ def gradients(
 ) -> tuple[Array, Array, Array]:
     """dK, dV, and dbeta and dg of every token.
 
-    With S the state before the chunk, D the cotangent after it, T = U^T = (I + L)^-1, and sums over
+    With S the state before the chunk, D the cotangent after it, T = (I + L)^-1, and sums over
     slices of V where a product contracts it:
 
         R = diag(r) V - gamma K S     dR = diag(beta) Y D     dX = R D^T     dV = diag(r) dR
@@ -54,9 +51,7 @@ def gradients(
         dg_t = gamma (<D, S> - <dR, K S>) + sum_{i<t} <v_i, dv_i>
 
     Args:
-        k: [N, block, H, K] bfloat16.
-        y: The same in float16.
-        u: [N, H, chunks, 64, 64] float16.
+        k, y: [N, block, H, K] bfloat16.
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 3, 64] float32.
         states, cotangents: S^T and D^T, [N, H, chunks, V, K] bfloat16.
@@ -67,9 +62,7 @@ def gradients(
     """
     blocks, _, heads, key_dim = k.shape
 
-    def body(*refs):
-        k_ref, y_ref, u_ref, v_ref, gates_ref, s_ref, d_ref = refs[:7]
-        dk_ref, dv_ref, rows_ref, *scratch = refs[7:]
+    def body(k_ref, y_ref, v_ref, gates_ref, s_ref, d_ref, dk_ref, dv_ref, rows_ref, *scratch):  # noqa: ANN001
         k_tile, y_tile, gate_rows, sums, full = scratch
         n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
         tokens, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)
@@ -87,8 +80,10 @@ def gradients(
         dx, drs, dg = pl.run_scoped(by_values, *_Slices.scratch(key_dim))
         tile = _Tile(k_tile, y_tile, gate_rows, interpret)
         dk, dbeta = pl.run_scoped(
-            lambda *scratch: _through_keys(tile, u_ref.at[entry], dx, drs, *scratch),
-            *_keys_scratch(key_dim),
+            lambda *scratch: _through_keys(tile, dx, drs, *scratch),
+            plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF)),
+            plgpu.SMEM((CHUNK, CHUNK), bf16, transforms=tiles()),
+            inverse.scratch(),
         )
         store(rows_ref.at[(*entry, 0)], dbeta)
         store(rows_ref.at[(*entry, 1)], dg)
@@ -106,14 +101,14 @@ def gradients(
         grid={"chunk": gates.shape[2], "head": heads, "block": blocks},
         scratch=[
             plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles()),
-            plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles()),
+            plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles()),
             plgpu.SMEM((3, CHUNK), f32),
             plgpu.SMEM((2, CHUNK), f32),
             plgpu.Barrier(num_arrivals=3),
         ],
         out_type=[like(k), like(v), rows],
         interpret=interpret,
-    )(k, y, u, v, gates, states, cotangents)
+    )(k, y, v, gates, states, cotangents)
 
 
 class _Tile(NamedTuple):
@@ -123,9 +118,6 @@ class _Tile(NamedTuple):
     y: Any
     gates: Any
     interpret: Any
-
-    def read_y(self) -> Array:
-        return load(self.y, WGMMA).astype(f32).astype(bf16)
 
     @property
     def r(self) -> Array:
@@ -185,13 +177,12 @@ def _through_values(
         read = lambda: load(slices.v, WGMMA)
         ks, v = product((tile.k, slices.s.T), meanwhile=read, **static)
         v = v.astype(f32)
-        dr = product((tile.read_y(), slices.d.T), **static)[0] * beta
+        dr = product((tile.y, slices.d.T), **static)[0] * beta
         dv = r * dr
         vdv += (v * dv).sum(1)
         carried -= (dr * ks).sum(1)
-        # Both parts: where keys are alike, dX cancels in Z, and rounding errors of R would stay.
-        pairs = ((part, slices.d) for part in split(r * v - tile.gamma * ks))
-        dx = accumulate(dx, *pairs, **static)
+        residual = (r * v - tile.gamma * ks).astype(bf16)
+        dx = accumulate(dx, (residual, slices.d), **static)
         drs = accumulate(drs, (dr.astype(bf16), slices.s), **static)
         plgpu.commit_smem()  # all warps have read the slice
         slices.v[...] = dv.astype(bf16)
@@ -210,40 +201,26 @@ def _decay_gradient(vdv: Array, carried: Array, sums: Any) -> Array:
     return (carried + jnp.where(_below(), vdv, 0.0)).sum(1)
 
 
-def _keys_scratch(key_dim: int) -> list[Any]:
-    part = lambda: plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles())
-    square = lambda dtype: plgpu.SMEM((CHUNK, CHUNK), dtype, transforms=tiles())
-    return [part(), part(), square(bf16), square(f16), plgpu.Barrier()]
-
-
 def _through_keys(
-    tile: _Tile,
-    u_ref: Any,
-    dx: Array,
-    drs: Array,
-    high_tile: Any,
-    low_tile: Any,
-    q_tile: Any,
-    u_tile: Any,
-    full: Any,
+    tile: _Tile, dx: Array, drs: Array, z_tile: Any, q_tile: Any, scratch: inverse.Scratch
 ) -> tuple[Array, Array]:
     """dK [C, K], and dbeta."""
     static = {"interpret": tile.interpret}
-    plgpu.copy_gmem_to_smem(u_ref, u_tile, full)
     beta = tile.beta
     # What is large is used up in turn: registers are short.
-    high_tile[...], low_tile[...] = split(dx * by_row(beta, dx.shape[1]))
+    z_tile[...] = (dx * by_row(beta, dx.shape[1])).astype(bf16)
     dbeta = (dx * load(tile.y, WGMMA).astype(f32)).sum(1)
-    plgpu.commit_smem()
-    plgpu.barrier_wait(full)
-    t_high, t_low = split(load_transposed(u_tile).astype(f32))
-    z, _ = product((t_low, high_tile), (t_high, low_tile), (t_high, high_tile), **static)
+    gram, _ = product((tile.k, tile.k.T), **static)
+    lower = gram * by_row(beta, CHUNK)
+    halves = inverse.unit_inverse(lower, scratch, upper=False, **static)
+    parts = (z_tile.at[pl.ds(start, inverse.HALF)] for start in (0, inverse.HALF))
+    pairs = ((half.astype(bf16), part) for half, part in zip(halves, parts, strict=True))
+    z, _ = product(*pairs, **static)
     dk = z - tile.gamma * drs
     plgpu.commit_smem()  # all warps have read diag(beta) dX
-    high_tile[...] = z.astype(bf16)
+    z_tile[...] = z.astype(bf16)
     plgpu.commit_smem()
-    yz, _ = product((tile.read_y(), high_tile.T), **static)
-    gram, _ = product((tile.k, tile.k.T), **static)
+    yz, _ = product((load(tile.y, WGMMA), z_tile.T), **static)
     p = jnp.where(_below(), -yz, 0.0)
     dbeta += (p * gram).sum(1)
     q = (p * by_row(beta, CHUNK)).astype(bf16)

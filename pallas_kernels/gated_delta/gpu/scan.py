@@ -6,13 +6,7 @@ registers:
     R^T = (V^T diag(r) - gamma S^T K^T) diag(beta)        S'^T = gamma S^T + R^T Y
 
 Cotangents of states run through the same two products, backwards, with K and Y exchanged and no V.
-In a program one warpgroup copies chunks into shared memory, and one or two others carry a slice
-each through them.
-
-Where keys are alike, the tokens of a chunk undo each other's writing, and their rounding errors
-stay: R and Y are float16, with the range of bfloat16 by a scale for each row of R^T, and the
-cotangents' second product takes both parts of its left operand. The rounding of S^T is the same for
-all tokens, and passes through the chunk as S^T itself does.
+Two programs that carry neighbouring slices form a cluster: what both read is fetched once for both.
 """
 
 from collections.abc import Callable
@@ -29,6 +23,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     COLUMNS,
     SLICE,
     WGMMA,
+    accumulate,
     bf16,
     by_column,
     f32,
@@ -37,15 +32,13 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     load,
     load_transposed,
     product,
-    scaled_product,
     split,
     store,
     tiles,
     zeros,
 )
 
-STAGES = 3  # chunks in shared memory at a time
-_REGISTERS = (232, 40)  # a thread's, in warpgroups that compute and in the one that copies
+STAGES = 2  # chunks in shared memory at a time; two programs fit a multiprocessor
 
 
 def maps(
@@ -54,8 +47,7 @@ def maps(
     """The maps S' = A S + B of all segments; a block is `segments` of them.
 
     Args:
-        k: [N, block, H, K] bfloat16.
-        y: The same in float16.
+        k, y: [N, block, H, K] bfloat16.
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 3, 64] float32.
         segments: Segments of a block; the last may have fewer chunks, but none has none.
@@ -67,44 +59,37 @@ def maps(
     """
     blocks, _, heads, key_dim = k.shape
     value_dim = v.shape[-1]
-    workers = _workers(value_dim, key_dim)
-    value_groups, key_groups = (n // SLICE // workers for n in (value_dim, key_dim))
+    value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
+    pair = _pair(value_slices, key_slices)
 
-    def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):
-        group, head, place = (lax.axis_index(name) for name in ("slices", "head", "segment"))
+    def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):  # noqa: ANN001
+        i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
         chunks = _segment(place, segments, gates.shape[2])
 
-        def values(worker: Any, stream: _Stream) -> None:
-            rows = pl.ds((group * workers + worker) * SLICE, SLICE)
-            s = _carry(zeros(SLICE, key_dim), worker, stream, interpret=interpret)
-            store(b_ref.at[place, head, rows], s)
+        @pl.when(i < value_slices)
+        def _values():
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
+            s = _carry(zeros(SLICE, key_dim), stream, interpret=interpret)
+            store(b_ref.at[place, head, pl.ds(i * SLICE, SLICE)], s)
 
-        def transitions(worker: Any, stream: _Stream) -> None:
-            first = ((group - value_groups) * workers + worker) * SLICE
+        @pl.when(i >= value_slices)
+        def _transitions():
+            first = (i - value_slices) * SLICE
             identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
-            s = jnp.where(identity, 1.0, 0.0)
-            high, low = split(_carry(s, worker, stream, interpret=interpret))
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers)
+            s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
+            high, low = split(s)
             store(high_ref.at[place, head, pl.ds(first, SLICE)], high)
             store(low_ref.at[place, head, pl.ds(first, SLICE)], low)
-
-        @pl.when(group < value_groups)
-        def _values():
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, group)
-            _run(values, stream, workers)
-
-        @pl.when(group >= value_groups)
-        def _transitions():
-            _run(transitions, _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers), workers)
 
     count = blocks * segments
     part = jax.ShapeDtypeStruct((count, heads, key_dim, key_dim), bf16)
     return kernel(
         "maps",
         body,
-        grid={"slices": value_groups + key_groups, "head": heads, "segment": count},
-        num_threads=workers + 1,
-        thread_name="warpgroup",
-        scratch=[_buffers(k, y, workers)],
+        grid={"slice": (value_slices + key_slices) // pair, "head": heads, "segment": count},
+        cluster={"pair": pair},
+        scratch=[_buffers(key_dim)],
         out_type=[part, part, jax.ShapeDtypeStruct((count, heads, value_dim, key_dim), f32)],
         interpret=interpret,
     )(k, y, v, gates)
@@ -131,55 +116,56 @@ def chunk_cotangents(
 
 
 def _chunkwise(
-    inputs: tuple[Array, Array, Array],
+    streams: tuple[Array, Array, Array],
     starts: Array,
     v: Array | None,
     segments: int,
     interpret: Any,
 ) -> Array:
-    first, second, gates = inputs
+    first, _, gates = streams
     blocks, _, heads, key_dim = first.shape
-    value_dim, count = starts.shape[2], gates.shape[2]
-    workers = _workers(value_dim)
+    value_dim = starts.shape[2]
+    count = gates.shape[2]
+    pair = _pair(value_dim // SLICE)
 
-    def body(*refs):
-        *refs, out_ref, buffers, tiles_out = refs
-        first_ref, second_ref, gates_ref, starts_ref, *v_ref = refs
-        group, head, place = (lax.axis_index(name) for name in ("slices", "head", "segment"))
+    def body(*refs):  # noqa: ANN002
+        *inputs, out_ref, buffers, tile = refs
+        first_ref, second_ref, gates_ref, starts_ref = inputs[:4]
+        i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
         chunks = _segment(place, segments, count)._replace(reverse=v is None)
-        streams = (first_ref, second_ref, gates_ref, buffers)
-        stream = _Stream(chunks, head, *streams, *((*v_ref, group) if v_ref else ()))
+        rows = pl.ds(i * SLICE, SLICE)
+        v_ref = None if v is None else inputs[4]
+        stream = _Stream(chunks, head, first_ref, second_ref, gates_ref, buffers, v_ref, i)
 
-        def work(worker: Any, stream: _Stream) -> None:
-            rows = pl.ds((group * workers + worker) * SLICE, SLICE)
-            tile = tiles_out.at[worker]
+        def emit(chunk, s):  # noqa: ANN001
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            tile[...] = s
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
 
-            def emit(chunk: Any, s: Array) -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.commit_smem()
-                tile[...] = s.astype(bf16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
-
-            start = load(starts_ref.at[place, head, rows], WGMMA, optimized=False)
-            _carry(start, worker, stream, emit=emit, interpret=interpret)
-            plgpu.wait_smem_to_gmem(0)
-
-        _run(work, stream, workers)
+        start = load(starts_ref.at[place, head, rows], WGMMA, optimized=False)
+        _carry(start, stream, emit=emit, interpret=interpret)
+        plgpu.wait_smem_to_gmem(0)
 
     return kernel(
         "chunk_cotangents" if v is None else "chunk_states",
         body,
-        grid={"slices": value_dim // SLICE // workers, "head": heads, "segment": blocks * segments},
-        num_threads=workers + 1,
-        thread_name="warpgroup",
-        scratch=[
-            _buffers(first, second, workers),
-            plgpu.SMEM((workers, SLICE, key_dim), bf16, transforms=tiles()),
-        ],
+        grid={"slice": value_dim // SLICE // pair, "head": heads, "segment": blocks * segments},
+        cluster={"pair": pair},
+        scratch=[_buffers(key_dim), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
         interpret=interpret,
-    )(*inputs, starts, *([] if v is None else [v]))
+    )(*streams, starts, *([] if v is None else [v]))
+
+
+def _pair(*slices: int) -> int:
+    """Programs of a cluster: two, where slices of every kind come in pairs."""
+    return 1 if any(n % 2 for n in slices) else 2
+
+
+def _slice(pair: int) -> Any:
+    return pair * lax.axis_index("slice") + lax.axis_index("pair")
 
 
 class _Chunks(NamedTuple):
@@ -200,11 +186,6 @@ def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
     return _Chunks(lax.div(place, segments), first, jnp.minimum(each, chunks - first))
 
 
-def _workers(*sizes: int) -> int:
-    """Warpgroups of a program that carry a slice: two, where slices of every kind come in pairs."""
-    return 1 if any(size // SLICE % 2 for size in sizes) else 2
-
-
 class _Buffers(NamedTuple):
     """Shared memory: STAGES chunks of the matrices that meet S^T first and second, of V, of gates."""
 
@@ -217,17 +198,16 @@ class _Buffers(NamedTuple):
     consumed: Any
 
 
-def _buffers(first: Array, second: Array, workers: int) -> _Buffers:
-    tile = lambda *shape, dtype: plgpu.SMEM((STAGES, *shape), dtype, transforms=tiles())
-    key_dim = first.shape[-1]
+def _buffers(key_dim: int) -> _Buffers:
+    tile = lambda columns: plgpu.SMEM((STAGES, CHUNK, columns), bf16, transforms=tiles())
     return _Buffers(
-        tile(CHUNK, key_dim, dtype=first.dtype),
-        tile(CHUNK, key_dim, dtype=second.dtype),
-        tile(workers, CHUNK, SLICE, dtype=bf16),
+        tile(key_dim),
+        tile(key_dim),
+        tile(SLICE),
         plgpu.SMEM((STAGES, 3, CHUNK), f32),
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=workers),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=workers),
+        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
     )
 
 
@@ -241,93 +221,66 @@ class _Stream(NamedTuple):
     gates_ref: Any
     buffers: _Buffers
     values_ref: Any = None
-    group: Any = None
+    value_slice: Any = None
 
-    def fetch(self, step: Any, workers: int) -> None:
+    def fetch(self, step: Any) -> None:
         """Starts the copies of a step's chunk."""
         slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
         tile = (self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head)
         full = b.full.at[slot]
-        plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full)
-        plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full)
+        share = {"collective_axes": "pair"}
+        plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full, **share)
+        plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full, **share)
         gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
         plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
-        if self.values_ref is None:
-            return
-        for worker in range(workers):
-            columns = pl.ds((self.group * workers + worker) * SLICE, SLICE)
+        if self.values_ref is not None:
+            columns = pl.ds(self.value_slice * SLICE, SLICE)
             values = self.values_ref.at[(*tile, columns)]
-            plgpu.copy_gmem_to_smem(values, b.values.at[slot, worker], b.values_full.at[slot])
-
-
-def _run(work: Callable[[Any, _Stream], None], stream: _Stream, workers: int) -> None:
-    """Runs `work` in the warpgroups that carry slices, and the copies for them in the last one."""
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < workers)
-    def _compute():
-        plgpu.set_max_registers(_REGISTERS[0], action="increase")
-        work(warpgroup, stream)
-
-    @pl.when(warpgroup == workers)
-    def _copy():
-        plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-
-        count = stream.chunks.count
-        pl.loop(0, jnp.minimum(count, STAGES))(lambda step: stream.fetch(step, workers))
-
-        @pl.loop(STAGES, jnp.maximum(count, STAGES))
-        def _refill(step):
-            plgpu.barrier_wait(stream.buffers.consumed.at[lax.rem(step, STAGES)])
-            stream.fetch(step, workers)
+            plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
 
 
 def _carry(
     start: Array,
-    worker: Any,
     stream: _Stream,
     *,
     interpret: Any,
     emit: Callable[[Any, Array], None] | None = None,
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
-    b, static = stream.buffers, {"interpret": interpret}
+    b, count = stream.buffers, stream.chunks.count
+    for step in range(STAGES):
+        pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
 
     def advance(step: Any, s: Array) -> Array:
         slot = lax.rem(step, STAGES)
+        operand = s.astype(bf16)
         if emit is not None:
-            emit(stream.chunks.at(step), s)
+            emit(stream.chunks.at(step), operand)
         plgpu.barrier_wait(b.full.at[slot])
-        gamma = b.gates[slot, 2, 0]
-        beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
 
-        def decayed() -> Array:
-            plgpu.commit_smem()  # gates and values are read; the second product overlaps
-            return gamma * s
+        def beside():
+            gamma = b.gates[slot, 2, 0]
+            beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+            if stream.values_ref is None:
+                return gamma * s, -gamma * beta, None
+            plgpu.barrier_wait(b.values_full.at[slot])
+            r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE) * beta
+            return gamma * s, -gamma * beta, load_transposed(b.values.at[slot]).astype(f32) * r
 
-        if stream.chunks.reverse:
-            seen, _ = scaled_product(s, b.first.at[slot].T, **static)
-            parts = split(seen * (-gamma * beta))
-            pairs = ((part, b.second.at[slot]) for part in parts)
-            written, kept = product(*pairs, meanwhile=decayed, **static)
-        else:
-            values = lambda: _values(b, slot, worker, stream.values_ref is not None)
-            pair = (s.astype(bf16), b.first.at[slot].T)
-            seen, brought = product(pair, meanwhile=values, **static)
-            residual = (brought - gamma * seen) * beta
-            written, kept = scaled_product(
-                residual, b.second.at[slot], meanwhile=decayed, **static
-            )
-        plgpu.barrier_arrive(b.consumed.at[slot])
-        return kept + written
+        seen, (decayed, scale, values) = product(
+            (operand, b.first.at[slot].T), interpret=interpret, meanwhile=beside
+        )
+        residual = seen * scale if values is None else values + seen * scale
+        pair = (residual.astype(bf16), b.second.at[slot])
+        s = accumulate(decayed, pair, interpret=interpret)
+        plgpu.commit_smem()  # all warps have read the slot
 
-    return lax.fori_loop(0, stream.chunks.count, advance, start)
+        @pl.when(step + STAGES < count)
+        def _refill():
+            plgpu.barrier_arrive(b.consumed.at[slot])
+            plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
+            stream.fetch(step + STAGES)
 
+        return s
 
-def _values(b: _Buffers, slot: Any, worker: Any, present: bool) -> Array:
-    """V^T diag(r) of a worker's slice, or zeros."""
-    if not present:
-        return zeros(SLICE, CHUNK)
-    plgpu.barrier_wait(b.values_full.at[slot])
-    r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE)
-    return load_transposed(b.values.at[slot, worker]).astype(f32) * r
+    return lax.fori_loop(0, count, advance, start)

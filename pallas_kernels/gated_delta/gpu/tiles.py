@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 CHUNK = 64  # tokens of a chunk: the rows of one wgmma
 SLICE = 64  # rows of a transposed state that one warpgroup carries
 
-bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+bf16, f32 = jnp.bfloat16, jnp.float32
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one number a row of a WGMMA matrix
 COLUMNS = WGMMA.reduce(0)  # one number a column
@@ -26,7 +26,7 @@ _LOAD_TAKES_INDEX = jax.__version__.startswith("0.10.")
 
 
 def tiles(columns: int = 64) -> tuple[Any, ...]:
-    """Tiling and swizzle of a 16-bit matrix in shared memory for wgmma and the copy engine."""
+    """Tiling and swizzle of a bfloat16 matrix in shared memory for wgmma and the copy engine."""
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
@@ -37,7 +37,7 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
 
 
 def load_transposed(ref: Any) -> Array:
-    """The transpose of a 16-bit tile in shared memory."""
+    """The transpose of a bfloat16 tile in shared memory."""
     return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
 
 
@@ -101,20 +101,6 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     return pl.run_state(run)(plgpu.ACC.init(start))
 
 
-def scaled_product(
-    x: Array, tile: Any, *, interpret: Any, meanwhile: Callable[[], Any] = lambda: None
-) -> tuple[Array, Any]:
-    """x @ tile for float32 x and a float16 tile, to the 11 bits of float16.
-
-    Each row of x is divided by its largest entry, so that no size of x is out of range.
-    """
-    size = jnp.maximum(x.max(1), (-x).max(1))
-    size = jnp.where(size > 0, size, 1.0)
-    operand = (x * by_row(1 / size, x.shape[1])).astype(f16)
-    y, other = product((operand, tile), interpret=interpret, meanwhile=meanwhile)
-    return y * by_row(size, y.shape[1]), other
-
-
 def _read(x: Any) -> Array:
     return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
 
@@ -126,17 +112,26 @@ def split(x: Array) -> tuple[Array, Array]:
 
 
 def kernel(
-    name: str, body: Callable[..., None], *, grid: dict[str, int], scratch: list[Any], **options: Any
+    name: str,
+    body: Callable[..., None],
+    *,
+    grid: dict[str, int],
+    scratch: list[Any],
+    cluster: dict[str, int] | None = None,
+    **options: Any,
 ) -> Callable[..., Any]:
-    """plgpu.kernel under a name and with named grid axes.
+    """plgpu.kernel under a name, with named grid and cluster axes of single warpgroups.
 
     No barriers are added around shared memory: the kernels place them where warps meet.
     """
     body.__name__ = f"gated_delta_{name}"
+    cluster = cluster or {}
     return plgpu.kernel(
         body,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple(cluster.values()),
+        cluster_names=tuple(cluster),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
