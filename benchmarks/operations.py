@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py times: inputs, calls and costs of each operation.
+"""What benchmarks/kernel_times.py times: inputs, calls and costs of each operation.
 
 Operations (FLOP) are those of the algorithm, not of an implementation: the gated delta rule in
 chunks of 64 tokens, forward 4 C K + 4 K V + 2/3 C^2 a token and head, backward 12 C K + 14 K V, in

@@ -1,20 +1,24 @@
-"""The public gated delta rule: checks, choice of an implementation, derivative."""
+"""The public gated delta rule: choice of an implementation, derivative."""
 
 import importlib
 import logging
 from functools import cache, partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 
 from pallas_kernels.gated_delta import reference
+from pallas_kernels.gated_delta.checks import (
+    Implementation,
+    Precision,
+    check_options,
+    check_state,
+    check_tokens,
+    state_dtype,
+)
 from pallas_kernels.gated_delta.plan import Plan
-
-Implementation = Literal["reference", "xla", "tpu", "gpu"]
-Precision = Literal["default", "high"]
 
 # Modules of this folder, each with a `forward`, a hand-written `backward` and an `obstacle`, which
 # says why it cannot take a call; the fastest first.
@@ -73,18 +77,18 @@ def gated_delta_states(
     Source: ARL2, arXiv 2605.16579; the gated delta rule, arXiv 2412.06464.
     """
     k, v, g, beta = (jnp.asarray(x) for x in (k, v, g, beta))
-    _check_options(implementation, precision, chunk_size)
-    _check_tokens(k, v, g, beta, block_size)
+    check_options(implementation, precision, chunk_size)
+    check_tokens(k, v, g, beta, block_size)
     if initial_state is None:
         # Made from k, so that it varies over a device mesh as k does.
-        zeros = jnp.zeros_like(k[:, 0, :, :, None], _state_dtype(k))
+        zeros = jnp.zeros_like(k[:, 0, :, :, None], state_dtype(k))
         initial_state = jnp.broadcast_to(zeros, (*zeros.shape[:-1], v.shape[-1]))
     initial_state = jnp.asarray(initial_state)
-    _check_state(k, v, initial_state)
+    check_state(k, v, initial_state)
     if implementation == "reference":
         return reference.gated_delta_states(k, v, g, beta, initial_state, block_size=block_size)
-    operand = k.dtype if precision == "default" else _state_dtype(k)
-    plan = Plan(block_size, chunk_size, jnp.dtype(operand), _state_dtype(k))
+    operand = k.dtype if precision == "default" else state_dtype(k)
+    plan = Plan(block_size, chunk_size, jnp.dtype(operand), state_dtype(k))
     backend = implementation or _fastest(plan, k, v)
     if obstacle := _module(backend).obstacle(plan, k, v):
         raise NotImplementedError(f"implementation {backend!r} {obstacle}")
@@ -127,54 +131,3 @@ def _log_choice(backend: str, platform: str, plan: Plan, k: Any, v: Any, dtype: 
         "gated_delta_states: %s on %s for k %s, v %s, %s, block_size %d",
         backend, platform, k, v, dtype, plan.block_size,
     )  # fmt: skip
-
-
-def _state_dtype(k: Array) -> Any:
-    return jnp.dtype(jnp.float64 if k.dtype == jnp.float64 else jnp.float32)
-
-
-def _check_options(implementation: str | None, precision: str, chunk_size: int | None) -> None:
-    if implementation is not None and implementation not in get_args(Implementation):
-        names = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation is {implementation!r}; must be None or one of {names}")
-    if precision not in get_args(Precision):
-        names = ", ".join(get_args(Precision))
-        raise ValueError(f"precision is {precision!r}; must be one of {names}")
-    if chunk_size is not None and (chunk_size < 8 or chunk_size % 8):
-        raise ValueError(f"chunk_size is {chunk_size}; must be a positive multiple of 8")
-
-
-def _check_tokens(k: Array, v: Array, g: Array, beta: Array, block_size: int) -> None:
-    if k.ndim != 4:
-        raise ValueError(f"k has shape {k.shape}; must be [B, T, H, K]")
-    if k.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
-        raise ValueError(f"k has dtype {k.dtype}; must be float32, bfloat16 or float64")
-    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v has shape {v.shape}; must be [B, T, H, V] with B, T, H as in k {k.shape}"
-        )
-    if v.dtype != k.dtype:
-        raise ValueError(f"v has dtype {v.dtype}; must be that of k, {k.dtype}")
-    for name, x in (("g", g), ("beta", beta)):
-        if x.shape != k.shape[:3]:
-            raise ValueError(f"{name} has shape {x.shape}; must be [B, T, H] = {k.shape[:3]}")
-        if x.dtype != _state_dtype(k):
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; must be {_state_dtype(k)} for {k.dtype} k"
-            )
-    if block_size < 1 or k.shape[1] < 1 or k.shape[1] % block_size:
-        raise ValueError(f"block_size is {block_size}; must divide the {k.shape[1]} tokens of k")
-    if not isinstance(g, Tracer) and g.is_fully_addressable:
-        with jax.ensure_compile_time_eval():
-            largest = float(g.max())
-        if largest > 0:
-            raise ValueError(f"g reaches {largest}; must be at most 0")
-
-
-def _check_state(k: Array, v: Array, initial_state: Array) -> None:
-    shape = (k.shape[0], *k.shape[2:], v.shape[3])
-    if initial_state.shape != shape:
-        raise ValueError(f"initial_state has shape {initial_state.shape}; must be {shape}")
-    if initial_state.dtype != _state_dtype(k):
-        dtype = initial_state.dtype
-        raise ValueError(f"initial_state has dtype {dtype}; must be {_state_dtype(k)}")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.gated_delta import api
+from pallas_kernels.gated_delta import api, checks
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -32,8 +32,8 @@ def gated_delta_states(
     *,
     axis_name: str,
     block_size: int,
-    implementation: api.Implementation | None = None,
-    precision: api.Precision = "default",
+    implementation: checks.Implementation | None = None,
+    precision: checks.Precision = "default",
     chunk_size: int | None = None,
 ) -> Array:
     """States that one device's tokens read, inside `jax.shard_map` over the axis `axis_name`.
@@ -62,8 +62,8 @@ def gated_delta_states(
         NotImplementedError: The named implementation cannot do this here.
     """
     k, v, g, beta = (jnp.asarray(x) for x in (k, v, g, beta))
-    api._check_options(implementation, precision, chunk_size)
-    api._check_tokens(k, v, g, beta, block_size=1)
+    checks.check_options(implementation, precision, chunk_size)
+    checks.check_tokens(k, v, g, beta, block_size=1)
     devices, tokens = lax.axis_size(axis_name), k.shape[1]
     if block_size < 1 or devices * tokens % block_size:
         raise ValueError(
@@ -74,7 +74,7 @@ def gated_delta_states(
     if initial_state is None:
         initial_state = zeros
     initial_state = jnp.asarray(initial_state)
-    api._check_state(k, v, initial_state)
+    checks.check_state(k, v, initial_state)
     initial_state += zeros  # a value that is equal on all devices becomes one of each device
 
     plain = partial(
@@ -174,5 +174,5 @@ def _block_states(states: Array, initial_state: Array, axis_name: str, pieces: i
 
 def _zeros(k: Array, width: int) -> Array:
     """[B, H, K, width] in the dtype of the state; made from k, so that it varies as k does."""
-    column = jnp.zeros_like(k[:, 0, :, :, None], api._state_dtype(k))
+    column = jnp.zeros_like(k[:, 0, :, :, None], checks.state_dtype(k))
     return jnp.broadcast_to(column, (*column.shape[:-1], width))

@@ -12,7 +12,6 @@ Inside this file arrays are [block, chunk, B, H, token, feature]: one transpose 
 every product is a batched matrix product. Functions that take one block see the axes after it.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -54,7 +53,6 @@ def forward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs."""
-    plan = _even(plan)
     inputs = tuple(_split(plan, x) for x in (k, v, g, beta))
     a, b = _over_blocks(partial(_block_map, plan), inputs)
 
@@ -68,7 +66,6 @@ def forward(
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
-    plan = _even(plan)
     dstates = jnp.moveaxis(dstates, 1, 0)
 
     def step(d: Array, block: tuple[Array, Array]):
@@ -240,11 +237,12 @@ def _split(plan: Plan, x: Array) -> Array:
     A padded token has beta = 0 and g = 0: the identity.
     """
     batch, time, heads, *features = x.shape
+    chunk = _chunk_size(plan)
     x = x.reshape(batch, time // plan.block_size, plan.block_size, heads, *features)
     padding = [(0, 0)] * x.ndim
-    padding[2] = (0, -plan.block_size % plan.chunk_size)
+    padding[2] = (0, -plan.block_size % chunk)
     x = jnp.pad(x, padding)
-    x = x.reshape(batch, x.shape[1], -1, plan.chunk_size, heads, *features)
+    x = x.reshape(batch, x.shape[1], -1, chunk, heads, *features)
     return x.transpose(1, 2, 0, 4, 3, *range(5, x.ndim))
 
 
@@ -255,10 +253,10 @@ def _join(plan: Plan, x: Array, like: Array) -> Array:
     return x[:, :, : plan.block_size].reshape(like.shape)
 
 
-def _even(plan: Plan) -> Plan:
-    """The plan with the smallest multiple of 8 that needs no more chunks to cover a block."""
+def _chunk_size(plan: Plan) -> int:
+    """The smallest multiple of 8 that needs no more chunks than asked for to cover a block."""
     chunks = -(-plan.block_size // (plan.chunk_size or 64))
-    return dataclasses.replace(plan, chunk_size=-(-plan.block_size // (8 * chunks)) * 8)
+    return -(-plan.block_size // (8 * chunks)) * 8
 
 
 def _tokens(plan: Plan, spec: str, x: Array, y: Array) -> Array:

@@ -22,7 +22,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 )
 
 _STAGES = 2
-_FLOAT_TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def fold(
@@ -44,7 +43,7 @@ def fold(
     """
     batch, count, heads, value_dim, key_dim = added.shape
 
-    def body(high_ref, low_ref, added_ref, start_ref, out_ref, high_s, low_s, added_s, full):  # noqa: ANN001
+    def body(high_ref, low_ref, added_ref, start_ref, out_ref, high_s, low_s, added_s, full):
         i, head, b = (lax.axis_index(name) for name in ("slice", "head", "batch"))
         rows = pl.ds(i * SLICE, SLICE)
         at = lambda step: count - 1 - step if reverse else step
@@ -82,7 +81,7 @@ def fold(
         scratch=[
             plgpu.SMEM((_STAGES, key_dim, key_dim), bf16, transforms=tiles()),
             plgpu.SMEM((_STAGES, key_dim, key_dim), bf16, transforms=tiles()),
-            plgpu.SMEM((_STAGES, SLICE, key_dim), f32, transforms=_FLOAT_TILES),
+            plgpu.SMEM((_STAGES, SLICE, key_dim), f32, transforms=tiles(32, itemsize=4)),
             plgpu.Barrier(num_barriers=_STAGES, num_arrivals=3),
         ],
         out_type=jax.ShapeDtypeStruct((batch, count + 1, heads, value_dim, key_dim), f32),

@@ -62,7 +62,7 @@ def gradients(
     """
     blocks, _, heads, key_dim = k.shape
 
-    def body(k_ref, y_ref, v_ref, gates_ref, s_ref, d_ref, dk_ref, dv_ref, rows_ref, *scratch):  # noqa: ANN001
+    def body(k_ref, y_ref, v_ref, gates_ref, s_ref, d_ref, dk_ref, dv_ref, rows_ref, *scratch):
         k_tile, y_tile, gate_rows, sums, full = scratch
         n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
         tokens, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)

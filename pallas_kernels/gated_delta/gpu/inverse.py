@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math, memref, vector
@@ -117,7 +117,7 @@ def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
                 memref.store(entry, diagonal, [row, column])
                 minus[i] = arith.negf(entry)
 
-    substitute(matrix, diagonal)
+    substitute(matrix, diagonal)  # pyright: ignore[reportCallIssue]
 
 
 def _substitute_interpreted(matrix: Any, diagonal: Any, upper: bool) -> None:

@@ -62,7 +62,7 @@ def maps(
     value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
     pair = _pair(value_slices, key_slices)
 
-    def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):  # noqa: ANN001
+    def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):
         i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
         chunks = _segment(place, segments, gates.shape[2])
 
@@ -128,7 +128,7 @@ def _chunkwise(
     count = gates.shape[2]
     pair = _pair(value_dim // SLICE)
 
-    def body(*refs):  # noqa: ANN002
+    def body(*refs):
         *inputs, out_ref, buffers, tile = refs
         first_ref, second_ref, gates_ref, starts_ref = inputs[:4]
         i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
@@ -137,7 +137,7 @@ def _chunkwise(
         v_ref = None if v is None else inputs[4]
         stream = _Stream(chunks, head, first_ref, second_ref, gates_ref, buffers, v_ref, i)
 
-        def emit(chunk, s):  # noqa: ANN001
+        def emit(chunk, s):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
             tile[...] = s
@@ -187,7 +187,7 @@ def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: STAGES chunks of the matrices that meet S^T first and second, of V, of gates."""
+    """Shared memory: STAGES chunks of the matrices that S^T meets, of V and of gates."""
 
     first: Any
     second: Any
@@ -228,7 +228,7 @@ class _Stream(NamedTuple):
         slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
         tile = (self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head)
         full = b.full.at[slot]
-        share = {"collective_axes": "pair"}
+        share: dict[str, Any] = {"collective_axes": "pair"}
         plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full, **share)
         plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full, **share)
         gates = self.gates_ref.at[self.chunks.block, self.head, chunk]

@@ -1,10 +1,11 @@
-"""What the kernels for NVIDIA Hopper share: sizes, layouts, and Pallas calls that differ by version.
+"""What the kernels for NVIDIA Hopper share: sizes, layouts, calls that differ by version of JAX.
 
 Matrices of a chunk live in registers in the layout of wgmma's accumulators, 64 rows to a warpgroup.
 A state is kept transposed, [V, K], in slices of 64 rows: then the products that carry it from chunk
 to chunk take it from registers, and it never passes through shared memory.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,12 @@ COLUMNS = WGMMA.reduce(0)  # one number a column
 _LOAD_TAKES_INDEX = jax.__version__.startswith("0.10.")
 
 
-def tiles(columns: int = 64) -> tuple[Any, ...]:
-    """Tiling and swizzle of a bfloat16 matrix in shared memory for wgmma and the copy engine."""
-    return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+def tiles(columns: int = 64, itemsize: int = 2) -> tuple[Any, ...]:
+    """Tiling and swizzle of a matrix in shared memory for wgmma and the copy engine."""
+    return (
+        plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(itemsize * columns),  # pyright: ignore[reportAbstractUsage]
+    )
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
@@ -77,7 +81,8 @@ def product(
     The left matrix of a pair is in registers or in shared memory, the right one in shared memory.
     """
     if interpret:  # the interpreter multiplies no registers, and starts no sum with values
-        return sum(_read(a) @ _read(b) for a, b in pairs), meanwhile()
+        products = [_read(a) @ _read(b) for a, b in pairs]
+        return functools.reduce(jnp.add, products), meanwhile()
     shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
 
     def run(acc: Any) -> tuple[Array, Any]:
@@ -86,7 +91,7 @@ def product(
         other = meanwhile()
         return acc[...], other
 
-    return pl.run_scoped(run, plgpu.ACC(shape, f32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, f32))
 
 
 def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
@@ -98,7 +103,8 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
 
-    return pl.run_state(run)(plgpu.ACC.init(start))
+    accumulator: Any = plgpu.WGMMAAccumulatorRef.init(start)
+    return pl.run_state(run)(accumulator)
 
 
 def _read(x: Any) -> Array:

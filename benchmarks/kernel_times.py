@@ -1,7 +1,7 @@
 """Times the kernels of pallas_kernels: implementations x named shapes x dtypes x directions.
 
-    python benchmarks/kernels.py --shapes=wan1p3b_block,wan1p3b_clip --output=kernels.json
-    python benchmarks/kernels.py --shapes=tiny --implementations=xla      # on a CPU
+    python benchmarks/kernel_times.py --shapes=wan1p3b_block,wan1p3b_clip --output=times.json
+    python benchmarks/kernel_times.py --shapes=tiny --implementations=xla      # on a CPU
 
 Directions are forward, forward_backward (a value and all gradients) and backward (the gradients
 alone, from residuals made before). device_time.py says how device time is taken, operations.py what
