@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import cudnn
-from pallas_kernels.attention.devices import split_by_xla
+from pallas_kernels.devices import split_by_xla
 from pallas_kernels.attention.lengths import padded, visible
 
 _WARPGROUPS, _ROWS, _KEYS, _STAGES = 2, 64, 128, 3

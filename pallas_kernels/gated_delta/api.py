@@ -67,6 +67,9 @@ def gated_delta_states(
         chunk_size: Tokens turned into one matrix product at most, a multiple of 8. None leaves it
             to the implementation.
 
+    XLA cannot split "gpu" and "tpu" over devices: under a mesh they need `jax.shard_map`, and with
+    tokens split over an axis of it `context_parallel.gated_delta_states`.
+
     Returns:
         States [B, T / block_size + 1, H, K, V]: before each block, and after the last.
 

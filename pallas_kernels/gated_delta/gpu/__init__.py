@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.devices import split_by_xla
 from pallas_kernels.gated_delta.gpu import gates as gate
 from pallas_kernels.gated_delta.gpu.fold import fold
 from pallas_kernels.gated_delta.gpu.gradients import gradients
@@ -51,7 +52,7 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
         return f"needs 64 or 128 features a key; k has {k.shape[3]}"
     if v.shape[3] % SLICE or not v.shape[3]:
         return f"needs a multiple of {SLICE} features a value; v has {v.shape[3]}"
-    return None
+    return None if plan.interpret else split_by_xla()
 
 
 def forward(
