@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import cudnn
-from pallas_kernels.devices import split_by_xla
 from pallas_kernels.attention.lengths import padded, visible
+from pallas_kernels.devices import split_by_xla
 
 _WARPGROUPS, _ROWS, _KEYS, _STAGES = 2, 64, 128, 3
 _TILE_ROWS = 8  # of a tile of 64 columns in shared memory

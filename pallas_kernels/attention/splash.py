@@ -9,8 +9,8 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
-from pallas_kernels.devices import split_by_xla
 from pallas_kernels.attention.lengths import padded, visible
+from pallas_kernels.devices import split_by_xla
 
 _LANES = 128
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import dot_product_attention
-from pallas_kernels.attention import devices, gpu, splash
+from pallas_kernels import devices, dot_product_attention
+from pallas_kernels.attention import gpu, splash
 
 BATCH, QUERIES, KEYS, HEADS, DIM = 2, 5, 12, 3, 8
 xla = functools.partial(dot_product_attention, implementation="xla")
