@@ -115,7 +115,8 @@ def test_eight_devices_are_one(run, start, error, phase, mesh):
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(found[0].params))
 
 
-@pytest.mark.parametrize("phase", ["stage1", pytest.param("stage2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["stage1", "stage2"])
 def test_a_clip_over_four_devices_is_one(run, start, error, phase):
     """A block each, so that states come from as many as three devices before."""
     found = run(phase, mesh="context", frames=8)
