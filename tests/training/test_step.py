@@ -107,7 +107,7 @@ def test_accumulation_is_one_large_batch(run, start, error, phase):
     assert_same_step(run(phase, 4), run(phase), start(phase)[0].params, error, ignore=roots)
 
 
-@pytest.mark.parametrize("mesh", ["data", "all_axes"])
+@pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_eight_devices_are_one(run, start, error, phase, mesh):
     found = run(phase, mesh=mesh)
