@@ -88,7 +88,7 @@ def gated_delta_states(
     # Boundaries of pieces are at the same places on all devices, and include those of blocks.
     piece = math.gcd(tokens, block_size)
     plain = partial(plain, block_size=piece)
-    states = _piece_states(plain, axis_name, k, v, g, beta, initial_state)
+    states: Any = _piece_states(plain, axis_name, k, v, g, beta, initial_state)
     return _block_states(states, initial_state, axis_name, block_size // piece)
 
 

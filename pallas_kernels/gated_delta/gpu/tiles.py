@@ -47,8 +47,8 @@ def load_transposed(ref: Any) -> Array:
 
 def store(ref: Any, x: Array) -> None:
     """Writes registers to device memory, or to plain shared memory."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)
+    if write := getattr(plgpu, "store", None):  # from jax 0.12 on
+        write(ref, x, optimized=False)
     else:
         ref[...] = x
 
