@@ -1,6 +1,7 @@
 """The public softmax attention: checks and the choice of an implementation."""
 
 import importlib
+import itertools
 import logging
 from functools import cache
 from typing import Any, Literal, get_args
@@ -59,7 +60,7 @@ def dot_product_attention(
     _check(q, k, v, implementation)
     if key_length is not None:
         key_length = _check_length(key_length, len(q))
-    backend = implementation or _fastest(q, k)
+    backend = implementation or _fastest(q)
     if obstacle := _module(backend).obstacle(q):
         raise NotImplementedError(f"implementation {backend!r} {obstacle}")
     return _module(backend).attention(q, k, v, key_length)
@@ -70,17 +71,19 @@ def _module(backend: str) -> Any:
     return importlib.import_module(f"pallas_kernels.attention.{backend}")
 
 
-def _fastest(q: Array, k: Array) -> str:
+def _fastest(q: Array) -> str:
     platform = jax.default_backend()
-    candidates = _BACKENDS.get(platform, ("xla",))
-    backend = next(name for name in candidates if not _module(name).obstacle(q))
-    _log_choice(backend, platform, q.shape, k.shape, str(q.dtype))
+    names = _BACKENDS.get(platform, ("xla",))
+    obstacles = [(name, _module(name).obstacle(q)) for name in names]
+    passed_over = list(itertools.takewhile(lambda pair: pair[1], obstacles))
+    backend = names[len(passed_over)]
+    _log_choice(backend, platform, *(" ".join(pair) for pair in passed_over))
     return backend
 
 
 @cache
-def _log_choice(backend: str, platform: str, q: Any, k: Any, dtype: str) -> None:
-    _LOG.info("dot_product_attention: %s on %s for q %s, k %s, %s", backend, platform, q, k, dtype)
+def _log_choice(backend: str, platform: str, *obstacles: str) -> None:
+    _LOG.info("; ".join((f"dot_product_attention: {backend} on {platform}", *obstacles)))
 
 
 def _check(q: Array, k: Array, v: Array, implementation: str | None) -> None:

@@ -1,6 +1,7 @@
 """The public gated delta rule: choice of an implementation, derivative."""
 
 import importlib
+import itertools
 import logging
 from functools import cache, partial
 from typing import Any
@@ -122,15 +123,14 @@ def _module(backend: str) -> Any:
 
 def _fastest(plan: Plan, k: Array, v: Array) -> str:
     platform = jax.default_backend()
-    candidates = [name for name in _BACKENDS if name in (platform, "xla")]
-    backend = next(name for name in candidates if not _module(name).obstacle(plan, k, v))
-    _log_choice(backend, platform, plan, k.shape, v.shape, str(k.dtype))
+    names = [name for name in _BACKENDS if name in (platform, "xla")]
+    obstacles = [(name, _module(name).obstacle(plan, k, v)) for name in names]
+    passed_over = list(itertools.takewhile(lambda pair: pair[1], obstacles))
+    backend = names[len(passed_over)]
+    _log_choice(backend, platform, *(" ".join(pair) for pair in passed_over))
     return backend
 
 
 @cache
-def _log_choice(backend: str, platform: str, plan: Plan, k: Any, v: Any, dtype: str) -> None:
-    _LOG.info(
-        "gated_delta_states: %s on %s for k %s, v %s, %s, block_size %d",
-        backend, platform, k, v, dtype, plan.block_size,
-    )  # fmt: skip
+def _log_choice(backend: str, platform: str, *obstacles: str) -> None:
+    _LOG.info("; ".join((f"gated_delta_states: {backend} on {platform}", *obstacles)))
