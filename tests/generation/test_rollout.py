@@ -59,7 +59,10 @@ def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None, clip=None):
     return jnp.concatenate(made, axis=1)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+# Guidance takes Euler steps too.
+@pytest.mark.parametrize(
+    "name", ["few_step", pytest.param("euler", marks=pytest.mark.slow), "guided"]
+)
 def test_rollout_is_the_loop(params, cfg, clip, apply, error, name):
     """Four blocks after a given one: beyond the three of a training clip."""
     arguments = (params, cfg, SAMPLERS[name], clip.text)

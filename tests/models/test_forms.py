@@ -99,7 +99,7 @@ def test_gradients_of_clip_form_are_those_of_block_form(
     assert_gradients_close(gradient, wanted, error, 10 * CLOSE)
 
 
-@pytest.mark.parametrize("remat", ["dots", "layer"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "layer"])
 def test_rematerialised_is_the_same(clip_gradient, error, remat):
     value, gradient = clip_gradient(remat)
     wanted_value, wanted = clip_gradient("none")
