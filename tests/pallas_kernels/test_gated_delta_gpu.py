@@ -29,6 +29,9 @@ SIZES = {"batch": 1, "heads": 1, "key": 128, "value": 128}
 # Where the tokens of a chunk undo each other's writing, rounding errors of Y and R, in bfloat16,
 # reach this many times what is allowed (WORKSPACE_NOTES, known gaps).
 CANCELLING = 4
+# With identical keys and beta = 1 every token overwrites all before it, and the gradient of g is
+# what rounding leaves: it is held to 3e-3 of that of beta (assert_close divides by 1e-3 of it).
+OVERWRITING = TOLERANCES["bfloat16"] | {"g": 3.0 / CANCELLING}
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="Pallas's interpreter for GPUs needs jax 0.11"
@@ -50,11 +53,11 @@ def interpreted(block_size):
     return states_and_gradients(Plan(block_size, None, BFLOAT16, FLOAT32, races))
 
 
-def check(inputs, block_size, factor=1):
+def check(inputs, block_size, factor=1, tolerances=TOLERANCES["bfloat16"]):
     """States and five gradients against the recurrence in float64."""
     inputs = in_bfloat16(inputs)
     results = interpreted(block_size)(inputs, make_cotangent(inputs, block_size))
-    assert_close(results, oracle(inputs, block_size), TOLERANCES["bfloat16"], factor)
+    assert_close(results, oracle(inputs, block_size), tolerances, factor)
     assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
 
 
@@ -98,8 +101,10 @@ def test_lowers_for_cuda_at_other_widths_of_values(value_dim):
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_recurrence(case):
-    cancelling = undamped(case) or case.startswith("identical keys, beta 1,")
-    check(make_inputs(130, **SIZES, **CASES[case]), 65, CANCELLING if cancelling else 1)
+    overwriting = case.startswith("identical keys, beta 1,")
+    factor = CANCELLING if overwriting or undamped(case) else 1
+    tolerances = OVERWRITING if overwriting else TOLERANCES["bfloat16"]
+    check(make_inputs(130, **SIZES, **CASES[case]), 65, factor, tolerances)
 
 
 @pytest.mark.slow
