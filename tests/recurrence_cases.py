@@ -137,3 +137,14 @@ def assert_close(results, expected, tolerances: dict[str, float], factor: float 
             size = max(size, 1e-3 * np.linalg.norm(expected["beta"]))
         error = np.linalg.norm(np.asarray(x, np.float64) - y) / size
         assert error <= factor * tolerances[name], f"{name}: {error:.1e}"
+
+
+def assert_matches(run, inputs, block_size, operands="float32", factor: float = 1, **options):
+    """Compares run(inputs, block_size, **options) with the oracle; operands are of TOLERANCES."""
+    if operands != "float32":
+        inputs = in_bfloat16(inputs)
+    if operands == "high":
+        options["precision"] = "high"
+    results = run(inputs, block_size, **options)
+    assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
+    assert_close(results, oracle(inputs, block_size), TOLERANCES[operands], factor)

@@ -200,6 +200,7 @@ def test_splash_matches_float64(keys, length):
     out = jax.jit(functools.partial(interpreted_splash, length=shown))(q, k, v)
     for i, n in enumerate(length or [keys] * BATCH):
         row = oracle(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n]) if n else 0 * q[i : i + 1]
+        # bfloat16 has 8 bits, and outputs are of size 1.
         np.testing.assert_allclose(np.asarray(out[i : i + 1], np.float64), row, atol=2e-2)
 
 

@@ -106,6 +106,7 @@ def test_devices_are_one(split):
     _, blocks, block_size = SPLITS[split]
     inputs = make_inputs(blocks * block_size, reset=True)
     states = assert_is_one_device(inputs, SPLITS[split])
+    # float32 sums of states of size 1 over all tokens
     np.testing.assert_allclose(states[:, -1], oracle(inputs, block_size)[0][:, -1], atol=1e-5)
 
 
@@ -189,6 +190,7 @@ def test_blocks_are_padded_with_identity_tokens():
     places = boundaries(2, 3, 6).ravel()
     states = jax.jit(over_devices(2, 6))(*padded, state)
     wanted = oracle((*tokens, state), 5)[0]
+    # float32, as above
     np.testing.assert_allclose(states[:, places >= 0], wanted[:, places[places >= 0]], atol=1e-5)
 
 

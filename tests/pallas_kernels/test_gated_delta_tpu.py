@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrence_cases
 from jax.experimental.pallas import tpu as pltpu
 from recurrence_cases import (
     CASES,
     NAMES,
     TOLERANCES,
-    assert_close,
     in_bfloat16,
     make_cotangent,
-    oracle,
     states_and_gradients,
     undamped,
 )
@@ -54,15 +53,7 @@ def by_chunks(inputs, block_size, **options):
     return run(inputs, make_cotangent(inputs, block_size))
 
 
-def assert_matches(inputs, block_size, operands="float32", factor=1, **options):
-    """Compares states and gradients with the oracle's; `operands` is a key of TOLERANCES."""
-    if operands != "float32":
-        inputs = in_bfloat16(inputs)
-    if operands == "high":
-        options["precision"] = "high"
-    results = by_chunks(inputs, block_size, **options)
-    assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
-    assert_close(results, oracle(inputs, block_size), TOLERANCES[operands], factor)
+assert_matches = functools.partial(recurrence_cases.assert_matches, by_chunks)
 
 
 @pytest.mark.parametrize(
