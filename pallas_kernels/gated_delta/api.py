@@ -21,8 +21,8 @@ from pallas_kernels.gated_delta.checks import (
 )
 from pallas_kernels.gated_delta.plan import Plan
 
-# Modules of this folder, each with a `forward`, a hand-written `backward` and an `obstacle`, which
-# says why it cannot take a call; the fastest first.
+# Modules of this folder, the fastest first. Each has `states`; `forward`, which also returns what its
+# `backward` needs; and `obstacle`, which says why it cannot take a call.
 _BACKENDS = ("gpu", "tpu", "xla")
 _LOG = logging.getLogger("pallas_kernels")
 
@@ -102,7 +102,7 @@ def gated_delta_states(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def states_by(backend: str, plan: Plan, *inputs: Array) -> Array:
     """States by a named implementation, without checks; inputs as in the public function."""
-    return _module(backend).forward(plan, *inputs)[0]
+    return _module(backend).states(plan, *inputs)
 
 
 def _states_forward(backend: str, plan: Plan, *inputs: Array) -> tuple[Array, Any]:

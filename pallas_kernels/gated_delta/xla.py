@@ -49,6 +49,11 @@ class Factors(NamedTuple):
     x: Array
 
 
+def states(plan: Plan, *inputs: Array) -> Array:
+    """States at the boundaries of blocks; inputs as for `forward`."""
+    return forward(plan, *inputs)[0]
+
+
 def forward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Residuals]:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.devices import split_by_xla
-from pallas_kernels.gated_delta.gpu import gates as gate
 from pallas_kernels.gated_delta.gpu.fold import fold
 from pallas_kernels.gated_delta.gpu.gradients import gradients
 from pallas_kernels.gated_delta.gpu.scan import chunk_cotangents, chunk_states, maps
@@ -25,13 +24,15 @@ _PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 
 
 class Residuals(NamedTuple):
-    """Kept for the backward pass: inputs, Y, parts of A^T and the states S^T of all segments."""
+    """Kept for the backward pass: inputs, what `solve` makes of them, parts of A^T and states S^T."""
 
     k: Array
     v: Array
     g: Array
     beta: Array
     y: Array
+    gates: Array
+    u: Array
     high: Array
     low: Array
     states: Array
@@ -55,47 +56,74 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
     return None if plan.interpret else split_by_xla()
 
 
-def forward(
-    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
-) -> tuple[Array, Residuals]:
-    """States at the boundaries of blocks, and what the backward pass needs."""
-    batch = len(k)
-    kb, vb, gates = _inputs(plan, k, v, g, beta)
+def states(plan: Plan, *inputs: Array) -> Array:
+    """States at the boundaries of blocks; inputs as for `forward`."""
+    return _forward(plan, *inputs, keep_inverse=False)[0]
+
+
+def forward(plan: Plan, *inputs: Array) -> tuple[Array, Residuals]:
+    """States at the boundaries of blocks, and what the backward pass needs.
+
+    Inputs are k, v, g, beta and initial_state of the public function.
+    """
+    states, (y, gates, u, *rest) = _forward(plan, *inputs, keep_inverse=True)
+    return states, Residuals(*inputs[:4], y, gates, u, *rest)
+
+
+def _forward(
+    plan: Plan,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    initial_state: Array,
+    *,
+    keep_inverse: bool,
+) -> tuple[Array, tuple[Array, ...]]:
+    batch, static = len(k), {"interpret": plan.interpret}
+    kb, vb = _split(plan, k), _split(plan, v)
+    decay, strength = (_chunks(_split(plan, x)) for x in (g, beta))
+    y, gates, *inverse = solve(kb, decay, strength, keep_inverse=keep_inverse, **static)
     segments = _segments(kb, vb, gates)
-    y = solve(kb, gates, interpret=plan.interpret)
-    parts = maps(kb, y, vb, gates, segments=segments, interpret=plan.interpret)
+    parts = maps(kb, y, vb, gates, segments=segments, **static)
     high, low, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
-    states = fold(high, low, added, initial_state.mT, reverse=False, interpret=plan.interpret)
-    return states[:, ::segments].mT, Residuals(k, v, g, beta, y, high, low, states[:, :-1])
+    states = fold(high, low, added, initial_state.mT, reverse=False, **static)
+    return states[:, ::segments].mT, (y, gates, *inverse, high, low, states[:, :-1])
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
-    k, v, gates = _inputs(plan, res.k, res.v, res.g, res.beta)
-    segments = _segments(k, v, gates)
-    static = {"segments": segments, "interpret": plan.interpret}
+    k, v, static = _split(plan, res.k), _split(plan, res.v), {"interpret": plan.interpret}
+    segments = _segments(k, v, res.gates)
     # Between the boundaries of blocks no cotangent comes in.
     added = jnp.zeros_like(res.states).at[:, ::segments].set(dstates[:, :-1].mT)
-    ends = fold(res.high, res.low, added, dstates[:, -1].mT, reverse=True, interpret=plan.interpret)
+    ends = fold(res.high, res.low, added, dstates[:, -1].mT, reverse=True, **static)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    states = chunk_states(k, res.y, v, gates, flat(res.states), **static)
-    cotangents = chunk_cotangents(k, res.y, gates, flat(ends[:, 1:]), **static)
-    dk, dv, rows = gradients(k, res.y, v, gates, states, cotangents, interpret=plan.interpret)
-    dbeta, dg = (gate.tokens(rows[..., i, :], k.shape[1]) for i in (0, 1))
-    dtokens = (dk, dv, dg, dbeta)
-    joined = (_join(plan, d, x) for d, x in zip(dtokens, res[:4], strict=True))
-    return (*joined, ends[:, 0].mT)
-
-
-def _inputs(plan: Plan, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array, Array]:
-    k, v, g, beta = (_split(plan, x) for x in (k, v, g, beta))
-    return k, v, gate.chunk_gates(g, beta)
+    walk = {"segments": segments, **static}
+    states = chunk_states(k, res.y, v, res.gates, flat(res.states), **walk)
+    cotangents = chunk_cotangents(k, res.y, res.gates, flat(ends[:, 1:]), **walk)
+    dk, dv, rows = gradients(k, res.y, res.u, v, res.gates, states, cotangents, **static)
+    dbeta, dg = (_tokens(rows[..., i, :], k.shape[1]) for i in (0, 1))
+    dtokens = zip((dk, dv, dg, dbeta), res[:4], strict=True)
+    return (*(_join(plan, d, x) for d, x in dtokens), ends[:, 0].mT)
 
 
 def _split(plan: Plan, x: Array) -> Array:
     """[B, T, H, ...] -> [N, block, H, ...]; tokens to a multiple of 8 are zeros: the identity."""
     x = x.reshape(-1, plan.block_size, *x.shape[2:])
     return jnp.pad(x, ((0, 0), (0, -plan.block_size % 8), *((0, 0),) * (x.ndim - 2)))
+
+
+def _chunks(x: Array) -> Array:
+    """[N, block, H] -> [N, H, chunks, 64], filled up with zeros: tokens that are the identity."""
+    blocks, block, heads = x.shape
+    x = jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -block % CHUNK)))
+    return x.reshape(blocks, heads, -1, CHUNK)
+
+
+def _tokens(x: Array, block: int) -> Array:
+    """The inverse of _chunks."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1)[..., :block], 1, 2)
 
 
 def _join(plan: Plan, x: Array, like: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The inverse of a unit triangular matrix of 64 rows, inside a kernel.
+"""The inverse of a unit upper triangular matrix of 64 rows, inside a kernel.
 
 Two diagonal blocks of 32 rows by substitution, one column a thread, and the block beside them by
 two products in three bfloat16 passes each: no intermediate is larger than an entry of the result
@@ -6,7 +6,7 @@ times an entry of the matrix, for any keys. Powers of the matrix, as in Neumann 
 be bounded where keys are correlated.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,66 +30,65 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 )
 
 HALF = CHUNK // 2
-_PAD = 8  # columns that spread the rows of a float32 matrix over the banks of shared memory
+_PAD = 4  # columns that spread the rows of a float32 matrix over the banks of shared memory
 
 
-class Scratch(NamedTuple):
-    """Shared memory of one inverse."""
+def unit_inverse(m: Array, *, interpret: Any) -> tuple[Array, Array]:
+    """The left and the right half of (I + strictly_upper(m))^-1, each [64, 32] float32.
 
-    matrix: Any  # float32, for the substitution
-    beside: tuple[Any, Any]  # high and low part of the half of the columns with the block beside
-    diagonal: Any  # float32: inverses of both diagonal blocks, one above the other
-    factor: tuple[Any, Any]  # their high and low part
-
-
-def scratch() -> Scratch:
-    """The shared memory that `unit_inverse` needs."""
-    half = lambda: plgpu.SMEM((CHUNK, HALF), bf16, transforms=tiles(HALF))
-    return Scratch(
-        plgpu.SMEM((CHUNK, CHUNK + _PAD), f32),
-        (half(), half()),
-        plgpu.SMEM((CHUNK, HALF + _PAD), f32),
-        (half(), half()),
-    )
-
-
-def unit_inverse(m: Array, s: Scratch, *, upper: bool, interpret: Any) -> tuple[Array, Array]:
-    """The left and the right half of (I + strict triangle of m)^-1, each [64, 32] float32.
-
-    What m holds outside its strict upper (or lower) triangle must be finite and is not used.
+    What m holds on its diagonal and below must be finite and is not used. Takes 17 kB of shared
+    memory while it runs.
     """
-    store(s.matrix.at[:, :CHUNK], m)
-    beside = m[:, HALF:] if upper else m[:, :HALF]
-    s.beside[0][...], s.beside[1][...] = split(beside)
-    plgpu.commit_smem()
-    (_substitute_interpreted if interpret else _substitute)(s.matrix, s.diagonal, upper)
-    plgpu.commit_smem()
-    diagonal = load(s.diagonal.at[:, :HALF], WGMMA, optimized=False)
-    high, low = split(diagonal)
-    s.factor[0][...], s.factor[1][...] = high, low
-    plgpu.commit_smem()
+    half = plgpu.SMEM((CHUNK, HALF), bf16, transforms=tiles(HALF))
 
-    # With blocks D1, D2 on the diagonal and B beside them: -D1 B D2 above, or -D2 B D1 below.
-    here, there = pl.ds(0, HALF), pl.ds(HALF, HALF)
-    outer, inner = (here, there) if upper else (there, here)
-    b_high, b_low = (ref.at[outer] for ref in s.beside)
-    d_high, d_low = (ref.at[inner] for ref in s.factor)
+    def invert(high: Any, low: Any) -> tuple[Array, Array]:
+        high[...], low[...] = split(m[:, HALF:])
+        diagonal = _diagonal_inverses(m, interpret)
+        block = pl.run_scoped(
+            lambda *factor: _block_beside(diagonal, (high, low), factor, interpret), half, half
+        )
+        top = iota(CHUNK, HALF, 0) < HALF
+        return jnp.where(top, diagonal, 0.0), jnp.where(top, -block, diagonal)
+
+    return pl.run_scoped(invert, half, half)
+
+
+def _diagonal_inverses(m: Array, interpret: Any) -> Array:
+    """Inverses of both diagonal blocks, one above the other, [64, 32]."""
+
+    def invert(blocks: Any) -> Array:
+        top = iota(CHUNK, HALF, 0) < HALF
+        store(blocks.at[:, :HALF], jnp.where(top, m[:, :HALF], m[:, HALF:]))
+        plgpu.commit_smem()
+        (_substitute_interpreted if interpret else _substitute)(blocks)
+        plgpu.commit_smem()
+        diagonal = load(blocks.at[:, :HALF], WGMMA, optimized=False)
+        plgpu.commit_smem()  # all warps have read; the space serves anew
+        return diagonal
+
+    return pl.run_scoped(invert, plgpu.SMEM((CHUNK, HALF + _PAD), f32))
+
+
+def _block_beside(
+    diagonal: Array, beside: tuple[Any, Any], factor: tuple[Any, ...], interpret: Any
+) -> Array:
+    """D1 B D2 in its upper 32 rows, for blocks D1, D2 on the diagonal and B beside them."""
+    high, low = split(diagonal)
+    factor[0][...], factor[1][...] = high, low
+    plgpu.commit_smem()
+    b_high, b_low = (ref.at[pl.ds(0, HALF)] for ref in beside)
+    d_high, d_low = (ref.at[pl.ds(HALF, HALF)] for ref in factor)
     left, _ = product((low, b_high), (high, b_low), (high, b_high), interpret=interpret)
     l_high, l_low = split(left)
     block, _ = product((l_low, d_high), (l_high, d_low), (l_high, d_high), interpret=interpret)
-
-    top = iota(CHUNK, HALF, 0) < HALF
-    nothing = jnp.zeros_like(diagonal)
-    if upper:
-        return jnp.where(top, diagonal, nothing), jnp.where(top, -block, diagonal)
-    return jnp.where(top, diagonal, -block), jnp.where(top, nothing, diagonal)
+    return block
 
 
-def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
-    """Inverses of both diagonal blocks; thread t of the first 64 makes column t % 32 of t / 32."""
+def _substitute(blocks: Any) -> None:
+    """Inverts both blocks in place; thread t of the first 64 makes column t % 32 of block t / 32."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def substitute(_: Any, matrix: Any, diagonal: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def substitute(_: Any, blocks: Any) -> None:
         index, word = ir.IndexType.get(), ir.F32Type.get()
         four = ir.VectorType.get((4,), word)
         const = lambda n: arith.constant(index, n)
@@ -100,7 +99,7 @@ def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
             base = arith.subi(thread, column)
             zero, one = (arith.constant(word, x) for x in (0.0, 1.0))
             minus: dict[int, Any] = {}  # the column's entries so far, negated
-            for i in reversed(range(HALF)) if upper else range(HALF):
+            for i in reversed(range(HALF)):
                 row = arith.addi(base, const(i))
                 on_diagonal = arith.cmpi(arith.CmpIPredicate.eq, column, const(i))
                 # Four sums, so that additions need not wait for each other.
@@ -109,25 +108,24 @@ def _substitute(matrix: Any, diagonal: Any, upper: bool) -> None:
                     inside = [j for j in range(start, start + 4) if j in minus]
                     if not inside:
                         continue
-                    entries = vector.load(four, matrix, [row, arith.addi(base, const(start))])
+                    entries = vector.load(four, blocks, [row, const(start)])
                     for j in inside:
                         entry = vector.extract(entries, [], [j - start])
                         sums[j % 4] = math.fma(entry, minus[j], sums[j % 4])
-                entry = arith.addf(arith.addf(*sums[:2]), arith.addf(*sums[2:]))
-                memref.store(entry, diagonal, [row, column])
-                minus[i] = arith.negf(entry)
+                minus[i] = arith.negf(arith.addf(arith.addf(*sums[:2]), arith.addf(*sums[2:])))
+            utils.warp_barrier()  # a warp has read its whole block
+            for i, entry in minus.items():
+                memref.store(arith.negf(entry), blocks, [arith.addi(base, const(i)), column])
 
-    substitute(matrix, diagonal)  # pyright: ignore[reportCallIssue]
+    substitute(blocks)  # pyright: ignore[reportCallIssue]
 
 
-def _substitute_interpreted(matrix: Any, diagonal: Any, upper: bool) -> None:
+def _substitute_interpreted(blocks: Any) -> None:
     """The same for Pallas's interpreter, which runs no inlined code."""
-    m = matrix[:, :CHUNK]
+    m = blocks[:, :HALF]
     for start in (0, HALF):
-        block = m[start : start + HALF, start : start + HALF]
-        strict = jnp.triu(block, 1) if upper else jnp.tril(block, -1)
+        strict = jnp.triu(m[start : start + HALF], 1)
         x = jnp.eye(HALF, dtype=f32)
-        order = reversed(range(HALF)) if upper else range(HALF)
-        for i in order:
+        for i in reversed(range(HALF)):
             x = x.at[i].add(-strict[i] @ x)
-        diagonal[start : start + HALF, :HALF] = x
+        blocks[start : start + HALF, :HALF] = x

@@ -7,6 +7,11 @@ registers:
 
 Cotangents of states run through the same two products, backwards, with K and Y exchanged and no V.
 Two programs that carry neighbouring slices form a cluster: what both read is fetched once for both.
+
+Where keys are alike, the tokens of a chunk undo each other's writing, and their rounding errors
+stay: R and Y are float16, with the range of bfloat16 by a scale for each row of R^T, and the
+cotangents' second product takes both parts of its left operand. The rounding of S^T is the same for
+all tokens, and passes through the chunk as S^T itself does.
 """
 
 from collections.abc import Callable
@@ -23,7 +28,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     COLUMNS,
     SLICE,
     WGMMA,
-    accumulate,
     bf16,
     by_column,
     f32,
@@ -32,6 +36,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     load,
     load_transposed,
     product,
+    scaled_product,
     split,
     store,
     tiles,
@@ -47,7 +52,8 @@ def maps(
     """The maps S' = A S + B of all segments; a block is `segments` of them.
 
     Args:
-        k, y: [N, block, H, K] bfloat16.
+        k: [N, block, H, K] bfloat16.
+        y: The same in float16.
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 3, 64] float32.
         segments: Segments of a block; the last may have fewer chunks, but none has none.
@@ -89,7 +95,7 @@ def maps(
         body,
         grid={"slice": (value_slices + key_slices) // pair, "head": heads, "segment": count},
         cluster={"pair": pair},
-        scratch=[_buffers(key_dim)],
+        scratch=[_buffers(k, y)],
         out_type=[part, part, jax.ShapeDtypeStruct((count, heads, value_dim, key_dim), f32)],
         interpret=interpret,
     )(k, y, v, gates)
@@ -122,7 +128,7 @@ def _chunkwise(
     segments: int,
     interpret: Any,
 ) -> Array:
-    first, _, gates = streams
+    first, second, gates = streams
     blocks, _, heads, key_dim = first.shape
     value_dim = starts.shape[2]
     count = gates.shape[2]
@@ -153,7 +159,7 @@ def _chunkwise(
         body,
         grid={"slice": value_dim // SLICE // pair, "head": heads, "segment": blocks * segments},
         cluster={"pair": pair},
-        scratch=[_buffers(key_dim), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
+        scratch=[_buffers(first, second), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
         interpret=interpret,
     )(*streams, starts, *([] if v is None else [v]))
@@ -187,7 +193,10 @@ def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: STAGES chunks of the matrices that S^T meets, of V and of gates."""
+    """Shared memory: STAGES chunks of the matrices that S^T meets and of gates, and one of V.
+
+    So three programs fit a multiprocessor.
+    """
 
     first: Any
     second: Any
@@ -198,15 +207,15 @@ class _Buffers(NamedTuple):
     consumed: Any
 
 
-def _buffers(key_dim: int) -> _Buffers:
-    tile = lambda columns: plgpu.SMEM((STAGES, CHUNK, columns), bf16, transforms=tiles())
+def _buffers(first: Array, second: Array) -> _Buffers:
+    tile = lambda x: plgpu.SMEM((STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
-        tile(key_dim),
-        tile(key_dim),
-        tile(SLICE),
+        tile(first),
+        tile(second),
+        plgpu.SMEM((CHUNK, SLICE), bf16, transforms=tiles()),
         plgpu.SMEM((STAGES, 3, CHUNK), f32),
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
-        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.Barrier(),
         plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
     )
 
@@ -223,20 +232,37 @@ class _Stream(NamedTuple):
     values_ref: Any = None
     value_slice: Any = None
 
+    def _tokens(self, step: Any) -> tuple[Any, ...]:
+        chunk = self.chunks.at(step)
+        return self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
+
     def fetch(self, step: Any) -> None:
-        """Starts the copies of a step's chunk."""
-        slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
-        tile = (self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head)
+        """Starts the copies of a step's chunk, without its values."""
+        slot, tokens, b = lax.rem(step, STAGES), self._tokens(step), self.buffers
         full = b.full.at[slot]
         share: dict[str, Any] = {"collective_axes": "pair"}
-        plgpu.copy_gmem_to_smem(self.first_ref.at[tile], b.first.at[slot], full, **share)
-        plgpu.copy_gmem_to_smem(self.second_ref.at[tile], b.second.at[slot], full, **share)
-        gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
+        plgpu.copy_gmem_to_smem(self.first_ref.at[tokens], b.first.at[slot], full, **share)
+        plgpu.copy_gmem_to_smem(self.second_ref.at[tokens], b.second.at[slot], full, **share)
+        gates = self.gates_ref.at[self.chunks.block, self.head, self.chunks.at(step)]
         plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
-        if self.values_ref is not None:
-            columns = pl.ds(self.value_slice * SLICE, SLICE)
-            values = self.values_ref.at[(*tile, columns)]
-            plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
+
+    def fetch_values(self, step: Any) -> None:
+        """Starts the copy of a step's values."""
+        columns = pl.ds(self.value_slice * SLICE, SLICE)
+        values = self.values_ref.at[(*self._tokens(step), columns)]
+        plgpu.copy_gmem_to_smem(values, self.buffers.values, self.buffers.values_full)
+
+    def read_values(self, step: Any) -> Array:
+        """V^T diag(r) of a step's chunk, and starts the copy of the next, or zeros."""
+        if self.values_ref is None:
+            return zeros(SLICE, CHUNK)
+        b = self.buffers
+        plgpu.barrier_wait(b.values_full)
+        r = by_column(load(b.gates.at[lax.rem(step, STAGES), 0], COLUMNS), SLICE)
+        values = load_transposed(b.values).astype(f32) * r
+        plgpu.commit_smem()  # all warps have read
+        pl.when(step + 1 < self.chunks.count)(lambda: self.fetch_values(step + 1))
+        return values
 
 
 def _carry(
@@ -247,32 +273,33 @@ def _carry(
     emit: Callable[[Any, Array], None] | None = None,
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
-    b, count = stream.buffers, stream.chunks.count
+    b, count, static = stream.buffers, stream.chunks.count, {"interpret": interpret}
+    if stream.values_ref is not None:
+        stream.fetch_values(jnp.int32(0))
     for step in range(STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
 
     def advance(step: Any, s: Array) -> Array:
         slot = lax.rem(step, STAGES)
-        operand = s.astype(bf16)
         if emit is not None:
-            emit(stream.chunks.at(step), operand)
+            emit(stream.chunks.at(step), s.astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
-
-        def beside():
-            gamma = b.gates[slot, 2, 0]
-            beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
-            if stream.values_ref is None:
-                return gamma * s, -gamma * beta, None
-            plgpu.barrier_wait(b.values_full.at[slot])
-            r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE) * beta
-            return gamma * s, -gamma * beta, load_transposed(b.values.at[slot]).astype(f32) * r
-
-        seen, (decayed, scale, values) = product(
-            (operand, b.first.at[slot].T), interpret=interpret, meanwhile=beside
-        )
-        residual = seen * scale if values is None else values + seen * scale
-        pair = (residual.astype(bf16), b.second.at[slot])
-        s = accumulate(decayed, pair, interpret=interpret)
+        gamma = b.gates[slot, 2, 0]
+        beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+        decayed = lambda: gamma * s
+        if stream.chunks.reverse:
+            seen, _ = scaled_product(s, b.first.at[slot].T, **static)
+            parts = split(seen * (-gamma * beta))
+            pairs = ((part, b.second.at[slot]) for part in parts)
+            written, kept = product(*pairs, meanwhile=decayed, **static)
+        else:
+            values = lambda: stream.read_values(step)
+            pair = (s.astype(bf16), b.first.at[slot].T)
+            seen, brought = product(pair, meanwhile=values, **static)
+            residual = (brought - gamma * seen) * beta
+            written, kept = scaled_product(
+                residual, b.second.at[slot], meanwhile=decayed, **static
+            )
         plgpu.commit_smem()  # all warps have read the slot
 
         @pl.when(step + STAGES < count)
@@ -281,6 +308,6 @@ def _carry(
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
             stream.fetch(step + STAGES)
 
-        return s
+        return kept + written
 
     return lax.fori_loop(0, count, advance, start)

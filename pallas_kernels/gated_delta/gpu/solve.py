@@ -1,8 +1,9 @@
-"""Y = (I + L)^-T K of every chunk: all that is not sequential in the forward pass."""
+"""Y = (I + L)^-T K of every chunk, and its gates: all that is not sequential in the forward pass."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -13,56 +14,108 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     COLUMNS,
     bf16,
     by_column,
+    f16,
+    f32,
+    iota,
     kernel,
     load,
     product,
     split,
+    store,
     tiles,
 )
 
 
-def solve(k: Array, gates: Array, *, interpret: Any) -> Array:
+_COLUMNS = 64  # of Y at a time
+
+
+def solve(
+    k: Array, g: Array, beta: Array, *, keep_inverse: bool, interpret: Any
+) -> tuple[Array, ...]:
     """Y = U K with U = (I + upper(K K^T diag(beta)))^-1, chunk by chunk.
+
+    Gates of a chunk are r_i = exp(sum_{j>i} g_j), beta, and gamma = exp(sum_j g_j), repeated. Sums
+    are never differences of sums, which a reset of -1e4 would swallow.
 
     Args:
         k: Keys [N, block, H, K] bfloat16, N all blocks; block a multiple of 8.
-        gates: [N, H, chunks, 3, 64] float32 as in `gates.py`.
+        g, beta: [N, H, chunks, 64] float32, zeros where tokens fill up the last chunk.
+        keep_inverse: Whether to return U.
         interpret: As in Plan.
 
     Returns:
-        Y, shape and dtype of k.
+        Y in the shape of k, float16; gates [N, H, chunks, 3, 64] float32; and U
+        [N, H, chunks, 64, 64] float16.
     """
     blocks, _, heads, key_dim = k.shape
+    inverse_type = jax.ShapeDtypeStruct((*g.shape[:3], CHUNK, CHUNK), f16)
 
-    def body(k_ref: Any, gates_ref: Any, y_ref: Any, tile: Any, beta: Any, scratch: Any, full: Any):
+    def body(k_ref, g_ref, beta_ref, y_ref, gates_ref, *rest):
+        *u_refs, rows, full = rest
         n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
-        place = (n, pl.ds(chunk * CHUNK, CHUNK), head)
-        plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
-        plgpu.copy_gmem_to_smem(gates_ref.at[n, head, chunk], beta, full)
-        plgpu.barrier_wait(full)
-        scale = by_column(load(beta.at[1], COLUMNS), CHUNK)
-        gram, _ = product((tile, tile.T), interpret=interpret)
-        left, right = inverse.unit_inverse(gram * scale, scratch, upper=True, interpret=interpret)
-        top, bottom = (tile.at[pl.ds(start, inverse.HALF)] for start in (0, inverse.HALF))
-        (l_high, l_low), (r_high, r_low) = split(left), split(right)
-        pairs = ((l_low, top), (r_low, bottom), (l_high, top), (r_high, bottom))
-        y, _ = product(*pairs, interpret=interpret)
-        plgpu.commit_smem()  # all warps have read the keys
-        tile[...] = y.astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, y_ref.at[place])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        place, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)
+
+        def invert(tile: Any) -> tuple[list[Array], tuple[Array, Array]]:
+            plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
+            plgpu.copy_gmem_to_smem(g_ref.at[entry], rows.at[0], full)
+            plgpu.copy_gmem_to_smem(beta_ref.at[entry], rows.at[1], full)
+            plgpu.barrier_wait(full)
+            decay, strength = (by_column(load(rows.at[i], COLUMNS), CHUNK) for i in (0, 1))
+            _write_gates(gates_ref.at[entry], decay, strength)
+            gram, _ = product((tile, tile.T), interpret=interpret)
+            u = inverse.unit_inverse(gram * strength, interpret=interpret)
+            y = _times_keys(u, tile, interpret)
+            plgpu.commit_smem()  # all warps have read the keys; their space serves anew
+            return y, u
+
+        def emit(y_tile: Any, *u_tiles: Any) -> None:
+            for start, part in zip(range(0, key_dim, _COLUMNS), y, strict=True):
+                y_tile[:, start : start + _COLUMNS] = part
+            for ref, part in zip(u_tiles, u, strict=False):
+                ref[...] = part.astype(f16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[place])
+            for i, ref in enumerate(u_tiles):
+                columns = pl.ds(i * inverse.HALF, inverse.HALF)
+                plgpu.copy_smem_to_gmem(ref, u_refs[0].at[(*entry, slice(None), columns)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        keys = plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF))
+        out = plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles())
+        half = plgpu.SMEM((CHUNK, inverse.HALF), f16, transforms=tiles(inverse.HALF))
+        y, u = pl.run_scoped(invert, keys)
+        pl.run_scoped(emit, out, *([half, half] if keep_inverse else []))
 
     return kernel(
         "solve",
         body,
-        grid={"chunk": gates.shape[2], "head": heads, "block": blocks},
-        scratch=[
-            plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF)),
-            plgpu.SMEM(gates.shape[3:], gates.dtype),
-            inverse.scratch(),
-            plgpu.Barrier(num_arrivals=2),
+        grid={"chunk": g.shape[2], "head": heads, "block": blocks},
+        scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=3)],
+        out_type=[
+            jax.ShapeDtypeStruct(k.shape, f16),
+            jax.ShapeDtypeStruct((*g.shape[:3], 3, CHUNK), f32),
+            *([inverse_type] if keep_inverse else []),
         ],
-        out_type=jax.ShapeDtypeStruct(k.shape, bf16),
         interpret=interpret,
-    )(k, gates)
+    )(k, g, beta)
+
+
+def _times_keys(u: tuple[Array, Array], tile: Any, interpret: Any) -> list[Array]:
+    """Columns of U K by twos of 64, float16: half the registers of all at once."""
+    (l_high, l_low), (r_high, r_low) = map(split, u)
+    parts = []
+    for start in range(0, tile.shape[1], _COLUMNS):
+        rows = (tile.at[pl.ds(first, inverse.HALF)] for first in (0, inverse.HALF))
+        top, bottom = (ref.at[:, pl.ds(start, _COLUMNS)] for ref in rows)
+        pairs = ((l_low, top), (r_low, bottom), (l_high, top), (r_high, bottom))
+        parts.append(product(*pairs, interpret=interpret)[0].astype(f16))
+    return parts
+
+
+def _write_gates(ref: Any, g: Array, beta: Array) -> None:
+    """Writes r, beta and gamma, from g and beta repeated over the rows of a square."""
+    row, column = (iota(CHUNK, CHUNK, dimension) for dimension in (0, 1))
+    masked = lambda mask, x: jnp.where(mask, x, 0.0).sum(1)
+    store(ref.at[0], jnp.exp(masked(column > row, g)))
+    store(ref.at[1], masked(column == row, beta))
+    store(ref.at[2], jnp.exp(g.sum(1)))

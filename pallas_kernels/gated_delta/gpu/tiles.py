@@ -18,11 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 CHUNK = 64  # tokens of a chunk: the rows of one wgmma
 SLICE = 64  # rows of a transposed state that one warpgroup carries
 
-bf16, f32 = jnp.bfloat16, jnp.float32
+bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one number a row of a WGMMA matrix
 COLUMNS = WGMMA.reduce(0)  # one number a column
 
+_TINY = 1e-30  # and its inverse are float32 numbers
 _LOAD_TAKES_INDEX = jax.__version__.startswith("0.10.")
 
 
@@ -41,7 +42,7 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
 
 
 def load_transposed(ref: Any) -> Array:
-    """The transpose of a bfloat16 tile in shared memory."""
+    """The transpose of a 16-bit tile in shared memory."""
     return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
 
 
@@ -107,6 +108,19 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     return pl.run_state(run)(accumulator)
 
 
+def scaled_product(
+    x: Array, tile: Any, *, interpret: Any, meanwhile: Callable[[], Any] = lambda: None
+) -> tuple[Array, Any]:
+    """x @ tile for float32 x and a float16 tile, to the 11 bits of float16.
+
+    Each row of x is divided by its largest entry, so that no size of x is out of range.
+    """
+    size = jnp.maximum(jnp.abs(x).max(1), _TINY)
+    operand = (x * by_row(1 / size, x.shape[1])).astype(f16)
+    y, other = product((operand, tile), interpret=interpret, meanwhile=meanwhile)
+    return y * by_row(size, y.shape[1]), other
+
+
 def _read(x: Any) -> Array:
     return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
 
@@ -142,6 +156,7 @@ def kernel(
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # sums are over columns: within a warp
         ),
         **options,
     )
