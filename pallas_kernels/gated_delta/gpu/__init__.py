@@ -20,11 +20,12 @@ from pallas_kernels.gated_delta.gpu.solve import solve
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 from pallas_kernels.gated_delta.plan import Plan
 
-_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+_PROGRAMS = 264  # that run at a time: two for each multiprocessor of an H100 or H200
+_FOLD_STEP = 0.7  # time of a step of `fold` in steps of `maps`
 
 
 class Residuals(NamedTuple):
-    """Kept for the backward pass: inputs, what `solve` makes of them, parts of A^T and states S^T."""
+    """Kept for the backward pass: inputs, what `solve` and `maps` make of them, and states S^T."""
 
     k: Array
     v: Array
@@ -33,8 +34,8 @@ class Residuals(NamedTuple):
     y: Array
     gates: Array
     u: Array
-    high: Array
-    low: Array
+    matrices: Array
+    sizes: Array
     states: Array
 
 
@@ -84,20 +85,20 @@ def _forward(
     kb, vb = _split(plan, k), _split(plan, v)
     decay, strength = (_chunks(_split(plan, x)) for x in (g, beta))
     y, gates, *inverse = solve(kb, decay, strength, keep_inverse=keep_inverse, **static)
-    segments = _segments(kb, vb, gates)
+    segments = _segments(kb, vb, gates, batch)
     parts = maps(kb, y, vb, gates, segments=segments, **static)
-    high, low, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
-    states = fold(high, low, added, initial_state.mT, reverse=False, **static)
-    return states[:, ::segments].mT, (y, gates, *inverse, high, low, states[:, :-1])
+    matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
+    states = fold(matrices, sizes, added, initial_state.mT, reverse=False, **static)
+    return states[:, ::segments].mT, (y, gates, *inverse, matrices, sizes, states[:, :-1])
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
     k, v, static = _split(plan, res.k), _split(plan, res.v), {"interpret": plan.interpret}
-    segments = _segments(k, v, res.gates)
+    segments = _segments(k, v, res.gates, len(res.k))
     # Between the boundaries of blocks no cotangent comes in.
     added = jnp.zeros_like(res.states).at[:, ::segments].set(dstates[:, :-1].mT)
-    ends = fold(res.high, res.low, added, dstates[:, -1].mT, reverse=True, **static)
+    ends = fold(res.matrices, res.sizes, added, dstates[:, -1].mT, reverse=True, **static)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     walk = {"segments": segments, **static}
     states = chunk_states(k, res.y, v, res.gates, flat(res.states), **walk)
@@ -130,10 +131,18 @@ def _join(plan: Plan, x: Array, like: Array) -> Array:
     return x[:, : plan.block_size].reshape(like.shape).astype(like.dtype)
 
 
-def _segments(k: Array, v: Array, gates: Array) -> int:
-    """Segments of a block: enough programs to fill the device, and none without a chunk."""
+def _segments(k: Array, v: Array, gates: Array, batch: int) -> int:
+    """Segments of a block, none without a chunk, that are fastest by a count of steps.
+
+    `maps` takes a block's segments in waves of as many programs as run at a time, then `fold` takes
+    all segments of a sequence in turn.
+    """
     blocks, heads, chunks = gates.shape[:3]
     programs = blocks * heads * (v.shape[3] + k.shape[3]) // SLICE
-    wanted = max(1, min(_PROGRAMS // programs, chunks))
-    each = -(-chunks // wanted)
-    return -(-chunks // each)
+
+    def steps(segments: int) -> float:
+        waves, each = -(-programs * segments // _PROGRAMS), -(-chunks // segments)
+        return waves * each + _FOLD_STEP * segments * blocks / batch
+
+    used = {-(-chunks // -(-chunks // n)) for n in range(1, chunks + 1)}
+    return min(sorted(used), key=steps)

@@ -21,6 +21,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
+    join_warps,
     kernel,
     load,
     load_transposed,
@@ -90,12 +91,12 @@ def gradients(
             lambda *scratch: _through_keys(tile, u_ref.at[entry], sums, *scratch),
             *_keys_scratch(key_dim),
         )
-        store(rows_ref.at[(*entry, 0)], dbeta)
-        store(rows_ref.at[(*entry, 1)], dg)
-        plgpu.commit_smem()  # all warps have read the keys
+        join_warps(interpret)  # nobody needs the keys
         k_tile[...] = dk.astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[tokens])
+        store(rows_ref.at[(*entry, 0)], dbeta)
+        store(rows_ref.at[(*entry, 1)], dg)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -156,9 +157,8 @@ class _Slices(NamedTuple):
         plgpu.copy_gmem_to_smem(self.d_ref.at[part], self.d.at[slot], full)
 
     def emit(self, i: int, dv: Array) -> None:
-        """Writes a slice of dV, from the place of that of V."""
+        """Writes a slice of dV, from the place of that of V, which has the same layout."""
         tile = self.v.at[i % self.v.shape[0]]
-        plgpu.commit_smem()  # all warps have read the slice
         tile[...] = dv.astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, self.dv_ref.at[:, pl.ds(i * SLICE, SLICE)])
@@ -200,11 +200,11 @@ def _through_values(tile: _Tile, slices: _Slices, full: Any, value_dim: int) -> 
         dx = accumulate(dx, *pairs, **static)
         drs = accumulate(drs, (dr.astype(bf16), s_tile), **static)
         if i + slots < count:
-            plgpu.commit_smem()  # all warps have read the slice
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            join_warps(tile.interpret)  # the slice is free
             slices.fetch(i + slots)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.commit_smem()  # the space of the slices serves anew
+    join_warps(tile.interpret)  # the space of the slices serves anew
     return _Sums(dx, drs, vdv, carried)
 
 
@@ -213,11 +213,11 @@ def _overlap(s: Any, d: Any) -> Array:
     return (load(d, WGMMA).astype(f32) * load(s, WGMMA).astype(f32)).sum(1)
 
 
-def _decay_gradient(sums: _Sums, gamma: Array, scratch: Any) -> Array:
+def _decay_gradient(sums: _Sums, gamma: Array, scratch: Any, interpret: Any) -> Array:
     """dg: gamma times all of `carried`, and <v, dv> of the tokens before each."""
     store(scratch.at[0], sums.vdv)
     store(scratch.at[1], gamma * sums.carried)
-    plgpu.commit_smem()
+    join_warps(interpret)
     vdv, carried = (by_column(load(scratch.at[i], COLUMNS, optimized=False), CHUNK) for i in (0, 1))
     return (carried + jnp.where(_below(), vdv, 0.0)).sum(1)
 
@@ -247,12 +247,12 @@ def _through_keys(
     # What is large is used up in turn: registers are short.
     high_tile[...], low_tile[...] = split(sums.dx * by_row(beta, sums.dx.shape[1]))
     dbeta = (sums.dx * load(tile.y, WGMMA).astype(f32)).sum(1)
-    dg = _decay_gradient(sums, tile.gamma, rows)
+    dg = _decay_gradient(sums, tile.gamma, rows, tile.interpret)
     plgpu.barrier_wait(full)
     t_high, t_low = split(load_transposed(u_tile).astype(f32))
     z, _ = product((t_low, high_tile), (t_high, low_tile), (t_high, high_tile), **static)
     dk = z - tile.gamma * sums.drs
-    plgpu.commit_smem()  # all warps have read diag(beta) dX
+    join_warps(tile.interpret)  # nobody needs diag(beta) dX
     high_tile[...] = z.astype(bf16)
     plgpu.commit_smem()
     yz, _ = product((tile.read_y(), high_tile.T), **static)

@@ -22,6 +22,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     bf16,
     f32,
     iota,
+    join_warps,
     load,
     product,
     split,
@@ -59,11 +60,11 @@ def _diagonal_inverses(m: Array, interpret: Any) -> Array:
     def invert(blocks: Any) -> Array:
         top = iota(CHUNK, HALF, 0) < HALF
         store(blocks.at[:, :HALF], jnp.where(top, m[:, :HALF], m[:, HALF:]))
-        plgpu.commit_smem()
+        join_warps(interpret)
         (_substitute_interpreted if interpret else _substitute)(blocks)
-        plgpu.commit_smem()
+        join_warps(interpret)
         diagonal = load(blocks.at[:, :HALF], WGMMA, optimized=False)
-        plgpu.commit_smem()  # all warps have read; the space serves anew
+        join_warps(interpret)  # the space serves anew
         return diagonal
 
     return pl.run_scoped(invert, plgpu.SMEM((CHUNK, HALF + _PAD), f32))

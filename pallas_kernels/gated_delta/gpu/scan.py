@@ -30,12 +30,15 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     WGMMA,
     bf16,
     by_column,
+    f16,
     f32,
     iota,
+    join_warps,
     kernel,
     load,
     load_transposed,
     product,
+    scaled,
     scaled_product,
     split,
     store,
@@ -43,7 +46,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     zeros,
 )
 
-STAGES = 2  # chunks in shared memory at a time; two programs fit a multiprocessor
 
 
 def maps(
@@ -60,15 +62,15 @@ def maps(
         interpret: As in Plan.
 
     Returns:
-        High and low part of A^T, [N segments, H, K, K] bfloat16 each, and B^T,
-        [N segments, H, V, K] float32.
+        diag(1 / sizes) A^T, [N segments, H, K, K] float16, sizes [N segments, H, K] float32, and
+        B^T, [N segments, H, V, K] float32.
     """
     blocks, _, heads, key_dim = k.shape
     value_dim = v.shape[-1]
     value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
     pair = _pair(value_slices, key_slices)
 
-    def body(k_ref, y_ref, v_ref, gates_ref, high_ref, low_ref, b_ref, buffers):
+    def body(k_ref, y_ref, v_ref, gates_ref, a_ref, sizes_ref, b_ref, buffers):
         i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
         chunks = _segment(place, segments, gates.shape[2])
 
@@ -84,19 +86,23 @@ def maps(
             identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
             stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers)
             s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
-            high, low = split(s)
-            store(high_ref.at[place, head, pl.ds(first, SLICE)], high)
-            store(low_ref.at[place, head, pl.ds(first, SLICE)], low)
+            matrix, sizes = scaled(s)
+            store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
+            store(sizes_ref.at[place, head, pl.ds(first, SLICE)], sizes)
 
     count = blocks * segments
-    part = jax.ShapeDtypeStruct((count, heads, key_dim, key_dim), bf16)
+    struct = lambda *shape, dtype: jax.ShapeDtypeStruct((count, heads, *shape), dtype)
     return kernel(
         "maps",
         body,
         grid={"slice": (value_slices + key_slices) // pair, "head": heads, "segment": count},
         cluster={"pair": pair},
-        scratch=[_buffers(k, y)],
-        out_type=[part, part, jax.ShapeDtypeStruct((count, heads, value_dim, key_dim), f32)],
+        scratch=[_buffers(k, y, stages=3)],
+        out_type=[
+            struct(key_dim, key_dim, dtype=f16),
+            struct(key_dim, dtype=f32),
+            struct(value_dim, key_dim, dtype=f32),
+        ],
         interpret=interpret,
     )(k, y, v, gates)
 
@@ -145,7 +151,7 @@ def _chunkwise(
 
         def emit(chunk, s):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
+            join_warps(interpret)
             tile[...] = s
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
@@ -159,7 +165,7 @@ def _chunkwise(
         body,
         grid={"slice": value_dim // SLICE // pair, "head": heads, "segment": blocks * segments},
         cluster={"pair": pair},
-        scratch=[_buffers(first, second), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
+        scratch=[_buffers(first, second, stages=2), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
         interpret=interpret,
     )(*streams, starts, *([] if v is None else [v]))
@@ -193,9 +199,9 @@ def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: STAGES chunks of the matrices that S^T meets and of gates, and one of V.
+    """Shared memory: some chunks of the matrices that S^T meets and of gates, and one of V.
 
-    So three programs fit a multiprocessor.
+    As many as let two programs fit a multiprocessor.
     """
 
     first: Any
@@ -207,16 +213,16 @@ class _Buffers(NamedTuple):
     consumed: Any
 
 
-def _buffers(first: Array, second: Array) -> _Buffers:
-    tile = lambda x: plgpu.SMEM((STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
+def _buffers(first: Array, second: Array, *, stages: int) -> _Buffers:
+    tile = lambda x: plgpu.SMEM((stages, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
         tile(first),
         tile(second),
         plgpu.SMEM((CHUNK, SLICE), bf16, transforms=tiles()),
-        plgpu.SMEM((STAGES, 3, CHUNK), f32),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
+        plgpu.SMEM((stages, 3, CHUNK), f32),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=3),
         plgpu.Barrier(),
-        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
+        plgpu.ClusterBarrier(num_barriers=stages, collective_axes=("pair",)),
     )
 
 
@@ -232,13 +238,17 @@ class _Stream(NamedTuple):
     values_ref: Any = None
     value_slice: Any = None
 
+    @property
+    def stages(self) -> int:
+        return self.buffers.first.shape[0]
+
     def _tokens(self, step: Any) -> tuple[Any, ...]:
         chunk = self.chunks.at(step)
         return self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
 
     def fetch(self, step: Any) -> None:
         """Starts the copies of a step's chunk, without its values."""
-        slot, tokens, b = lax.rem(step, STAGES), self._tokens(step), self.buffers
+        slot, tokens, b = lax.rem(step, self.stages), self._tokens(step), self.buffers
         full = b.full.at[slot]
         share: dict[str, Any] = {"collective_axes": "pair"}
         plgpu.copy_gmem_to_smem(self.first_ref.at[tokens], b.first.at[slot], full, **share)
@@ -252,15 +262,15 @@ class _Stream(NamedTuple):
         values = self.values_ref.at[(*self._tokens(step), columns)]
         plgpu.copy_gmem_to_smem(values, self.buffers.values, self.buffers.values_full)
 
-    def read_values(self, step: Any) -> Array:
+    def read_values(self, step: Any, interpret: Any) -> Array:
         """V^T diag(r) of a step's chunk, and starts the copy of the next, or zeros."""
         if self.values_ref is None:
             return zeros(SLICE, CHUNK)
         b = self.buffers
         plgpu.barrier_wait(b.values_full)
-        r = by_column(load(b.gates.at[lax.rem(step, STAGES), 0], COLUMNS), SLICE)
+        r = by_column(load(b.gates.at[lax.rem(step, self.stages), 0], COLUMNS), SLICE)
         values = load_transposed(b.values).astype(f32) * r
-        plgpu.commit_smem()  # all warps have read
+        join_warps(interpret)  # the space is free
         pl.when(step + 1 < self.chunks.count)(lambda: self.fetch_values(step + 1))
         return values
 
@@ -276,11 +286,11 @@ def _carry(
     b, count, static = stream.buffers, stream.chunks.count, {"interpret": interpret}
     if stream.values_ref is not None:
         stream.fetch_values(jnp.int32(0))
-    for step in range(STAGES):
+    for step in range(stream.stages):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
 
     def advance(step: Any, s: Array) -> Array:
-        slot = lax.rem(step, STAGES)
+        slot = lax.rem(step, stream.stages)
         if emit is not None:
             emit(stream.chunks.at(step), s.astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
@@ -293,20 +303,20 @@ def _carry(
             pairs = ((part, b.second.at[slot]) for part in parts)
             written, kept = product(*pairs, meanwhile=decayed, **static)
         else:
-            values = lambda: stream.read_values(step)
+            values = lambda: stream.read_values(step, interpret)
             pair = (s.astype(bf16), b.first.at[slot].T)
             seen, brought = product(pair, meanwhile=values, **static)
             residual = (brought - gamma * seen) * beta
             written, kept = scaled_product(
                 residual, b.second.at[slot], meanwhile=decayed, **static
             )
-        plgpu.commit_smem()  # all warps have read the slot
+        join_warps(interpret)  # the slot is free
 
-        @pl.when(step + STAGES < count)
+        @pl.when(step + stream.stages < count)
         def _refill():
             plgpu.barrier_arrive(b.consumed.at[slot])
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
-            stream.fetch(step + STAGES)
+            stream.fetch(step + stream.stages)
 
         return kept + written
 

@@ -17,6 +17,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
+    join_warps,
     kernel,
     load,
     product,
@@ -60,12 +61,11 @@ def solve(
             plgpu.copy_gmem_to_smem(g_ref.at[entry], rows.at[0], full)
             plgpu.copy_gmem_to_smem(beta_ref.at[entry], rows.at[1], full)
             plgpu.barrier_wait(full)
-            decay, strength = (by_column(load(rows.at[i], COLUMNS), CHUNK) for i in (0, 1))
-            _write_gates(gates_ref.at[entry], decay, strength)
+            strength = by_column(load(rows.at[1], COLUMNS), CHUNK)
             gram, _ = product((tile, tile.T), interpret=interpret)
             u = inverse.unit_inverse(gram * strength, interpret=interpret)
             y = _times_keys(u, tile, interpret)
-            plgpu.commit_smem()  # all warps have read the keys; their space serves anew
+            join_warps(interpret)  # the space of the keys serves anew
             return y, u
 
         def emit(y_tile: Any, *u_tiles: Any) -> None:
@@ -78,6 +78,7 @@ def solve(
             for i, ref in enumerate(u_tiles):
                 columns = pl.ds(i * inverse.HALF, inverse.HALF)
                 plgpu.copy_smem_to_gmem(ref, u_refs[0].at[(*entry, slice(None), columns)])
+            _write_gates(gates_ref.at[entry], rows)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         keys = plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF))
@@ -112,8 +113,9 @@ def _times_keys(u: tuple[Array, Array], tile: Any, interpret: Any) -> list[Array
     return parts
 
 
-def _write_gates(ref: Any, g: Array, beta: Array) -> None:
-    """Writes r, beta and gamma, from g and beta repeated over the rows of a square."""
+def _write_gates(ref: Any, rows: Any) -> None:
+    """Writes r, beta and gamma, from g and beta."""
+    g, beta = (by_column(load(rows.at[i], COLUMNS), CHUNK) for i in (0, 1))
     row, column = (iota(CHUNK, CHUNK, dimension) for dimension in (0, 1))
     masked = lambda mask, x: jnp.where(mask, x, 0.0).sum(1)
     store(ref.at[0], jnp.exp(masked(column > row, g)))

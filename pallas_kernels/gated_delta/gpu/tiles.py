@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # tokens of a chunk: the rows of one wgmma
@@ -52,6 +53,19 @@ def store(ref: Any, x: Array) -> None:
         write(ref, x, optimized=False)
     else:
         ref[...] = x
+
+
+def join_warps(interpret: Any) -> None:
+    """Waits for all warps of the warpgroup: what they have read or written may be used by others.
+
+    Enough before a copy or a product overwrites what was read, and between plain reads and writes.
+    What is written for a copy or a product to read needs `plgpu.commit_smem`, whose fence also
+    waits for all stores to device memory.
+    """
+    if interpret:  # the interpreter runs no inlined code
+        plgpu.commit_smem()
+    else:
+        plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
 
 
 def zeros(rows: int, columns: int) -> Array:
@@ -108,15 +122,20 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     return pl.run_state(run)(accumulator)
 
 
+def scaled(x: Array) -> tuple[Array, Array]:
+    """x with each row divided by its largest entry, in float16, and these entries.
+
+    So x keeps the 11 bits of float16 at any size.
+    """
+    size = jnp.maximum(jnp.abs(x).max(1), _TINY)
+    return (x * by_row(1 / size, x.shape[1])).astype(f16), size
+
+
 def scaled_product(
     x: Array, tile: Any, *, interpret: Any, meanwhile: Callable[[], Any] = lambda: None
 ) -> tuple[Array, Any]:
-    """x @ tile for float32 x and a float16 tile, to the 11 bits of float16.
-
-    Each row of x is divided by its largest entry, so that no size of x is out of range.
-    """
-    size = jnp.maximum(jnp.abs(x).max(1), _TINY)
-    operand = (x * by_row(1 / size, x.shape[1])).astype(f16)
+    """x @ tile for float32 x and a float16 tile, with x as by `scaled`."""
+    operand, size = scaled(x)
     y, other = product((operand, tile), interpret=interpret, meanwhile=meanwhile)
     return y * by_row(size, y.shape[1]), other
 
@@ -126,9 +145,13 @@ def _read(x: Any) -> Array:
 
 
 def split(x: Array) -> tuple[Array, Array]:
-    """Two bfloat16 matrices whose sum is x to 16 bits."""
-    high = x.astype(bf16)
-    return high, (x - high.astype(f32)).astype(bf16)
+    """Two bfloat16 matrices whose sum is x to 15 bits.
+
+    The first is cut off, not rounded: on its float32 form hardware converts two numbers at once.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, f32)
+    return high.astype(bf16), (x - high).astype(bf16)
 
 
 def kernel(
