@@ -83,8 +83,8 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     batch, static = len(k), {"interpret": plan.interpret}
     kb, vb = _split(plan, k), _split(plan, v)
-    decay, strength = (_chunks(_split(plan, x)) for x in (g, beta))
-    y, gates, *inverse = solve(kb, decay, strength, keep_inverse=keep_inverse, **static)
+    rows = jnp.stack([_chunks(_split(plan, x)) for x in (g, beta)], -2)
+    y, gates, *inverse = solve(kb, rows, keep_inverse=keep_inverse, **static)
     segments = _segments(kb, vb, gates, batch)
     parts = maps(kb, y, vb, gates, segments=segments, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)

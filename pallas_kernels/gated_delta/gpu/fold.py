@@ -15,7 +15,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     by_column,
     f16,
     f32,
-    join_warps,
     kernel,
     load,
     scaled_product,
@@ -65,25 +64,30 @@ def fold(
             slot = lax.rem(step, _STAGES)
             plgpu.barrier_wait(full.at[slot])
             size = by_column(load(size_rows.at[slot], COLUMNS), SLICE)
-
-            def beside() -> Array:
-                store(out_ref.at[b, at(step) + (1 if reverse else 0), head, rows], x)
-                return load(added_tiles.at[slot], WGMMA)
-
-            run = {"meanwhile": beside, "interpret": interpret}
+            tile = added_tiles.at[slot]
+            run = {"meanwhile": lambda: load(tile, WGMMA), "interpret": interpret}
             if reverse:
                 product, added = scaled_product(x, m_tiles.at[slot].T, **run)
                 x = product * size + added
             else:
                 product, added = scaled_product(x * size, m_tiles.at[slot], **run)
                 x = product + added
-            join_warps(interpret)  # the slot is free
-            pl.when(step + _STAGES < count)(lambda: fetch(step + _STAGES))
+            tile[...] = x  # in the layout in which it was read
+            plgpu.commit_smem()
+            place = at(step) if reverse else step + 1
+            plgpu.copy_smem_to_gmem(tile, out_ref.at[b, place, head, rows])
+
+            @pl.when((step > 0) & (step - 1 + _STAGES < count))
+            def _refill():
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # that of the step before
+                fetch(step - 1 + _STAGES)
+
             return x
 
         first = load(start_ref.at[b, head, rows], WGMMA, optimized=False)
-        last = lax.fori_loop(0, count, advance, first)
-        store(out_ref.at[b, 0 if reverse else count, head, rows], last)
+        lax.fori_loop(0, count, advance, first)
+        store(out_ref.at[b, count if reverse else 0, head, rows], first)
+        plgpu.wait_smem_to_gmem(0)
 
     return kernel(
         "fold_back" if reverse else "fold",

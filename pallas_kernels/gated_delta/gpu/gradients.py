@@ -104,7 +104,7 @@ def gradients(
     return kernel(
         "gradients",
         body,
-        grid={"chunk": gates.shape[2], "head": heads, "block": blocks},
+        grid={"block": blocks, "chunk": gates.shape[2], "head": heads},
         scratch=[
             plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles()),
             plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles()),

@@ -95,7 +95,7 @@ def maps(
     return kernel(
         "maps",
         body,
-        grid={"slice": (value_slices + key_slices) // pair, "head": heads, "segment": count},
+        grid={"segment": count, "head": heads, "slice": (value_slices + key_slices) // pair},
         cluster={"pair": pair},
         scratch=[_buffers(k, y, stages=3)],
         out_type=[
@@ -163,7 +163,7 @@ def _chunkwise(
     return kernel(
         "chunk_cotangents" if v is None else "chunk_states",
         body,
-        grid={"slice": value_dim // SLICE // pair, "head": heads, "segment": blocks * segments},
+        grid={"segment": blocks * segments, "head": heads, "slice": value_dim // SLICE // pair},
         cluster={"pair": pair},
         scratch=[_buffers(first, second, stages=2), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),

@@ -30,9 +30,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 _COLUMNS = 64  # of Y at a time
 
 
-def solve(
-    k: Array, g: Array, beta: Array, *, keep_inverse: bool, interpret: Any
-) -> tuple[Array, ...]:
+def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple[Array, ...]:
     """Y = U K with U = (I + upper(K K^T diag(beta)))^-1, chunk by chunk.
 
     Gates of a chunk are r_i = exp(sum_{j>i} g_j), beta, and gamma = exp(sum_j g_j), repeated. Sums
@@ -40,7 +38,7 @@ def solve(
 
     Args:
         k: Keys [N, block, H, K] bfloat16, N all blocks; block a multiple of 8.
-        g, beta: [N, H, chunks, 64] float32, zeros where tokens fill up the last chunk.
+        rows: g and beta, [N, H, chunks, 2, 64] float32, zeros where tokens fill up the last chunk.
         keep_inverse: Whether to return U.
         interpret: As in Plan.
 
@@ -49,19 +47,18 @@ def solve(
         [N, H, chunks, 64, 64] float16.
     """
     blocks, _, heads, key_dim = k.shape
-    inverse_type = jax.ShapeDtypeStruct((*g.shape[:3], CHUNK, CHUNK), f16)
+    inverse_type = jax.ShapeDtypeStruct((*rows.shape[:3], CHUNK, CHUNK), f16)
 
-    def body(k_ref, g_ref, beta_ref, y_ref, gates_ref, *rest):
-        *u_refs, rows, full = rest
+    def body(k_ref, rows_ref, y_ref, gates_ref, *rest):
+        *u_refs, tile_rows, full = rest
         n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
         place, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)
 
         def invert(tile: Any) -> tuple[list[Array], tuple[Array, Array]]:
             plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
-            plgpu.copy_gmem_to_smem(g_ref.at[entry], rows.at[0], full)
-            plgpu.copy_gmem_to_smem(beta_ref.at[entry], rows.at[1], full)
+            plgpu.copy_gmem_to_smem(rows_ref.at[entry], tile_rows, full)
             plgpu.barrier_wait(full)
-            strength = by_column(load(rows.at[1], COLUMNS), CHUNK)
+            strength = by_column(load(tile_rows.at[1], COLUMNS), CHUNK)
             gram, _ = product((tile, tile.T), interpret=interpret)
             u = inverse.unit_inverse(gram * strength, interpret=interpret)
             y = _times_keys(u, tile, interpret)
@@ -78,7 +75,7 @@ def solve(
             for i, ref in enumerate(u_tiles):
                 columns = pl.ds(i * inverse.HALF, inverse.HALF)
                 plgpu.copy_smem_to_gmem(ref, u_refs[0].at[(*entry, slice(None), columns)])
-            _write_gates(gates_ref.at[entry], rows)
+            _write_gates(gates_ref.at[entry], tile_rows)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         keys = plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF))
@@ -90,15 +87,15 @@ def solve(
     return kernel(
         "solve",
         body,
-        grid={"chunk": g.shape[2], "head": heads, "block": blocks},
-        scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=3)],
+        grid={"block": blocks, "chunk": rows.shape[2], "head": heads},
+        scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=2)],
         out_type=[
             jax.ShapeDtypeStruct(k.shape, f16),
-            jax.ShapeDtypeStruct((*g.shape[:3], 3, CHUNK), f32),
+            jax.ShapeDtypeStruct((*rows.shape[:3], 3, CHUNK), f32),
             *([inverse_type] if keep_inverse else []),
         ],
         interpret=interpret,
-    )(k, g, beta)
+    )(k, rows)
 
 
 def _times_keys(u: tuple[Array, Array], tile: Any, interpret: Any) -> list[Array]:
