@@ -47,6 +47,10 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 )
 
 
+# Chunks in shared memory at a time; two programs fit a multiprocessor.
+STAGES = 2
+V_STAGES = 3  # read first in a step, and refilled at once: without a third, every step waits
+
 
 def maps(
     k: Array, y: Array, v: Array, gates: Array, *, segments: int, interpret: Any
@@ -97,7 +101,7 @@ def maps(
         body,
         grid={"segment": count, "head": heads, "slice": (value_slices + key_slices) // pair},
         cluster={"pair": pair},
-        scratch=[_buffers(k, y, stages=3)],
+        scratch=[_buffers(k, y)],
         out_type=[
             struct(key_dim, key_dim, dtype=f16),
             struct(key_dim, dtype=f32),
@@ -165,7 +169,7 @@ def _chunkwise(
         body,
         grid={"segment": blocks * segments, "head": heads, "slice": value_dim // SLICE // pair},
         cluster={"pair": pair},
-        scratch=[_buffers(first, second, stages=2), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
+        scratch=[_buffers(first, second), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
         interpret=interpret,
     )(*streams, starts, *([] if v is None else [v]))
@@ -199,10 +203,7 @@ def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: some chunks of the matrices that S^T meets and of gates, and one of V.
-
-    As many as let two programs fit a multiprocessor.
-    """
+    """Shared memory: STAGES chunks of the matrices that S^T meets and of gates, and V_STAGES of V."""
 
     first: Any
     second: Any
@@ -213,16 +214,16 @@ class _Buffers(NamedTuple):
     consumed: Any
 
 
-def _buffers(first: Array, second: Array, *, stages: int) -> _Buffers:
-    tile = lambda x: plgpu.SMEM((stages, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
+def _buffers(first: Array, second: Array) -> _Buffers:
+    tile = lambda x: plgpu.SMEM((STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
         tile(first),
         tile(second),
-        plgpu.SMEM((CHUNK, SLICE), bf16, transforms=tiles()),
-        plgpu.SMEM((stages, 3, CHUNK), f32),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-        plgpu.Barrier(),
-        plgpu.ClusterBarrier(num_barriers=stages, collective_axes=("pair",)),
+        plgpu.SMEM((V_STAGES, CHUNK, SLICE), bf16, transforms=tiles()),
+        plgpu.SMEM((STAGES, 3, CHUNK), f32),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
+        plgpu.Barrier(num_barriers=V_STAGES),
+        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
     )
 
 
@@ -238,17 +239,13 @@ class _Stream(NamedTuple):
     values_ref: Any = None
     value_slice: Any = None
 
-    @property
-    def stages(self) -> int:
-        return self.buffers.first.shape[0]
-
     def _tokens(self, step: Any) -> tuple[Any, ...]:
         chunk = self.chunks.at(step)
         return self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
 
     def fetch(self, step: Any) -> None:
         """Starts the copies of a step's chunk, without its values."""
-        slot, tokens, b = lax.rem(step, self.stages), self._tokens(step), self.buffers
+        slot, tokens, b = lax.rem(step, STAGES), self._tokens(step), self.buffers
         full = b.full.at[slot]
         share: dict[str, Any] = {"collective_axes": "pair"}
         plgpu.copy_gmem_to_smem(self.first_ref.at[tokens], b.first.at[slot], full, **share)
@@ -258,20 +255,21 @@ class _Stream(NamedTuple):
 
     def fetch_values(self, step: Any) -> None:
         """Starts the copy of a step's values."""
+        slot, b = lax.rem(step, V_STAGES), self.buffers
         columns = pl.ds(self.value_slice * SLICE, SLICE)
         values = self.values_ref.at[(*self._tokens(step), columns)]
-        plgpu.copy_gmem_to_smem(values, self.buffers.values, self.buffers.values_full)
+        plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
 
     def read_values(self, step: Any, interpret: Any) -> Array:
-        """V^T diag(r) of a step's chunk, and starts the copy of the next, or zeros."""
+        """V^T diag(r) of a step's chunk, or zeros; starts the copy of a later one."""
         if self.values_ref is None:
             return zeros(SLICE, CHUNK)
-        b = self.buffers
-        plgpu.barrier_wait(b.values_full)
-        r = by_column(load(b.gates.at[lax.rem(step, self.stages), 0], COLUMNS), SLICE)
-        values = load_transposed(b.values).astype(f32) * r
-        join_warps(interpret)  # the space is free
-        pl.when(step + 1 < self.chunks.count)(lambda: self.fetch_values(step + 1))
+        slot, b = lax.rem(step, V_STAGES), self.buffers
+        plgpu.barrier_wait(b.values_full.at[slot])
+        r = by_column(load(b.gates.at[lax.rem(step, STAGES), 0], COLUMNS), SLICE)
+        values = load_transposed(b.values.at[slot]).astype(f32) * r
+        join_warps(interpret)  # the slot is free
+        pl.when(step + V_STAGES < self.chunks.count)(lambda: self.fetch_values(step + V_STAGES))
         return values
 
 
@@ -284,13 +282,13 @@ def _carry(
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
     b, count, static = stream.buffers, stream.chunks.count, {"interpret": interpret}
-    if stream.values_ref is not None:
-        stream.fetch_values(jnp.int32(0))
-    for step in range(stream.stages):
+    for step in range(STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
+    for step in range(V_STAGES if stream.values_ref is not None else 0):
+        pl.when(step < count)(lambda step=step: stream.fetch_values(jnp.int32(step)))
 
     def advance(step: Any, s: Array) -> Array:
-        slot = lax.rem(step, stream.stages)
+        slot = lax.rem(step, STAGES)
         if emit is not None:
             emit(stream.chunks.at(step), s.astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
@@ -312,11 +310,11 @@ def _carry(
             )
         join_warps(interpret)  # the slot is free
 
-        @pl.when(step + stream.stages < count)
+        @pl.when(step + STAGES < count)
         def _refill():
             plgpu.barrier_arrive(b.consumed.at[slot])
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
-            stream.fetch(step + stream.stages)
+            stream.fetch(step + STAGES)
 
         return kept + written
 
