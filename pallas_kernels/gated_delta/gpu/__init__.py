@@ -15,13 +15,13 @@ from jax import Array
 from pallas_kernels.devices import split_by_xla
 from pallas_kernels.gated_delta.gpu.fold import fold
 from pallas_kernels.gated_delta.gpu.gradients import gradients
-from pallas_kernels.gated_delta.gpu.scan import chunk_cotangents, chunk_states, maps
+from pallas_kernels.gated_delta.gpu.scan import Segments, chunk_cotangents, chunk_states, maps
 from pallas_kernels.gated_delta.gpu.solve import solve
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 from pallas_kernels.gated_delta.plan import Plan
 
 _PROGRAMS = 264  # that run at a time: two for each multiprocessor of an H100 or H200
-_FOLD_STEP = 0.7  # time of a step of `fold` in steps of `maps`
+_FOLD_STEP = 1.1  # time of a step of `fold` in steps of `maps`
 
 
 class Residuals(NamedTuple):
@@ -85,28 +85,29 @@ def _forward(
     kb, vb = _split(plan, k), _split(plan, v)
     rows = jnp.stack([_chunks(_split(plan, x)) for x in (g, beta)], -2)
     y, gates, *inverse = solve(kb, rows, keep_inverse=keep_inverse, **static)
-    segments = _segments(kb, vb, gates, batch)
-    parts = maps(kb, y, vb, gates, segments=segments, **static)
+    segments = _segments(kb, vb, batch)
+    parts = maps(kb, y, vb, gates, initial_state.mT, segments=segments, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
     states = fold(matrices, sizes, added, initial_state.mT, reverse=False, **static)
-    return states[:, ::segments].mT, (y, gates, *inverse, matrices, sizes, states[:, :-1])
+    kept = (y, gates, *inverse, matrices, sizes, states[:, :-1])
+    return states[:, :: segments.count].mT, kept
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
     k, v, static = _split(plan, res.k), _split(plan, res.v), {"interpret": plan.interpret}
-    segments = _segments(k, v, res.gates, len(res.k))
+    segments = _segments(k, v, len(res.k))
     # Between the boundaries of blocks no cotangent comes in.
-    added = jnp.zeros_like(res.states).at[:, ::segments].set(dstates[:, :-1].mT)
+    added = jnp.zeros_like(res.states).at[:, :: segments.count].set(dstates[:, :-1].mT)
     ends = fold(res.matrices, res.sizes, added, dstates[:, -1].mT, reverse=True, **static)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     walk = {"segments": segments, **static}
     states = chunk_states(k, res.y, v, res.gates, flat(res.states), **walk)
-    cotangents = chunk_cotangents(k, res.y, res.gates, flat(ends[:, 1:]), **walk)
+    cotangents, first = chunk_cotangents(k, res.y, res.gates, flat(ends[:, 1:]), **walk)
     dk, dv, rows = gradients(k, res.y, res.u, v, res.gates, states, cotangents, **static)
     dbeta, dg = (_tokens(rows[..., i, :], k.shape[1]) for i in (0, 1))
     dtokens = zip((dk, dv, dg, dbeta), res[:4], strict=True)
-    return (*(_join(plan, d, x) for d, x in dtokens), ends[:, 0].mT)
+    return (*(_join(plan, d, x) for d, x in dtokens), dstates[:, 0] + first.mT)
 
 
 def _split(plan: Plan, x: Array) -> Array:
@@ -131,18 +132,36 @@ def _join(plan: Plan, x: Array, like: Array) -> Array:
     return x[:, : plan.block_size].reshape(like.shape).astype(like.dtype)
 
 
-def _segments(k: Array, v: Array, gates: Array, batch: int) -> int:
-    """Segments of a block, none without a chunk, that are fastest by a count of steps.
+def _segments(k: Array, v: Array, batch: int) -> Segments:
+    """The cut of blocks into segments for which `maps` and `fold` take the fewest steps."""
+    blocks, block, heads, key_dim = k.shape
+    chunks = -(-block // CHUNK)
+    programs = blocks * heads * (v.shape[3] + key_dim) // SLICE
+    unneeded = batch * heads * key_dim // SLICE  # maps A where sequences begin
 
-    `maps` takes a block's segments in waves of as many programs as run at a time, then `fold` takes
-    all segments of a sequence in turn.
-    """
-    blocks, heads, chunks = gates.shape[:3]
-    programs = blocks * heads * (v.shape[3] + k.shape[3]) // SLICE
+    def steps(segments: Segments) -> float:
+        others = segments.count - 1
+        last = chunks - others * segments.each
+        jobs = {segments.each: others * programs - unneeded, last: programs}
+        if not others:
+            jobs = {chunks: programs - unneeded}
+        elif last == segments.each:
+            jobs = {last: segments.count * programs - unneeded}
+        return _time_in_turn(jobs) + _FOLD_STEP * (segments.count * blocks / batch - 1)
 
-    def steps(segments: int) -> float:
-        waves, each = -(-programs * segments // _PROGRAMS), -(-chunks // segments)
-        return waves * each + _FOLD_STEP * segments * blocks / batch
+    return min((Segments(n, chunks, blocks, blocks // batch) for n in range(1, chunks + 1)), key=steps)
 
-    used = {-(-chunks // -(-chunks // n)) for n in range(1, chunks + 1)}
-    return min(sorted(used), key=steps)
+
+def _time_in_turn(jobs: dict[int, int]) -> int:
+    """When the last of {length: number} is done, if _PROGRAMS run at a time, in order."""
+    free = {0: _PROGRAMS}  # programs by the time from which they are free
+    for length, number in jobs.items():
+        while number:
+            now = min(free)
+            started = min(number, free[now])
+            free[now] -= started
+            free[now + length] = free.get(now + length, 0) + started
+            if not free[now]:
+                del free[now]
+            number -= started
+    return max(free)

@@ -28,13 +28,13 @@ _STAGES = 3
 def fold(
     matrices: Array, sizes: Array, added: Array, start: Array, *, reverse: bool, interpret: Any
 ) -> Array:
-    """X_{i+1} = X_i M_i + added_i from X_0 = start; reverse: X_i = X_{i+1} M_i^T + added_i.
+    """X_{i+1} = X_i M_i + added_i, with X_1 = added_0; reverse: X_i = X_{i+1} M_i^T + added_i.
 
     Products of float16 operands, both with a scale a row: relative error near 3e-4 a step, below
     that of M.
 
     Args:
-        matrices: diag(1 / sizes) M, [B, n, H, K, K] float16.
+        matrices: diag(1 / sizes) M, [B, n, H, K, K] float16; M_0 is not read.
         sizes: [B, n, H, K] float32.
         added: [B, n, H, V, K] float32.
         start: [B, H, V, K] float32: X_0, or X_n in reverse.
@@ -42,14 +42,15 @@ def fold(
         interpret: As in Plan.
 
     Returns:
-        All X, [B, n + 1, H, V, K] float32.
+        All X, [B, n + 1, H, V, K] float32; in reverse X_0 is not made.
     """
     batch, count, heads, value_dim, key_dim = added.shape
+    steps = count - 1
 
     def body(m_ref, sizes_ref, added_ref, start_ref, out_ref, m_tiles, size_rows, added_tiles, full):
         i, head, b = (lax.axis_index(name) for name in ("slice", "head", "batch"))
         rows = pl.ds(i * SLICE, SLICE)
-        at = lambda step: count - 1 - step if reverse else step
+        at = lambda step: steps - step if reverse else step + 1
 
         def fetch(step: Any) -> None:
             slot, place = lax.rem(step, _STAGES), (b, at(step), head)
@@ -57,7 +58,7 @@ def fold(
             plgpu.copy_gmem_to_smem(sizes_ref.at[place], size_rows.at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(added_ref.at[(*place, rows)], added_tiles.at[slot], full.at[slot])
 
-        for step in range(min(_STAGES, count)):
+        for step in range(min(_STAGES, steps)):
             fetch(jnp.int32(step))
 
         def advance(step: Any, x: Array) -> Array:
@@ -74,19 +75,23 @@ def fold(
                 x = product + added
             tile[...] = x  # in the layout in which it was read
             plgpu.commit_smem()
-            place = at(step) if reverse else step + 1
+            place = at(step) if reverse else at(step) + 1
             plgpu.copy_smem_to_gmem(tile, out_ref.at[b, place, head, rows])
 
-            @pl.when((step > 0) & (step - 1 + _STAGES < count))
+            @pl.when((step > 0) & (step - 1 + _STAGES < steps))
             def _refill():
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # that of the step before
                 fetch(step - 1 + _STAGES)
 
             return x
 
-        first = load(start_ref.at[b, head, rows], WGMMA, optimized=False)
-        lax.fori_loop(0, count, advance, first)
-        store(out_ref.at[b, count if reverse else 0, head, rows], first)
+        given = load(start_ref.at[b, head, rows], WGMMA, optimized=False)
+        first = given
+        if not reverse:
+            first = load(added_ref.at[b, 0, head, rows], WGMMA, optimized=False)
+            store(out_ref.at[b, 1, head, rows], first)
+        lax.fori_loop(0, steps, advance, first)
+        store(out_ref.at[b, count if reverse else 0, head, rows], given)
         plgpu.wait_smem_to_gmem(0)
 
     return kernel(

@@ -52,39 +52,63 @@ STAGES = 2
 V_STAGES = 3  # read first in a step, and refilled at once: without a third, every step waits
 
 
+class Segments(NamedTuple):
+    """How blocks are cut for walks that run side by side: into `each` chunks, the last with fewer."""
+
+    each: int
+    chunks: int  # of a block
+    blocks: int  # of all sequences
+    sequence: int  # blocks of a sequence
+
+    @property
+    def count(self) -> int:
+        """Segments of a block."""
+        return -(-self.chunks // self.each)
+
+
 def maps(
-    k: Array, y: Array, v: Array, gates: Array, *, segments: int, interpret: Any
+    k: Array,
+    y: Array,
+    v: Array,
+    gates: Array,
+    initial: Array,
+    *,
+    segments: Segments,
+    interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """The maps S' = A S + B of all segments; a block is `segments` of them.
+    """The maps S' = A S + B of all segments; where a sequence begins, B is S' and A is not made.
 
     Args:
         k: [N, block, H, K] bfloat16.
         y: The same in float16.
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 3, 64] float32.
-        segments: Segments of a block; the last may have fewer chunks, but none has none.
+        initial: S^T where a sequence begins, [B, H, V, K] float32.
+        segments: The segments of a block.
         interpret: As in Plan.
 
     Returns:
         diag(1 / sizes) A^T, [N segments, H, K, K] float16, sizes [N segments, H, K] float32, and
         B^T, [N segments, H, V, K] float32.
     """
-    blocks, _, heads, key_dim = k.shape
-    value_dim = v.shape[-1]
+    heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
     pair = _pair(value_slices, key_slices)
 
-    def body(k_ref, y_ref, v_ref, gates_ref, a_ref, sizes_ref, b_ref, buffers):
-        i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
-        chunks = _segment(place, segments, gates.shape[2])
+    def body(k_ref, y_ref, v_ref, gates_ref, initial_ref, a_ref, sizes_ref, b_ref, buffers):
+        i, head = _slice(pair), lax.axis_index("head")
+        chunks = _segment(segments)
+        place, opens = chunks.place, chunks.opens_sequence
 
         @pl.when(i < value_slices)
         def _values():
+            rows = pl.ds(i * SLICE, SLICE)
+            s = initial_ref.at[lax.div(chunks.block, segments.sequence), head, rows]
+            s = jnp.where(opens, load(s, WGMMA, optimized=False), 0.0)
             stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
-            s = _carry(zeros(SLICE, key_dim), stream, interpret=interpret)
-            store(b_ref.at[place, head, pl.ds(i * SLICE, SLICE)], s)
+            store(b_ref.at[place, head, rows], _carry(s, stream, interpret=interpret))
 
-        @pl.when(i >= value_slices)
+        @pl.when((i >= value_slices) & ~opens)
         def _transitions():
             first = (i - value_slices) * SLICE
             identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
@@ -94,7 +118,7 @@ def maps(
             store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
             store(sizes_ref.at[place, head, pl.ds(first, SLICE)], sizes)
 
-    count = blocks * segments
+    count = segments.blocks * segments.count
     struct = lambda *shape, dtype: jax.ShapeDtypeStruct((count, heads, *shape), dtype)
     return kernel(
         "maps",
@@ -108,49 +132,58 @@ def maps(
             struct(value_dim, key_dim, dtype=f32),
         ],
         interpret=interpret,
-    )(k, y, v, gates)
+    )(k, y, v, gates, initial)
 
 
 def chunk_states(
-    k: Array, y: Array, v: Array, gates: Array, starts: Array, *, segments: int, interpret: Any
+    k: Array,
+    y: Array,
+    v: Array,
+    gates: Array,
+    starts: Array,
+    *,
+    segments: Segments,
+    interpret: Any,
 ) -> Array:
     """S^T before every chunk, [N, H, chunks, V, K] bfloat16.
 
     Arguments as for `maps`, and starts [N segments, H, V, K] float32: S^T before every segment.
     """
-    return _chunkwise((k, y, gates), starts, v, segments, interpret)
+    (states,) = _chunkwise((k, y, gates), starts, v, segments, interpret)
+    return states
 
 
 def chunk_cotangents(
-    k: Array, y: Array, gates: Array, ends: Array, *, segments: int, interpret: Any
-) -> Array:
+    k: Array, y: Array, gates: Array, ends: Array, *, segments: Segments, interpret: Any
+) -> tuple[Array, Array]:
     """The transposed cotangent of the state after every chunk, [N, H, chunks, V, K] bfloat16.
 
     Arguments as for `maps`, and ends [N segments, H, V, K] float32: that after every segment.
+    Also returns that of the state where a sequence begins, [B, H, V, K] float32.
     """
-    return _chunkwise((y, k, gates), ends, None, segments, interpret)
+    cotangents, first = _chunkwise((y, k, gates), ends, None, segments, interpret)
+    return cotangents, first
 
 
 def _chunkwise(
     streams: tuple[Array, Array, Array],
     starts: Array,
     v: Array | None,
-    segments: int,
+    segments: Segments,
     interpret: Any,
-) -> Array:
-    first, second, gates = streams
-    blocks, _, heads, key_dim = first.shape
-    value_dim = starts.shape[2]
-    count = gates.shape[2]
-    pair = _pair(value_dim // SLICE)
+) -> tuple[Array, ...]:
+    first, second, _ = streams
+    heads, key_dim, value_dim = *first.shape[2:], starts.shape[2]
+    pair, backward = _pair(value_dim // SLICE), v is None
 
     def body(*refs):
-        *inputs, out_ref, buffers, tile = refs
-        first_ref, second_ref, gates_ref, starts_ref = inputs[:4]
-        i, head, place = _slice(pair), lax.axis_index("head"), lax.axis_index("segment")
-        chunks = _segment(place, segments, count)._replace(reverse=v is None)
+        *refs, buffers, tile = refs
+        first_ref, second_ref, gates_ref, starts_ref, *refs = refs
+        v_ref = None if backward else refs.pop(0)
+        out_ref, *last_ref = refs
+        i, head = _slice(pair), lax.axis_index("head")
+        chunks = _segment(segments)._replace(reverse=backward)
         rows = pl.ds(i * SLICE, SLICE)
-        v_ref = None if v is None else inputs[4]
         stream = _Stream(chunks, head, first_ref, second_ref, gates_ref, buffers, v_ref, i)
 
         def emit(chunk, s):
@@ -160,19 +193,32 @@ def _chunkwise(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
 
-        start = load(starts_ref.at[place, head, rows], WGMMA, optimized=False)
-        _carry(start, stream, emit=emit, interpret=interpret)
+        start = load(starts_ref.at[chunks.place, head, rows], WGMMA, optimized=False)
+        last = _carry(start, stream, emit=emit, interpret=interpret)
+        if backward:
+            place = lax.div(chunks.block, segments.sequence), head, rows
+            pl.when(chunks.opens_sequence)(lambda: store(last_ref[0].at[place], last))
         plgpu.wait_smem_to_gmem(0)
 
+    sequences = segments.blocks // segments.sequence
+    shape = (segments.blocks, heads, segments.chunks, value_dim, key_dim)
+    lasts = [jax.ShapeDtypeStruct((sequences, heads, value_dim, key_dim), f32)]
     return kernel(
-        "chunk_cotangents" if v is None else "chunk_states",
+        "chunk_cotangents" if backward else "chunk_states",
         body,
-        grid={"segment": blocks * segments, "head": heads, "slice": value_dim // SLICE // pair},
+        grid={
+            "segment": segments.blocks * segments.count,
+            "head": heads,
+            "slice": value_dim // SLICE // pair,
+        },
         cluster={"pair": pair},
-        scratch=[_buffers(first, second), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
-        out_type=jax.ShapeDtypeStruct((blocks, heads, count, value_dim, key_dim), bf16),
+        scratch=[
+            _buffers(first, second),
+            plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles()),
+        ],
+        out_type=[jax.ShapeDtypeStruct(shape, bf16), *(lasts if backward else [])],
         interpret=interpret,
-    )(*streams, starts, *([] if v is None else [v]))
+    )(*streams, starts, *([] if backward else [v]))
 
 
 def _pair(*slices: int) -> int:
@@ -187,6 +233,8 @@ def _slice(pair: int) -> Any:
 class _Chunks(NamedTuple):
     """The chunks of one segment, in the order in which they are walked."""
 
+    place: Any  # among the segments of all blocks
+    opens_sequence: Any
     block: Any
     first: Any
     count: Any
@@ -196,10 +244,17 @@ class _Chunks(NamedTuple):
         return self.first + (self.count - 1 - step if self.reverse else step)
 
 
-def _segment(place: Any, segments: int, chunks: int) -> _Chunks:
-    each = -(-chunks // segments)
-    first = lax.rem(place, segments) * each
-    return _Chunks(lax.div(place, segments), first, jnp.minimum(each, chunks - first))
+def _segment(segments: Segments) -> _Chunks:
+    """The segment of this program: the first, and longest, of all blocks, then the second."""
+    i, each = lax.axis_index("segment"), segments.each
+    block, segment = lax.rem(i, segments.blocks), lax.div(i, segments.blocks)
+    return _Chunks(
+        block * segments.count + segment,
+        (segment == 0) & (lax.rem(block, segments.sequence) == 0),
+        block,
+        segment * each,
+        jnp.minimum(each, segments.chunks - segment * each),
+    )
 
 
 class _Buffers(NamedTuple):
