@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.devices import split_by_xla
 from pallas_kernels.gated_delta.gpu.fold import fold
@@ -98,7 +98,8 @@ def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     k, v, static = _split(plan, res.k), _split(plan, res.v), {"interpret": plan.interpret}
     segments = _segments(k, v, len(res.k))
     # Between the boundaries of blocks no cotangent comes in.
-    added = jnp.zeros_like(res.states).at[:, :: segments.count].set(dstates[:, :-1].mT)
+    between = (0, segments.count - 1, segments.count - 1)
+    added = lax.pad(dstates[:, :-1].mT, 0.0, ((0, 0, 0), between, *((0, 0, 0),) * 3))
     ends = fold(res.matrices, res.sizes, added, dstates[:, -1].mT, reverse=True, **static)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     walk = {"segments": segments, **static}

@@ -31,13 +31,13 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 )
 
 HALF = CHUNK // 2
-_PAD = 4  # columns that spread the rows of a float32 matrix over the banks of shared memory
+_PAD = 8  # columns that spread the rows of a float32 matrix over the banks of shared memory
 
 
 def unit_inverse(m: Array, *, interpret: Any) -> tuple[Array, Array]:
     """The left and the right half of (I + strictly_upper(m))^-1, each [64, 32] float32.
 
-    What m holds on its diagonal and below must be finite and is not used. Takes 17 kB of shared
+    What m holds on its diagonal and below must be finite and is not used. Takes 18 kB of shared
     memory while it runs.
     """
     half = plgpu.SMEM((CHUNK, HALF), bf16, transforms=tiles(HALF))

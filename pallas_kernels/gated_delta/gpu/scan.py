@@ -11,7 +11,9 @@ Two programs that carry neighbouring slices form a cluster: what both read is fe
 Where keys are alike, the tokens of a chunk undo each other's writing, and their rounding errors
 stay: R and Y are float16, with the range of bfloat16 by a scale for each row of R^T, and the
 cotangents' second product takes both parts of its left operand. The rounding of S^T is the same for
-all tokens, and passes through the chunk as S^T itself does.
+all tokens, and passes through the chunk as S^T itself does. Scales are bounds that are known before
+the product they serve: float16 has 16 binary orders above one for what a bound leaves out, and 14
+below for what it overrates.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     WGMMA,
     bf16,
     by_column,
+    by_row,
     f16,
     f32,
     iota,
@@ -38,8 +41,8 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     load,
     load_transposed,
     product,
+    row_sizes,
     scaled,
-    scaled_product,
     split,
     store,
     tiles,
@@ -50,6 +53,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 # Chunks in shared memory at a time; two programs fit a multiprocessor.
 STAGES = 2
 V_STAGES = 3  # read first in a step, and refilled at once: without a third, every step waits
+_KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
 
 
 class Segments(NamedTuple):
@@ -316,9 +320,7 @@ class _Stream(NamedTuple):
         plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
 
     def read_values(self, step: Any, interpret: Any) -> Array:
-        """V^T diag(r) of a step's chunk, or zeros; starts the copy of a later one."""
-        if self.values_ref is None:
-            return zeros(SLICE, CHUNK)
+        """V^T diag(r) of a step's chunk; starts the copy of a later one."""
         slot, b = lax.rem(step, V_STAGES), self.buffers
         plgpu.barrier_wait(b.values_full.at[slot])
         r = by_column(load(b.gates.at[lax.rem(step, STAGES), 0], COLUMNS), SLICE)
@@ -336,33 +338,19 @@ def _carry(
     emit: Callable[[Any, Array], None] | None = None,
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
-    b, count, static = stream.buffers, stream.chunks.count, {"interpret": interpret}
+    b, count = stream.buffers, stream.chunks.count
     for step in range(STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
     for step in range(V_STAGES if stream.values_ref is not None else 0):
         pl.when(step < count)(lambda step=step: stream.fetch_values(jnp.int32(step)))
+    walk = _step_back if stream.chunks.reverse else _step
 
-    def advance(step: Any, s: Array) -> Array:
+    def advance(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         slot = lax.rem(step, STAGES)
         if emit is not None:
-            emit(stream.chunks.at(step), s.astype(bf16))
+            emit(stream.chunks.at(step), carry[0].astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
-        gamma = b.gates[slot, 2, 0]
-        beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
-        decayed = lambda: gamma * s
-        if stream.chunks.reverse:
-            seen, _ = scaled_product(s, b.first.at[slot].T, **static)
-            parts = split(seen * (-gamma * beta))
-            pairs = ((part, b.second.at[slot]) for part in parts)
-            written, kept = product(*pairs, meanwhile=decayed, **static)
-        else:
-            values = lambda: stream.read_values(step, interpret)
-            pair = (s.astype(bf16), b.first.at[slot].T)
-            seen, brought = product(pair, meanwhile=values, **static)
-            residual = (brought - gamma * seen) * beta
-            written, kept = scaled_product(
-                residual, b.second.at[slot], meanwhile=decayed, **static
-            )
+        carry = walk(*carry, step, stream, interpret)
         join_warps(interpret)  # the slot is free
 
         @pl.when(step + STAGES < count)
@@ -371,6 +359,51 @@ def _carry(
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
             stream.fetch(step + STAGES)
 
-        return kept + written
+        return carry
 
-    return lax.fori_loop(0, count, advance, start)
+    return lax.fori_loop(0, count, advance, (start, row_sizes(start)))[0]
+
+
+def _step(s: Array, _: Array, step: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
+    """S^T after a chunk. R^T is divided by a bound of its rows, found while S^T K^T is computed."""
+    b, slot = stream.buffers, lax.rem(step, STAGES)
+    gamma = b.gates[slot, 2, 0]
+
+    def bounded() -> tuple[Array, Array, Array]:
+        size = _KEYS * row_sizes(s)
+        if stream.values_ref is None:
+            return zeros(SLICE, CHUNK), gamma / size, size
+        values = stream.read_values(step, interpret)
+        size = jnp.maximum(size, row_sizes(values))
+        return values * by_row(1 / size, CHUNK), gamma / size, size
+
+    pair = (s.astype(bf16), b.first.at[slot].T)
+    seen, (values, scale, size) = product(pair, meanwhile=bounded, interpret=interpret)
+    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+    residual = (values - seen * by_row(scale, CHUNK)) * beta
+    written, kept = product(
+        (residual.astype(f16), b.second.at[slot]),
+        meanwhile=lambda: gamma * s,
+        interpret=interpret,
+    )
+    return kept + written * by_row(size, s.shape[1]), size
+
+
+def _step_back(
+    d: Array, size: Array, step: Any, stream: _Stream, interpret: Any
+) -> tuple[Array, Array]:
+    """The cotangent before a chunk, and the size of that after it, which bounds it."""
+    b, slot = stream.buffers, lax.rem(step, STAGES)
+    gamma = b.gates[slot, 2, 0]
+    operand = (d * by_row(1 / size, d.shape[1])).astype(f16)
+    seen, following = product(
+        (operand, b.first.at[slot].T), meanwhile=lambda: row_sizes(d), interpret=interpret
+    )
+    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+    parts = split(seen * by_row(-gamma * size, CHUNK) * beta)
+    written, kept = product(
+        *((part, b.second.at[slot]) for part in parts),
+        meanwhile=lambda: gamma * d,
+        interpret=interpret,
+    )
+    return kept + written, following

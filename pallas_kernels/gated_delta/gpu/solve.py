@@ -17,6 +17,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
+    join_warps,
     kernel,
     load,
     product,
@@ -25,8 +26,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     tiles,
 )
 
-_PROGRAMS = 396  # three for each multiprocessor of an H100 or H200; each takes chunks in turn
-_STAGES = 2
+
 _COLUMNS = 64  # of Y at a time
 
 
@@ -46,69 +46,49 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         Y in the shape of k, float16; gates [N, H, chunks, 3, 64] float32; and U
         [N, H, chunks, 64, 64] float16.
     """
-    _, _, heads, key_dim = k.shape
-    blocks, _, chunks = rows.shape[:3]
-    units = blocks * chunks * heads
-    programs = min(units, _PROGRAMS)
+    blocks, _, heads, key_dim = k.shape
     inverse_type = jax.ShapeDtypeStruct((*rows.shape[:3], CHUNK, CHUNK), f16)
 
     def body(k_ref, rows_ref, y_ref, gates_ref, *rest):
-        *u_refs, k_tiles, row_tiles, y_tile, u_tiles, full = rest
-        program = lax.axis_index("program")
-        count = lax.div(units - 1 - program, programs) + 1
+        *u_refs, tile_rows, full = rest
+        n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
+        place, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)
 
-        def places(step: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            """Where a step's chunk lies in arrays of tokens and in arrays of chunks."""
-            unit = program + step * programs
-            head, unit = lax.rem(unit, heads), lax.div(unit, heads)
-            chunk, block = lax.rem(unit, chunks), lax.div(unit, chunks)
-            return (block, pl.ds(chunk * CHUNK, CHUNK), head), (block, head, chunk)
-
-        def fetch(step: Any) -> None:
-            slot, (tokens, entry) = lax.rem(step, _STAGES), places(step)
-            plgpu.copy_gmem_to_smem(k_ref.at[tokens], k_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(rows_ref.at[entry], row_tiles.at[slot], full.at[slot])
-
-        fetch(jnp.int32(0))
-
-        @pl.loop(0, count)
-        def _chunk(step):
-            pl.when(step + 1 < count)(lambda: fetch(step + 1))
-            slot, (tokens, entry) = lax.rem(step, _STAGES), places(step)
-            keys = k_tiles.at[slot]
-            plgpu.barrier_wait(full.at[slot])
-            strength = by_column(load(row_tiles.at[slot, 1], COLUMNS), CHUNK)
-            gram, _ = product((keys, keys.T), interpret=interpret)
+        def invert(tile: Any) -> tuple[list[Array], tuple[Array, Array]]:
+            plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
+            plgpu.copy_gmem_to_smem(rows_ref.at[entry], tile_rows, full)
+            plgpu.barrier_wait(full)
+            strength = by_column(load(tile_rows.at[1], COLUMNS), CHUNK)
+            gram, _ = product((tile, tile.T), interpret=interpret)
             u = inverse.unit_inverse(gram * strength, interpret=interpret)
-            y = _times_keys(u, keys, interpret)
-            gates = _gates(row_tiles.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the step before has left
+            y = _times_keys(u, tile, interpret)
+            join_warps(interpret)  # the space of the keys serves anew
+            return y, u
+
+        def emit(y_tile: Any, *u_tiles: Any) -> None:
             for start, part in zip(range(0, key_dim, _COLUMNS), y, strict=True):
                 y_tile[:, start : start + _COLUMNS] = part
             for ref, part in zip(u_tiles, u, strict=False):
                 ref[...] = part.astype(f16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[tokens])
+            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[place])
             for i, ref in enumerate(u_tiles):
                 columns = pl.ds(i * inverse.HALF, inverse.HALF)
                 plgpu.copy_smem_to_gmem(ref, u_refs[0].at[(*entry, slice(None), columns)])
-            for i, gate in enumerate(gates):
-                store(gates_ref.at[(*entry, i)], gate)
+            _write_gates(gates_ref.at[entry], tile_rows)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        plgpu.wait_smem_to_gmem(0)
+        keys = plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF))
+        out = plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles())
+        half = plgpu.SMEM((CHUNK, inverse.HALF), f16, transforms=tiles(inverse.HALF))
+        y, u = pl.run_scoped(invert, keys)
+        pl.run_scoped(emit, out, *([half, half] if keep_inverse else []))
 
-    half = plgpu.SMEM((CHUNK, inverse.HALF), f16, transforms=tiles(inverse.HALF))
     return kernel(
         "solve",
         body,
-        grid={"program": programs},
-        scratch=[
-            plgpu.SMEM((_STAGES, CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF)),
-            plgpu.SMEM((_STAGES, 2, CHUNK), f32),
-            plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles()),
-            [half, half] if keep_inverse else [],
-            plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-        ],
+        grid={"block": blocks, "chunk": rows.shape[2], "head": heads},
+        scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=2)],
         out_type=[
             jax.ShapeDtypeStruct(k.shape, f16),
             jax.ShapeDtypeStruct((*rows.shape[:3], 3, CHUNK), f32),
@@ -130,9 +110,11 @@ def _times_keys(u: tuple[Array, Array], tile: Any, interpret: Any) -> list[Array
     return parts
 
 
-def _gates(rows: Any) -> tuple[Array, Array, Array]:
-    """r, beta and gamma, from g and beta."""
+def _write_gates(ref: Any, rows: Any) -> None:
+    """Writes r, beta and gamma, from g and beta."""
     g, beta = (by_column(load(rows.at[i], COLUMNS), CHUNK) for i in (0, 1))
     row, column = (iota(CHUNK, CHUNK, dimension) for dimension in (0, 1))
     masked = lambda mask, x: jnp.where(mask, x, 0.0).sum(1)
-    return jnp.exp(masked(column > row, g)), masked(column == row, beta), jnp.exp(g.sum(1))
+    store(ref.at[0], jnp.exp(masked(column > row, g)))
+    store(ref.at[1], masked(column == row, beta))
+    store(ref.at[2], jnp.exp(g.sum(1)))

@@ -122,12 +122,17 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     return pl.run_state(run)(accumulator)
 
 
+def row_sizes(x: Array) -> Array:
+    """The largest absolute entry of each row, or a tiny number."""
+    return jnp.maximum(jnp.abs(x).max(1), _TINY)
+
+
 def scaled(x: Array) -> tuple[Array, Array]:
     """x with each row divided by its largest entry, in float16, and these entries.
 
     So x keeps the 11 bits of float16 at any size.
     """
-    size = jnp.maximum(jnp.abs(x).max(1), _TINY)
+    size = row_sizes(x)
     return (x * by_row(1 / size, x.shape[1])).astype(f16), size
 
 
