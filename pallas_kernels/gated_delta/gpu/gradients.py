@@ -23,6 +23,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     iota,
     join_warps,
     kernel,
+    later_chunk,
     load,
     load_transposed,
     product,
@@ -31,6 +32,8 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     tiles,
     zeros,
 )
+
+_AHEAD = 132  # programs whose inputs are on their way to the L2 cache: one for each multiprocessor
 
 
 def gradients(
@@ -67,6 +70,7 @@ def gradients(
         dK and dV in shape and dtype of k and v, and [N, H, chunks, 2, 64] float32.
     """
     blocks, _, heads, key_dim = k.shape
+    chunks = gates.shape[2]
 
     def body(*refs):
         k_ref, y_ref, u_ref, v_ref, gates_ref, s_ref, d_ref = refs[:7]
@@ -77,6 +81,16 @@ def gradients(
         plgpu.copy_gmem_to_smem(k_ref.at[tokens], k_tile, full)
         plgpu.copy_gmem_to_smem(y_ref.at[tokens], y_tile, full)
 
+
+        later_block, later, present = later_chunk(n, chunk, chunks, blocks, -(-_AHEAD // heads))
+
+        @pl.when(present)
+        def _prefetch():
+            place = later_block, pl.ds(later * CHUNK, CHUNK), head
+            for ref in (k_ref, y_ref, v_ref):
+                plgpu.async_prefetch(ref.at[place])
+            for ref in (s_ref, d_ref):
+                plgpu.async_prefetch(ref.at[later_block, head, later])
 
         gates = gates_ref.at[entry]
         r, beta = (load(gates.at[i], ROWS, optimized=False) for i in (0, 1))
@@ -104,7 +118,7 @@ def gradients(
     return kernel(
         "gradients",
         body,
-        grid={"block": blocks, "chunk": gates.shape[2], "head": heads},
+        grid={"block": blocks, "chunk": chunks, "head": heads},
         scratch=[
             plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles()),
             plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles()),
@@ -253,9 +267,10 @@ def _through_keys(
     z, _ = product((t_low, high_tile), (t_high, low_tile), (t_high, high_tile), **static)
     dk = z - tile.gamma * sums.drs
     join_warps(tile.interpret)  # nobody needs diag(beta) dX
-    high_tile[...] = z.astype(bf16)
+    high_tile[...], low_tile[...] = split(z)
     plgpu.commit_smem()
-    yz, _ = product((tile.read_y(), high_tile.T), **static)
+    y = tile.read_y()
+    yz, _ = product((y, low_tile.T), (y, high_tile.T), **static)
     gram, _ = product((tile.k, tile.k.T), **static)
     p = jnp.where(_below(), -yz, 0.0)
     dbeta += (p * gram).sum(1)

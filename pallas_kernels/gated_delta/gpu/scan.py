@@ -53,6 +53,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 # Chunks in shared memory at a time; two programs fit a multiprocessor.
 STAGES = 2
 V_STAGES = 3  # read first in a step, and refilled at once: without a third, every step waits
+_AHEAD = 3  # chunks on their way to the L2 cache
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
 
 
@@ -312,6 +313,15 @@ class _Stream(NamedTuple):
         gates = self.gates_ref.at[self.chunks.block, self.head, self.chunks.at(step)]
         plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
 
+    def prefetch(self, step: Any) -> None:
+        """Brings a later step's chunk into the L2 cache: from there two stages are enough."""
+
+        @pl.when(step < self.chunks.count)
+        def _prefetch():
+            tokens = self._tokens(step)
+            plgpu.async_prefetch(self.first_ref.at[tokens], collective_axes="pair")
+            plgpu.async_prefetch(self.second_ref.at[tokens], collective_axes="pair")
+
     def fetch_values(self, step: Any) -> None:
         """Starts the copy of a step's values."""
         slot, b = lax.rem(step, V_STAGES), self.buffers
@@ -343,6 +353,8 @@ def _carry(
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
     for step in range(V_STAGES if stream.values_ref is not None else 0):
         pl.when(step < count)(lambda step=step: stream.fetch_values(jnp.int32(step)))
+    for step in range(STAGES, STAGES + _AHEAD):
+        stream.prefetch(jnp.int32(step))
     walk = _step_back if stream.chunks.reverse else _step
 
     def advance(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -358,6 +370,7 @@ def _carry(
             plgpu.barrier_arrive(b.consumed.at[slot])
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
             stream.fetch(step + STAGES)
+            stream.prefetch(step + STAGES + _AHEAD)
 
         return carry
 
