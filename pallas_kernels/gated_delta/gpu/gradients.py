@@ -23,7 +23,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     iota,
     join_warps,
     kernel,
-    later_chunk,
     load,
     load_transposed,
     product,
@@ -32,8 +31,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     tiles,
     zeros,
 )
-
-_AHEAD = 132  # programs whose inputs are on their way to the L2 cache: one for each multiprocessor
 
 
 def gradients(
@@ -70,7 +67,6 @@ def gradients(
         dK and dV in shape and dtype of k and v, and [N, H, chunks, 2, 64] float32.
     """
     blocks, _, heads, key_dim = k.shape
-    chunks = gates.shape[2]
 
     def body(*refs):
         k_ref, y_ref, u_ref, v_ref, gates_ref, s_ref, d_ref = refs[:7]
@@ -81,16 +77,6 @@ def gradients(
         plgpu.copy_gmem_to_smem(k_ref.at[tokens], k_tile, full)
         plgpu.copy_gmem_to_smem(y_ref.at[tokens], y_tile, full)
 
-
-        later_block, later, present = later_chunk(n, chunk, chunks, blocks, -(-_AHEAD // heads))
-
-        @pl.when(present)
-        def _prefetch():
-            place = later_block, pl.ds(later * CHUNK, CHUNK), head
-            for ref in (k_ref, y_ref, v_ref):
-                plgpu.async_prefetch(ref.at[place])
-            for ref in (s_ref, d_ref):
-                plgpu.async_prefetch(ref.at[later_block, head, later])
 
         gates = gates_ref.at[entry]
         r, beta = (load(gates.at[i], ROWS, optimized=False) for i in (0, 1))
@@ -118,7 +104,7 @@ def gradients(
     return kernel(
         "gradients",
         body,
-        grid={"block": blocks, "chunk": chunks, "head": heads},
+        grid={"block": blocks, "chunk": gates.shape[2], "head": heads},
         scratch=[
             plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles()),
             plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles()),

@@ -50,10 +50,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 )
 
 
-# Chunks in shared memory at a time; two programs fit a multiprocessor.
-STAGES = 2
-V_STAGES = 3  # read first in a step, and refilled at once: without a third, every step waits
-_AHEAD = 3  # chunks on their way to the L2 cache
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
 
 
@@ -130,7 +126,7 @@ def maps(
         body,
         grid={"segment": count, "head": heads, "slice": (value_slices + key_slices) // pair},
         cluster={"pair": pair},
-        scratch=[_buffers(k, y)],
+        scratch=[_buffers(k, y, stages=3, v_stages=2)],
         out_type=[
             struct(key_dim, key_dim, dtype=f16),
             struct(key_dim, dtype=f32),
@@ -218,7 +214,7 @@ def _chunkwise(
         },
         cluster={"pair": pair},
         scratch=[
-            _buffers(first, second),
+            _buffers(first, second, stages=3 if backward else 2, v_stages=0 if backward else 3),
             plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles()),
         ],
         out_type=[jax.ShapeDtypeStruct(shape, bf16), *(lasts if backward else [])],
@@ -263,28 +259,38 @@ def _segment(segments: Segments) -> _Chunks:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: STAGES chunks of the matrices that S^T meets and of gates, and V_STAGES of V."""
+    """Shared memory: some chunks of the matrices that S^T meets first and second, and of V."""
 
     first: Any
     second: Any
     values: Any
-    gates: Any
     full: Any
     values_full: Any
     consumed: Any
 
 
-def _buffers(first: Array, second: Array) -> _Buffers:
-    tile = lambda x: plgpu.SMEM((STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
+def _buffers(first: Array, second: Array, *, stages: int, v_stages: int) -> _Buffers:
+    """As many stages as let two programs fit a multiprocessor.
+
+    A copy takes longer than a step. That of V starts within a step, the others at its end.
+    """
+    tile = lambda x: plgpu.SMEM((stages, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
         tile(first),
         tile(second),
-        plgpu.SMEM((V_STAGES, CHUNK, SLICE), bf16, transforms=tiles()),
-        plgpu.SMEM((STAGES, 3, CHUNK), f32),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
-        plgpu.Barrier(num_barriers=V_STAGES),
-        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
+        plgpu.SMEM((v_stages, CHUNK, SLICE), bf16, transforms=tiles()) if v_stages else None,
+        plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+        plgpu.Barrier(num_barriers=v_stages) if v_stages else None,
+        plgpu.ClusterBarrier(num_barriers=stages, collective_axes=("pair",)),
     )
+
+
+class _Gates(NamedTuple):
+    """Of a chunk; r and beta a number a column."""
+
+    r: Array | None
+    beta: Array
+    gamma: Array
 
 
 class _Stream(NamedTuple):
@@ -299,44 +305,47 @@ class _Stream(NamedTuple):
     values_ref: Any = None
     value_slice: Any = None
 
+    @property
+    def stages(self) -> int:
+        return self.buffers.first.shape[0]
+
+    @property
+    def v_stages(self) -> int:
+        return 0 if self.values_ref is None else self.buffers.values.shape[0]
+
     def _tokens(self, step: Any) -> tuple[Any, ...]:
         chunk = self.chunks.at(step)
         return self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
 
     def fetch(self, step: Any) -> None:
-        """Starts the copies of a step's chunk, without its values."""
-        slot, tokens, b = lax.rem(step, STAGES), self._tokens(step), self.buffers
-        full = b.full.at[slot]
+        """Starts the copies of a step's matrices, for both programs of the cluster."""
+        slot, tokens, b = lax.rem(step, self.stages), self._tokens(step), self.buffers
         share: dict[str, Any] = {"collective_axes": "pair"}
-        plgpu.copy_gmem_to_smem(self.first_ref.at[tokens], b.first.at[slot], full, **share)
-        plgpu.copy_gmem_to_smem(self.second_ref.at[tokens], b.second.at[slot], full, **share)
-        gates = self.gates_ref.at[self.chunks.block, self.head, self.chunks.at(step)]
-        plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
-
-    def prefetch(self, step: Any) -> None:
-        """Brings a later step's chunk into the L2 cache: from there two stages are enough."""
-
-        @pl.when(step < self.chunks.count)
-        def _prefetch():
-            tokens = self._tokens(step)
-            plgpu.async_prefetch(self.first_ref.at[tokens], collective_axes="pair")
-            plgpu.async_prefetch(self.second_ref.at[tokens], collective_axes="pair")
+        for ref, tile in ((self.first_ref, b.first), (self.second_ref, b.second)):
+            plgpu.copy_gmem_to_smem(ref.at[tokens], tile.at[slot], b.full.at[slot], **share)
 
     def fetch_values(self, step: Any) -> None:
         """Starts the copy of a step's values."""
-        slot, b = lax.rem(step, V_STAGES), self.buffers
+        slot, b = lax.rem(step, self.v_stages), self.buffers
         columns = pl.ds(self.value_slice * SLICE, SLICE)
         values = self.values_ref.at[(*self._tokens(step), columns)]
         plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
 
-    def read_values(self, step: Any, interpret: Any) -> Array:
+    def read_gates(self, step: Any) -> _Gates:
+        """A step's gates, from device memory; any for a step after the last."""
+        chunk = self.chunks.at(jnp.minimum(step, self.chunks.count - 1))
+        gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
+        read = lambda i: load(gates.at[i], COLUMNS, optimized=False)
+        return _Gates(read(0) if self.v_stages else None, read(1), gates[2, 0])
+
+    def read_values(self, step: Any, r: Array, interpret: Any) -> Array:
         """V^T diag(r) of a step's chunk; starts the copy of a later one."""
-        slot, b = lax.rem(step, V_STAGES), self.buffers
+        slot, b = lax.rem(step, self.v_stages), self.buffers
         plgpu.barrier_wait(b.values_full.at[slot])
-        r = by_column(load(b.gates.at[lax.rem(step, STAGES), 0], COLUMNS), SLICE)
-        values = load_transposed(b.values.at[slot]).astype(f32) * r
+        values = load_transposed(b.values.at[slot]).astype(f32) * by_column(r, SLICE)
         join_warps(interpret)  # the slot is free
-        pl.when(step + V_STAGES < self.chunks.count)(lambda: self.fetch_values(step + V_STAGES))
+        later = step + self.v_stages
+        pl.when(later < self.chunks.count)(lambda: self.fetch_values(later))
         return values
 
 
@@ -348,75 +357,77 @@ def _carry(
     emit: Callable[[Any, Array], None] | None = None,
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
-    b, count = stream.buffers, stream.chunks.count
-    for step in range(STAGES):
+    b, count, stages = stream.buffers, stream.chunks.count, stream.stages
+    for step in range(stages):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
-    for step in range(V_STAGES if stream.values_ref is not None else 0):
+    for step in range(stream.v_stages):
         pl.when(step < count)(lambda step=step: stream.fetch_values(jnp.int32(step)))
-    for step in range(STAGES, STAGES + _AHEAD):
-        stream.prefetch(jnp.int32(step))
     walk = _step_back if stream.chunks.reverse else _step
 
-    def advance(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        slot = lax.rem(step, STAGES)
+    def advance(step: Any, carry: _Carried) -> _Carried:
+        slot = lax.rem(step, stages)
         if emit is not None:
-            emit(stream.chunks.at(step), carry[0].astype(bf16))
+            emit(stream.chunks.at(step), carry.state.astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
-        carry = walk(*carry, step, stream, interpret)
+        carry = walk(carry, step, stream, interpret)
         join_warps(interpret)  # the slot is free
 
-        @pl.when(step + STAGES < count)
+        @pl.when(step + stages < count)
         def _refill():
             plgpu.barrier_arrive(b.consumed.at[slot])
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
-            stream.fetch(step + STAGES)
-            stream.prefetch(step + STAGES + _AHEAD)
+            stream.fetch(step + stages)
 
         return carry
 
-    return lax.fori_loop(0, count, advance, (start, row_sizes(start)))[0]
+    carry = _Carried(start, row_sizes(start), stream.read_gates(jnp.int32(0)))
+    return lax.fori_loop(0, count, advance, carry).state
 
 
-def _step(s: Array, _: Array, step: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
+class _Carried(NamedTuple):
+    """What a step hands to the next: S^T or a cotangent, a bound of its rows, the next gates."""
+
+    state: Array
+    size: Array
+    gates: _Gates
+
+
+def _step(carry: _Carried, step: Any, stream: _Stream, interpret: Any) -> _Carried:
     """S^T after a chunk. R^T is divided by a bound of its rows, found while S^T K^T is computed."""
-    b, slot = stream.buffers, lax.rem(step, STAGES)
-    gamma = b.gates[slot, 2, 0]
+    s, _, (r, beta, gamma) = carry
+    b, slot = stream.buffers, lax.rem(step, stream.stages)
 
     def bounded() -> tuple[Array, Array, Array]:
         size = _KEYS * row_sizes(s)
-        if stream.values_ref is None:
+        if r is None:
             return zeros(SLICE, CHUNK), gamma / size, size
-        values = stream.read_values(step, interpret)
+        values = stream.read_values(step, r, interpret)
         size = jnp.maximum(size, row_sizes(values))
         return values * by_row(1 / size, CHUNK), gamma / size, size
 
     pair = (s.astype(bf16), b.first.at[slot].T)
     seen, (values, scale, size) = product(pair, meanwhile=bounded, interpret=interpret)
-    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
-    residual = (values - seen * by_row(scale, CHUNK)) * beta
-    written, kept = product(
+    residual = (values - seen * by_row(scale, CHUNK)) * by_column(beta, SLICE)
+    written, (kept, gates) = product(
         (residual.astype(f16), b.second.at[slot]),
-        meanwhile=lambda: gamma * s,
+        meanwhile=lambda: (gamma * s, stream.read_gates(step + 1)),
         interpret=interpret,
     )
-    return kept + written * by_row(size, s.shape[1]), size
+    return _Carried(kept + written * by_row(size, s.shape[1]), size, gates)
 
 
-def _step_back(
-    d: Array, size: Array, step: Any, stream: _Stream, interpret: Any
-) -> tuple[Array, Array]:
-    """The cotangent before a chunk, and the size of that after it, which bounds it."""
-    b, slot = stream.buffers, lax.rem(step, STAGES)
-    gamma = b.gates[slot, 2, 0]
+def _step_back(carry: _Carried, step: Any, stream: _Stream, interpret: Any) -> _Carried:
+    """The cotangent before a chunk; the rows of that after it bound those of both."""
+    d, size, (_, beta, gamma) = carry
+    b, slot = stream.buffers, lax.rem(step, stream.stages)
     operand = (d * by_row(1 / size, d.shape[1])).astype(f16)
     seen, following = product(
         (operand, b.first.at[slot].T), meanwhile=lambda: row_sizes(d), interpret=interpret
     )
-    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
-    parts = split(seen * by_row(-gamma * size, CHUNK) * beta)
-    written, kept = product(
+    parts = split(seen * by_row(-gamma * size, CHUNK) * by_column(beta, SLICE))
+    written, (kept, gates) = product(
         *((part, b.second.at[slot]) for part in parts),
-        meanwhile=lambda: gamma * d,
+        meanwhile=lambda: (gamma * d, stream.read_gates(step + 1)),
         interpret=interpret,
     )
-    return kept + written, following
+    return _Carried(kept + written, following, gates)

@@ -19,7 +19,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     iota,
     join_warps,
     kernel,
-    later_chunk,
     load,
     product,
     split,
@@ -27,7 +26,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     tiles,
 )
 
-_PROGRAMS = 528  # that run at a time: four for each multiprocessor of an H100 or H200
+
 _COLUMNS = 64  # of Y at a time
 
 
@@ -48,19 +47,12 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         [N, H, chunks, 64, 64] float16.
     """
     blocks, _, heads, key_dim = k.shape
-    chunks = rows.shape[2]
     inverse_type = jax.ShapeDtypeStruct((*rows.shape[:3], CHUNK, CHUNK), f16)
 
     def body(k_ref, rows_ref, y_ref, gates_ref, *rest):
         *u_refs, tile_rows, full = rest
         n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
         place, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)
-
-        later_block, later, present = later_chunk(n, chunk, chunks, blocks, -(-_PROGRAMS // heads))
-
-        @pl.when(present)
-        def _prefetch():
-            plgpu.async_prefetch(k_ref.at[later_block, pl.ds(later * CHUNK, CHUNK), head])
 
         def invert(tile: Any) -> tuple[list[Array], tuple[Array, Array]]:
             plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
@@ -95,7 +87,7 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
     return kernel(
         "solve",
         body,
-        grid={"block": blocks, "chunk": chunks, "head": heads},
+        grid={"block": blocks, "chunk": rows.shape[2], "head": heads},
         scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=2)],
         out_type=[
             jax.ShapeDtypeStruct(k.shape, f16),

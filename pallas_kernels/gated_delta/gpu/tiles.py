@@ -36,12 +36,6 @@ def tiles(columns: int = 64, itemsize: int = 2) -> tuple[Any, ...]:
     )
 
 
-def later_chunk(block: Any, chunk: Any, chunks: int, blocks: int, ahead: int) -> tuple[Any, ...]:
-    """Block and chunk `ahead` chunks later, and whether there is one."""
-    index = block * chunks + chunk + ahead
-    return lax.div(index, chunks), lax.rem(index, chunks), index < blocks * chunks
-
-
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
     """Reads a reference into registers; `optimized` insists on no bank conflicts."""
     index = ((),) if _LOAD_TAKES_INDEX else ()
