@@ -21,8 +21,8 @@ from pallas_kernels.gated_delta.checks import (
 )
 from pallas_kernels.gated_delta.plan import Plan
 
-# Modules of this folder, the fastest first. Each has `states`; `forward`, which also returns what its
-# `backward` needs; and `obstacle`, which says why it cannot take a call.
+# Modules of this folder, the fastest first. Each has `states`; `forward`, which also returns what
+# its `backward` needs; and `obstacle`, which says why it cannot take a call.
 _BACKENDS = ("gpu", "tpu", "xla")
 _LOG = logging.getLogger("pallas_kernels")
 

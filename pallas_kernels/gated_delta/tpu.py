@@ -31,16 +31,17 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
     return None if plan.interpret else split_by_xla()
 
 
-def states(
-    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
-) -> Array:
+def states(plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array) -> Array:
     """States at the boundaries of blocks."""
     ends = tpu_forward.block_ends(plan, k, v, g, beta, initial_state)
     return jnp.concatenate([initial_state[:, None], ends], 1)
 
 
-def forward(plan: Plan, *inputs: Array) -> tuple[Array, Residuals]:
+def forward(
+    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
+) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs: the inputs."""
+    inputs = (k, v, g, beta, initial_state)
     return states(plan, *inputs), inputs
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 from pallas_kernels.gated_delta.plan import Plan
 
 _PROGRAMS = 264  # that run at a time: two for each multiprocessor of an H100 or H200
-_FOLD_STEP = 1.1  # time of a step of `fold` in steps of `maps`
+_FOLD_STEP = 1.2  # time of a step of `fold` in steps of `maps`
 
 
 class Residuals(NamedTuple):
@@ -57,18 +57,19 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
     return None if plan.interpret else split_by_xla()
 
 
-def states(plan: Plan, *inputs: Array) -> Array:
-    """States at the boundaries of blocks; inputs as for `forward`."""
-    return _forward(plan, *inputs, keep_inverse=False)[0]
+def states(
+    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
+) -> Array:
+    """States at the boundaries of blocks."""
+    return _forward(plan, k, v, g, beta, initial_state, keep_inverse=False)[0]
 
 
-def forward(plan: Plan, *inputs: Array) -> tuple[Array, Residuals]:
-    """States at the boundaries of blocks, and what the backward pass needs.
-
-    Inputs are k, v, g, beta and initial_state of the public function.
-    """
-    states, (y, gates, u, *rest) = _forward(plan, *inputs, keep_inverse=True)
-    return states, Residuals(*inputs[:4], y, gates, u, *rest)
+def forward(
+    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
+) -> tuple[Array, Residuals]:
+    """States at the boundaries of blocks, and what the backward pass needs."""
+    states, made = _forward(plan, k, v, g, beta, initial_state, keep_inverse=True)
+    return states, Residuals(k, v, g, beta, **made)
 
 
 def _forward(
@@ -80,7 +81,7 @@ def _forward(
     initial_state: Array,
     *,
     keep_inverse: bool,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, dict[str, Array]]:
     batch, static = len(k), {"interpret": plan.interpret}
     kb, vb = _split(plan, k), _split(plan, v)
     rows = jnp.stack([_chunks(_split(plan, x)) for x in (g, beta)], -2)
@@ -89,8 +90,10 @@ def _forward(
     parts = maps(kb, y, vb, gates, initial_state.mT, segments=segments, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
     states = fold(matrices, sizes, added, initial_state.mT, reverse=False, **static)
-    kept = (y, gates, *inverse, matrices, sizes, states[:, :-1])
-    return states[:, :: segments.count].mT, kept
+    made = {"y": y, "gates": gates, "matrices": matrices, "sizes": sizes, "states": states[:, :-1]}
+    if keep_inverse:
+        made["u"] = inverse[0]
+    return states[:, :: segments.count].mT, made
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
@@ -150,7 +153,9 @@ def _segments(k: Array, v: Array, batch: int) -> Segments:
             jobs = {last: segments.count * programs - unneeded}
         return _time_in_turn(jobs) + _FOLD_STEP * (segments.count * blocks / batch - 1)
 
-    return min((Segments(n, chunks, blocks, blocks // batch) for n in range(1, chunks + 1)), key=steps)
+    return min(
+        (Segments(n, chunks, blocks, blocks // batch) for n in range(1, chunks + 1)), key=steps
+    )
 
 
 def _time_in_turn(jobs: dict[int, int]) -> int:

@@ -47,7 +47,9 @@ def fold(
     batch, count, heads, value_dim, key_dim = added.shape
     steps = count - 1
 
-    def body(m_ref, sizes_ref, added_ref, start_ref, out_ref, m_tiles, size_rows, added_tiles, full):
+    def body(
+        m_ref, sizes_ref, added_ref, start_ref, out_ref, m_tiles, size_rows, added_tiles, full
+    ):
         i, head, b = (lax.axis_index(name) for name in ("slice", "head", "batch"))
         rows = pl.ds(i * SLICE, SLICE)
         at = lambda step: steps - step if reverse else step + 1
@@ -56,7 +58,9 @@ def fold(
             slot, place = lax.rem(step, _STAGES), (b, at(step), head)
             plgpu.copy_gmem_to_smem(m_ref.at[place], m_tiles.at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(sizes_ref.at[place], size_rows.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(added_ref.at[(*place, rows)], added_tiles.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                added_ref.at[(*place, rows)], added_tiles.at[slot], full.at[slot]
+            )
 
         for step in range(min(_STAGES, steps)):
             fetch(jnp.int32(step))

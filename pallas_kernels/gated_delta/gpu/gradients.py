@@ -77,7 +77,6 @@ def gradients(
         plgpu.copy_gmem_to_smem(k_ref.at[tokens], k_tile, full)
         plgpu.copy_gmem_to_smem(y_ref.at[tokens], y_tile, full)
 
-
         gates = gates_ref.at[entry]
         r, beta = (load(gates.at[i], ROWS, optimized=False) for i in (0, 1))
         tile = _Tile(k_tile, y_tile, r, beta, gates[2, 0], interpret)

@@ -86,7 +86,7 @@ def _block_beside(
 
 
 def _substitute(blocks: Any) -> None:
-    """Inverts both blocks in place; thread t of the first 64 makes column t % 32 of block t / 32."""
+    """Inverts both blocks in place; thread t < 64 makes column t % 32 of block t // 32."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def substitute(_: Any, blocks: Any) -> None:

@@ -50,11 +50,12 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 )
 
 
+STAGES = 2  # chunks in shared memory at a time; two programs fit a multiprocessor
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
 
 
 class Segments(NamedTuple):
-    """How blocks are cut for walks that run side by side: into `each` chunks, the last with fewer."""
+    """How blocks are cut for walks side by side: into `each` chunks, the last into what is left."""
 
     each: int
     chunks: int  # of a block
@@ -126,7 +127,7 @@ def maps(
         body,
         grid={"segment": count, "head": heads, "slice": (value_slices + key_slices) // pair},
         cluster={"pair": pair},
-        scratch=[_buffers(k, y, stages=3, v_stages=2)],
+        scratch=[_buffers(k, y)],
         out_type=[
             struct(key_dim, key_dim, dtype=f16),
             struct(key_dim, dtype=f32),
@@ -214,7 +215,7 @@ def _chunkwise(
         },
         cluster={"pair": pair},
         scratch=[
-            _buffers(first, second, stages=3 if backward else 2, v_stages=0 if backward else 3),
+            _buffers(first, second),
             plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles()),
         ],
         out_type=[jax.ShapeDtypeStruct(shape, bf16), *(lasts if backward else [])],
@@ -259,38 +260,28 @@ def _segment(segments: Segments) -> _Chunks:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: some chunks of the matrices that S^T meets first and second, and of V."""
+    """Shared memory: STAGES chunks of the matrices that S^T meets, of V and of gates."""
 
     first: Any
     second: Any
     values: Any
+    gates: Any
     full: Any
     values_full: Any
     consumed: Any
 
 
-def _buffers(first: Array, second: Array, *, stages: int, v_stages: int) -> _Buffers:
-    """As many stages as let two programs fit a multiprocessor.
-
-    A copy takes longer than a step. That of V starts within a step, the others at its end.
-    """
-    tile = lambda x: plgpu.SMEM((stages, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
+def _buffers(first: Array, second: Array) -> _Buffers:
+    tile = lambda x: plgpu.SMEM((STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
         tile(first),
         tile(second),
-        plgpu.SMEM((v_stages, CHUNK, SLICE), bf16, transforms=tiles()) if v_stages else None,
-        plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-        plgpu.Barrier(num_barriers=v_stages) if v_stages else None,
-        plgpu.ClusterBarrier(num_barriers=stages, collective_axes=("pair",)),
+        plgpu.SMEM((STAGES, CHUNK, SLICE), bf16, transforms=tiles()),
+        plgpu.SMEM((STAGES, 3, CHUNK), f32),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
+        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
     )
-
-
-class _Gates(NamedTuple):
-    """Of a chunk; r and beta a number a column."""
-
-    r: Array | None
-    beta: Array
-    gamma: Array
 
 
 class _Stream(NamedTuple):
@@ -305,48 +296,27 @@ class _Stream(NamedTuple):
     values_ref: Any = None
     value_slice: Any = None
 
-    @property
-    def stages(self) -> int:
-        return self.buffers.first.shape[0]
-
-    @property
-    def v_stages(self) -> int:
-        return 0 if self.values_ref is None else self.buffers.values.shape[0]
-
-    def _tokens(self, step: Any) -> tuple[Any, ...]:
-        chunk = self.chunks.at(step)
-        return self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
-
     def fetch(self, step: Any) -> None:
-        """Starts the copies of a step's matrices, for both programs of the cluster."""
-        slot, tokens, b = lax.rem(step, self.stages), self._tokens(step), self.buffers
+        """Starts the copies of a step's chunk."""
+        slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
+        tokens = self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
+        full = b.full.at[slot]
         share: dict[str, Any] = {"collective_axes": "pair"}
-        for ref, tile in ((self.first_ref, b.first), (self.second_ref, b.second)):
-            plgpu.copy_gmem_to_smem(ref.at[tokens], tile.at[slot], b.full.at[slot], **share)
-
-    def fetch_values(self, step: Any) -> None:
-        """Starts the copy of a step's values."""
-        slot, b = lax.rem(step, self.v_stages), self.buffers
-        columns = pl.ds(self.value_slice * SLICE, SLICE)
-        values = self.values_ref.at[(*self._tokens(step), columns)]
-        plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
-
-    def read_gates(self, step: Any) -> _Gates:
-        """A step's gates, from device memory; any for a step after the last."""
-        chunk = self.chunks.at(jnp.minimum(step, self.chunks.count - 1))
+        plgpu.copy_gmem_to_smem(self.first_ref.at[tokens], b.first.at[slot], full, **share)
+        plgpu.copy_gmem_to_smem(self.second_ref.at[tokens], b.second.at[slot], full, **share)
         gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
-        read = lambda i: load(gates.at[i], COLUMNS, optimized=False)
-        return _Gates(read(0) if self.v_stages else None, read(1), gates[2, 0])
+        plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
+        if self.values_ref is not None:
+            columns = pl.ds(self.value_slice * SLICE, SLICE)
+            values = self.values_ref.at[(*tokens, columns)]
+            plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
 
-    def read_values(self, step: Any, r: Array, interpret: Any) -> Array:
-        """V^T diag(r) of a step's chunk; starts the copy of a later one."""
-        slot, b = lax.rem(step, self.v_stages), self.buffers
+    def read_values(self, slot: Any) -> Array:
+        """V^T diag(r)."""
+        b = self.buffers
         plgpu.barrier_wait(b.values_full.at[slot])
-        values = load_transposed(b.values.at[slot]).astype(f32) * by_column(r, SLICE)
-        join_warps(interpret)  # the slot is free
-        later = step + self.v_stages
-        pl.when(later < self.chunks.count)(lambda: self.fetch_values(later))
-        return values
+        r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE)
+        return load_transposed(b.values.at[slot]).astype(f32) * r
 
 
 def _carry(
@@ -357,77 +327,70 @@ def _carry(
     emit: Callable[[Any, Array], None] | None = None,
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
-    b, count, stages = stream.buffers, stream.chunks.count, stream.stages
-    for step in range(stages):
+    b, count = stream.buffers, stream.chunks.count
+    for step in range(STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
-    for step in range(stream.v_stages):
-        pl.when(step < count)(lambda step=step: stream.fetch_values(jnp.int32(step)))
     walk = _step_back if stream.chunks.reverse else _step
 
-    def advance(step: Any, carry: _Carried) -> _Carried:
-        slot = lax.rem(step, stages)
+    def advance(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        slot = lax.rem(step, STAGES)
         if emit is not None:
-            emit(stream.chunks.at(step), carry.state.astype(bf16))
+            emit(stream.chunks.at(step), carry[0].astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
-        carry = walk(carry, step, stream, interpret)
+        carry = walk(*carry, slot, stream, interpret)
         join_warps(interpret)  # the slot is free
 
-        @pl.when(step + stages < count)
+        @pl.when(step + STAGES < count)
         def _refill():
             plgpu.barrier_arrive(b.consumed.at[slot])
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
-            stream.fetch(step + stages)
+            stream.fetch(step + STAGES)
 
         return carry
 
-    carry = _Carried(start, row_sizes(start), stream.read_gates(jnp.int32(0)))
-    return lax.fori_loop(0, count, advance, carry).state
+    return lax.fori_loop(0, count, advance, (start, row_sizes(start)))[0]
 
 
-class _Carried(NamedTuple):
-    """What a step hands to the next: S^T or a cotangent, a bound of its rows, the next gates."""
-
-    state: Array
-    size: Array
-    gates: _Gates
-
-
-def _step(carry: _Carried, step: Any, stream: _Stream, interpret: Any) -> _Carried:
+def _step(s: Array, _: Array, slot: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
     """S^T after a chunk. R^T is divided by a bound of its rows, found while S^T K^T is computed."""
-    s, _, (r, beta, gamma) = carry
-    b, slot = stream.buffers, lax.rem(step, stream.stages)
+    b = stream.buffers
+    gamma = b.gates[slot, 2, 0]
 
     def bounded() -> tuple[Array, Array, Array]:
         size = _KEYS * row_sizes(s)
-        if r is None:
+        if stream.values_ref is None:
             return zeros(SLICE, CHUNK), gamma / size, size
-        values = stream.read_values(step, r, interpret)
+        values = stream.read_values(slot)
         size = jnp.maximum(size, row_sizes(values))
         return values * by_row(1 / size, CHUNK), gamma / size, size
 
     pair = (s.astype(bf16), b.first.at[slot].T)
     seen, (values, scale, size) = product(pair, meanwhile=bounded, interpret=interpret)
-    residual = (values - seen * by_row(scale, CHUNK)) * by_column(beta, SLICE)
-    written, (kept, gates) = product(
+    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+    residual = (values - seen * by_row(scale, CHUNK)) * beta
+    written, kept = product(
         (residual.astype(f16), b.second.at[slot]),
-        meanwhile=lambda: (gamma * s, stream.read_gates(step + 1)),
+        meanwhile=lambda: gamma * s,
         interpret=interpret,
     )
-    return _Carried(kept + written * by_row(size, s.shape[1]), size, gates)
+    return kept + written * by_row(size, s.shape[1]), size
 
 
-def _step_back(carry: _Carried, step: Any, stream: _Stream, interpret: Any) -> _Carried:
-    """The cotangent before a chunk; the rows of that after it bound those of both."""
-    d, size, (_, beta, gamma) = carry
-    b, slot = stream.buffers, lax.rem(step, stream.stages)
+def _step_back(
+    d: Array, size: Array, slot: Any, stream: _Stream, interpret: Any
+) -> tuple[Array, Array]:
+    """The cotangent before a chunk, and the size of that after it, which bounds it."""
+    b = stream.buffers
+    gamma = b.gates[slot, 2, 0]
     operand = (d * by_row(1 / size, d.shape[1])).astype(f16)
     seen, following = product(
         (operand, b.first.at[slot].T), meanwhile=lambda: row_sizes(d), interpret=interpret
     )
-    parts = split(seen * by_row(-gamma * size, CHUNK) * by_column(beta, SLICE))
-    written, (kept, gates) = product(
+    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+    parts = split(seen * by_row(-gamma * size, CHUNK) * beta)
+    written, kept = product(
         *((part, b.second.at[slot]) for part in parts),
-        meanwhile=lambda: (gamma * d, stream.read_gates(step + 1)),
+        meanwhile=lambda: gamma * d,
         interpret=interpret,
     )
-    return _Carried(kept + written, following, gates)
+    return kept + written, following

@@ -1,4 +1,4 @@
-"""Y = (I + L)^-T K of every chunk, and its gates: all that is not sequential in the forward pass."""
+"""Y = (I + L)^-T K of every chunk, and its gates: what is not sequential in the forward pass."""
 
 from typing import Any
 
