@@ -57,9 +57,7 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
     return None if plan.interpret else split_by_xla()
 
 
-def states(
-    plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
-) -> Array:
+def states(plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array) -> Array:
     """States at the boundaries of blocks."""
     return _forward(plan, k, v, g, beta, initial_state, keep_inverse=False)[0]
 

@@ -49,7 +49,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     zeros,
 )
 
-
 STAGES = 2  # chunks in shared memory at a time; two programs fit a multiprocessor
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
 

@@ -26,7 +26,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     tiles,
 )
 
-
 _COLUMNS = 64  # of Y at a time
 
 
