@@ -58,9 +58,9 @@ def gated_delta_states(
         initial_state: [B, H, K, V] in the dtype of the state: float64 for float64 keys, float32
             otherwise. None means zeros.
         block_size: Tokens of a block; divides T.
-        implementation: "gpu" (Pallas for NVIDIA Hopper), "tpu" (Pallas for TPUs), "xla" (anywhere),
-            "reference" (token by token, plain autodiff), or None for the fastest that can do this
-            here. A named one never falls back.
+        implementation: "gpu" (Pallas for NVIDIA Hopper; keys of a length between 1e-3 and 1e4),
+            "tpu" (Pallas for TPUs), "xla" (anywhere), "reference" (token by token, plain autodiff),
+            or None for the fastest that can do this here. A named one never falls back.
         precision: "default" multiplies bfloat16 keys and values as bfloat16 with float32 sums;
             "high" multiplies them in three bfloat16 passes, or in float32. float32 products are
             never rounded to bfloat16 or TF32 for float32 keys. The reference always computes in

@@ -26,12 +26,13 @@ from pallas_kernels.gated_delta.shapes import SHAPES
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 SIZES = {"batch": 1, "heads": 1, "key": 128, "value": 128}
 
-# Where the tokens of a chunk undo each other's writing, rounding errors of Y and R, in bfloat16,
-# reach this many times what is allowed (WORKSPACE_NOTES, known gaps).
-CANCELLING = 4
+# With identical keys of undamped tokens these gradients are small differences of what all tokens
+# of a chunk wrote: (I + L)^-1, kept in float16, and Y, multiplied in bfloat16, bring them to twice
+# what is allowed (WORKSPACE_NOTES, known gaps).
+REFLECTING = TOLERANCES["bfloat16"] | dict.fromkeys(("g", "beta"), 6e-2)
 # With identical keys and beta = 1 every token overwrites all before it, and the gradient of g is
 # what rounding leaves: it is held to 3e-3 of that of beta (assert_close divides by 1e-3 of it).
-OVERWRITING = TOLERANCES["bfloat16"] | {"g": 3.0 / CANCELLING}
+OVERWRITING = TOLERANCES["bfloat16"] | {"g": 3.0}
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="Pallas's interpreter for GPUs needs jax 0.11"
@@ -53,11 +54,11 @@ def interpreted(block_size):
     return states_and_gradients(Plan(block_size, None, BFLOAT16, FLOAT32, races))
 
 
-def check(inputs, block_size, factor=1, tolerances=TOLERANCES["bfloat16"]):
+def check(inputs, block_size, tolerances=TOLERANCES["bfloat16"]):
     """States and five gradients against the recurrence in float64."""
     inputs = in_bfloat16(inputs)
     results = interpreted(block_size)(inputs, make_cotangent(inputs, block_size))
-    assert_close(results, oracle(inputs, block_size), tolerances, factor)
+    assert_close(results, oracle(inputs, block_size), tolerances)
     assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
 
 
@@ -101,10 +102,11 @@ def test_lowers_for_cuda_at_other_widths_of_values(value_dim):
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_recurrence(case):
-    overwriting = case.startswith("identical keys, beta 1,")
-    factor = CANCELLING if overwriting or undamped(case) else 1
-    tolerances = OVERWRITING if overwriting else TOLERANCES["bfloat16"]
-    check(make_inputs(130, **SIZES, **CASES[case]), 65, factor, tolerances)
+    tolerances = TOLERANCES["bfloat16"]
+    if case.startswith("identical keys"):
+        tolerances = OVERWRITING if "beta 1," in case else tolerances
+        tolerances = REFLECTING if undamped(case) else tolerances
+    check(make_inputs(130, **SIZES, **CASES[case]), 65, tolerances)
 
 
 @pytest.mark.slow
@@ -121,14 +123,46 @@ def test_widths(key, value):
     check(make_inputs(72, batch=2, heads=2, key=key, value=value), 72)
 
 
+@pytest.fixture(params=[1, 2, 5])
+def chunks_of_a_segment(request, monkeypatch):
+    """Chunks of a segment, for blocks of five: more than are in shared memory, or fewer."""
+    choose = gpu._segments
+    monkeypatch.setattr(gpu, "_segments", lambda *xs: choose(*xs)._replace(each=request.param))
+    interpreted.cache_clear()
+    yield
+    interpreted.cache_clear()
+
+
 @pytest.mark.slow
 @needs_interpreter
-def test_chunks_refill_shared_memory_in_turn(monkeypatch):
-    """One segment of five chunks: more than are in shared memory at a time."""
-    monkeypatch.setattr(gpu, "_PROGRAMS", 1)
-    interpreted.cache_clear()
-    check(make_inputs(264, **SIZES), 264)
-    interpreted.cache_clear()
+def test_segments(chunks_of_a_segment):
+    check(make_inputs(2 * 264, **SIZES | {"batch": 2}), 264)
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_cotangents_that_fade_out():
+    """In the first of five chunks the cotangent is a denormal number, or zero."""
+    check(make_inputs(320, **SIZES, g=-0.35), 320)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@pytest.mark.parametrize("sizes", [(1e-6, 1e6), (1e6, 1e-6), (0, 1e6), (1e-30, 1e-30)])
+def test_values_of_any_size(sizes):
+    """The scales of float16 operands follow the values from chunk to chunk."""
+    k, v, g, beta, state = make_inputs(256, **SIZES)
+    v[:, :128] *= sizes[0]
+    v[:, 128:] *= sizes[1]
+    check((k, v, g, beta, state * sizes[0]), 256)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@pytest.mark.parametrize("length", [1e-2, 1e2])
+def test_keys_of_other_lengths(length):
+    k, v, g, beta, state = make_inputs(130, **SIZES)
+    check((length * k, v, g, beta / max(1, length**2), state), 65)
 
 
 @pytest.mark.slow

@@ -4,8 +4,12 @@ Forward: Y of all chunks at once (`solve`), the affine maps of segments of chunk
 these folded in order (`fold`). Backward: cotangents folded through the same maps, the states and
 cotangents of all chunks (`scan`), and the gradients of all chunks at once (`gradients`). Letters
 are those of `xla.py`; arrays are [N, block, H, feature] with N all blocks of the batch.
+
+Y and the inverse are float16 between the kernels: three more bits than bfloat16, for keys of a
+length between 1e-3 and 1e4.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -143,29 +147,25 @@ def _segments(k: Array, v: Array, batch: int) -> Segments:
 
     def steps(segments: Segments) -> float:
         others = segments.count - 1
-        last = chunks - others * segments.each
-        jobs = {segments.each: others * programs - unneeded, last: programs}
-        if not others:
-            jobs = {chunks: programs - unneeded}
-        elif last == segments.each:
-            jobs = {last: segments.count * programs - unneeded}
-        return _time_in_turn(jobs) + _FOLD_STEP * (segments.count * blocks / batch - 1)
+        lengths = [segments.each] * others + [chunks - others * segments.each]
+        numbers = [programs - unneeded] + [programs] * others
+        waves = _time_in_turn(zip(lengths, numbers, strict=True))
+        return waves + _FOLD_STEP * (segments.count * blocks / batch - 1)
 
-    return min(
-        (Segments(n, chunks, blocks, blocks // batch) for n in range(1, chunks + 1)), key=steps
-    )
+    cuts = (Segments(each, chunks, blocks, blocks // batch) for each in range(1, chunks + 1))
+    return min(cuts, key=steps)
 
 
-def _time_in_turn(jobs: dict[int, int]) -> int:
-    """When the last of {length: number} is done, if _PROGRAMS run at a time, in order."""
+def _time_in_turn(jobs: Iterable[tuple[int, int]]) -> int:
+    """When the last of (length, number) jobs is done, if _PROGRAMS run at a time, in order."""
     free = {0: _PROGRAMS}  # programs by the time from which they are free
-    for length, number in jobs.items():
+    for length, number in jobs:
         while number:
             now = min(free)
             started = min(number, free[now])
             free[now] -= started
-            free[now + length] = free.get(now + length, 0) + started
             if not free[now]:
                 del free[now]
+            free[now + length] = free.get(now + length, 0) + started
             number -= started
     return max(free)

@@ -247,6 +247,7 @@ def _through_keys(
     high_tile[...], low_tile[...] = split(sums.dx * by_row(beta, sums.dx.shape[1]))
     dbeta = (sums.dx * load(tile.y, WGMMA).astype(f32)).sum(1)
     dg = _decay_gradient(sums, tile.gamma, rows, tile.interpret)
+    plgpu.commit_smem()
     plgpu.barrier_wait(full)
     t_high, t_low = split(load_transposed(u_tile).astype(f32))
     z, _ = product((t_low, high_tile), (t_high, low_tile), (t_high, high_tile), **static)

@@ -311,11 +311,13 @@ class _Stream(NamedTuple):
             plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
 
     def read_values(self, slot: Any) -> Array:
-        """V^T diag(r)."""
-        b = self.buffers
-        plgpu.barrier_wait(b.values_full.at[slot])
-        r = by_column(load(b.gates.at[slot, 0], COLUMNS), SLICE)
-        return load_transposed(b.values.at[slot]).astype(f32) * r
+        """V^T of a chunk, bfloat16."""
+        plgpu.barrier_wait(self.buffers.values_full.at[slot])
+        return load_transposed(self.buffers.values.at[slot])
+
+    def read_gate(self, slot: Any, i: int) -> Array:
+        """A gate of a chunk, a number a column."""
+        return load(self.buffers.gates.at[slot, i], COLUMNS)
 
 
 def _carry(
@@ -353,20 +355,20 @@ def _carry(
 def _step(s: Array, _: Array, slot: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
     """S^T after a chunk. R^T is divided by a bound of its rows, found while S^T K^T is computed."""
     b = stream.buffers
-    gamma = b.gates[slot, 2, 0]
+    gamma, operand = b.gates[slot, 2, 0], s.astype(bf16)
 
-    def bounded() -> tuple[Array, Array, Array]:
-        size = _KEYS * row_sizes(s)
-        if stream.values_ref is None:
-            return zeros(SLICE, CHUNK), gamma / size, size
-        values = stream.read_values(slot)
-        size = jnp.maximum(size, row_sizes(values))
-        return values * by_row(1 / size, CHUNK), gamma / size, size
+    def meanwhile() -> tuple[Array, Array, Array]:
+        size, beta = _KEYS * row_sizes(operand), stream.read_gate(slot, 1)
+        values = zeros(SLICE, CHUNK)
+        if stream.values_ref is not None:
+            values = stream.read_values(slot)
+            size = jnp.maximum(size, row_sizes(values))
+            values = values.astype(f32) * by_column(stream.read_gate(slot, 0) * beta, SLICE)
+        return values, gamma * beta, size
 
-    pair = (s.astype(bf16), b.first.at[slot].T)
-    seen, (values, scale, size) = product(pair, meanwhile=bounded, interpret=interpret)
-    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
-    residual = (values - seen * by_row(scale, CHUNK)) * beta
+    pair = (operand, b.first.at[slot].T)
+    seen, (values, scale, size) = product(pair, meanwhile=meanwhile, interpret=interpret)
+    residual = (values - seen * by_column(scale, SLICE)) * by_row(1 / size, CHUNK)
     written, kept = product(
         (residual.astype(f16), b.second.at[slot]),
         meanwhile=lambda: gamma * s,
@@ -383,9 +385,11 @@ def _step_back(
     gamma = b.gates[slot, 2, 0]
     operand = (d * by_row(1 / size, d.shape[1])).astype(f16)
     seen, following = product(
-        (operand, b.first.at[slot].T), meanwhile=lambda: row_sizes(d), interpret=interpret
+        (operand, b.first.at[slot].T),
+        meanwhile=lambda: row_sizes(d.astype(bf16)),
+        interpret=interpret,
     )
-    beta = by_column(load(b.gates.at[slot, 1], COLUMNS), SLICE)
+    beta = by_column(stream.read_gate(slot, 1), SLICE)
     parts = split(seen * by_row(-gamma * size, CHUNK) * beta)
     written, kept = product(
         *((part, b.second.at[slot]) for part in parts),

@@ -123,8 +123,8 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
 
 
 def row_sizes(x: Array) -> Array:
-    """The largest absolute entry of each row, or a tiny number."""
-    return jnp.maximum(jnp.abs(x).max(1), _TINY)
+    """The largest absolute entry of each row, or a tiny number, float32."""
+    return jnp.maximum(jnp.abs(x).max(1).astype(f32), _TINY)
 
 
 def scaled(x: Array) -> tuple[Array, Array]:
