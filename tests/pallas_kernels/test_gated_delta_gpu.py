@@ -1,6 +1,7 @@
 """The kernels for NVIDIA Hopper without a GPU: lowered for CUDA, and run by the interpreter."""
 
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,25 @@ def test_lowers_for_cuda_at_all_true_sizes(name):
 @pytest.mark.parametrize("value_dim", [64, 192, 256])
 def test_lowers_for_cuda_at_other_widths_of_values(value_dim):
     lower(SHAPES["wan1p3b_block"], value_dim)
+
+
+@pytest.mark.parametrize(
+    "jobs", [[(7, 1)], [(5, 264), (3, 200)], [(50, 336), (24, 336)], [(1, 999)]]
+)
+def test_time_of_programs_in_turn(jobs):
+    """Against programs that each take the next job when they are free."""
+    free = [0] * gpu._PROGRAMS
+    for length, number in jobs:
+        for _ in range(number):
+            heapq.heapreplace(free, free[0] + length)
+    assert gpu._time_in_turn(jobs) == max(free)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 74, 129, 20_000])
+def test_segments_cover_a_block(chunks):
+    tokens = jax.ShapeDtypeStruct((2, 64 * chunks - 5, 12, 128), BFLOAT16)
+    segments = gpu._segments(tokens, tokens, 1)
+    assert (segments.count - 1) * segments.each < chunks <= segments.count * segments.each
 
 
 @pytest.mark.slow

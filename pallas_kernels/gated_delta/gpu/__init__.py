@@ -152,7 +152,8 @@ def _segments(k: Array, v: Array, batch: int) -> Segments:
         waves = _time_in_turn(zip(lengths, numbers, strict=True))
         return waves + _FOLD_STEP * (segments.count * blocks / batch - 1)
 
-    cuts = (Segments(each, chunks, blocks, blocks // batch) for each in range(1, chunks + 1))
+    lengths = range(chunks, 0, -max(1, chunks // 128))  # some of those of very long blocks
+    cuts = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
     return min(cuts, key=steps)
 
 
