@@ -63,39 +63,35 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
 
 def states(plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array) -> Array:
     """States at the boundaries of blocks."""
-    return _forward(plan, k, v, g, beta, initial_state, keep_inverse=False)[0]
+    y, gates = _solve(plan, k, g, beta, keep_inverse=False)
+    return _block_states(plan, k, v, y, gates, initial_state)[0]
 
 
 def forward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs."""
-    states, made = _forward(plan, k, v, g, beta, initial_state, keep_inverse=True)
-    return states, Residuals(k, v, g, beta, **made)
+    y, gates, u = _solve(plan, k, g, beta, keep_inverse=True)
+    out, matrices, sizes, starts = _block_states(plan, k, v, y, gates, initial_state)
+    return out, Residuals(k, v, g, beta, y, gates, u, matrices, sizes, starts)
 
 
-def _forward(
-    plan: Plan,
-    k: Array,
-    v: Array,
-    g: Array,
-    beta: Array,
-    initial_state: Array,
-    *,
-    keep_inverse: bool,
-) -> tuple[Array, dict[str, Array]]:
-    batch, static = len(k), {"interpret": plan.interpret}
-    kb, vb = _split(plan, k), _split(plan, v)
+def _solve(plan: Plan, k: Array, g: Array, beta: Array, *, keep_inverse: bool) -> tuple[Array, ...]:
     rows = jnp.stack([_chunks(_split(plan, x)) for x in (g, beta)], -2)
-    y, gates, *inverse = solve(kb, rows, keep_inverse=keep_inverse, **static)
-    segments = _segments(kb, vb, batch)
-    parts = maps(kb, y, vb, gates, initial_state.mT, segments=segments, **static)
+    return solve(_split(plan, k), rows, keep_inverse=keep_inverse, interpret=plan.interpret)
+
+
+def _block_states(
+    plan: Plan, k: Array, v: Array, y: Array, gates: Array, initial_state: Array
+) -> tuple[Array, Array, Array, Array]:
+    """States at the boundaries of blocks; parts of A^T, and S^T before each, of all segments."""
+    batch, static = len(k), {"interpret": plan.interpret}
+    k, v, start = _split(plan, k), _split(plan, v), initial_state.mT
+    segments = _segments(k, v, batch)
+    parts = maps(k, y, v, gates, start, segments=segments, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
-    states = fold(matrices, sizes, added, initial_state.mT, reverse=False, **static)
-    made = {"y": y, "gates": gates, "matrices": matrices, "sizes": sizes, "states": states[:, :-1]}
-    if keep_inverse:
-        made["u"] = inverse[0]
-    return states[:, :: segments.count].mT, made
+    states = fold(matrices, sizes, added, start, reverse=False, **static)
+    return states[:, :: segments.count].mT, matrices, sizes, states[:, :-1]
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:

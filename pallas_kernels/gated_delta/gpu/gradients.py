@@ -59,7 +59,7 @@ def gradients(
         y: The same in float16.
         u: [N, H, chunks, 64, 64] float16.
         v: [N, block, H, V] bfloat16.
-        gates: [N, H, chunks, 3, 64] float32.
+        gates: [N, H, chunks, 4, 64] float32.
         states, cotangents: S^T and D^T, [N, H, chunks, V, K] bfloat16.
         interpret: As in Plan.
 

@@ -7,6 +7,7 @@ registers:
 
 Cotangents of states run through the same two products, backwards, with K and Y exchanged and no V.
 Two programs that carry neighbouring slices form a cluster: what both read is fetched once for both.
+Slices are the fastest axis of the grid, so that others find it in the L2 cache.
 
 Where keys are alike, the tokens of a chunk undo each other's writing, and their rounding errors
 stay: R and Y are float16, with the range of bfloat16 by a scale for each row of R^T, and the
@@ -29,6 +30,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     CHUNK,
     COLUMNS,
     SLICE,
+    TINY,
     WGMMA,
     bf16,
     by_column,
@@ -83,7 +85,7 @@ def maps(
         k: [N, block, H, K] bfloat16.
         y: The same in float16.
         v: [N, block, H, V] bfloat16.
-        gates: [N, H, chunks, 3, 64] float32.
+        gates: [N, H, chunks, 4, 64] float32.
         initial: S^T where a sequence begins, [B, H, V, K] float32.
         segments: The segments of a block.
         interpret: As in Plan.
@@ -276,7 +278,7 @@ def _buffers(first: Array, second: Array) -> _Buffers:
         tile(first),
         tile(second),
         plgpu.SMEM((STAGES, CHUNK, SLICE), bf16, transforms=tiles()),
-        plgpu.SMEM((STAGES, 3, CHUNK), f32),
+        plgpu.SMEM((STAGES, 4, CHUNK), f32),
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
         plgpu.Barrier(num_barriers=STAGES),
         plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
@@ -364,7 +366,7 @@ def _step(s: Array, _: Array, slot: Any, stream: _Stream, interpret: Any) -> tup
             values = stream.read_values(slot)
             size = jnp.maximum(size, row_sizes(values))
             values = values.astype(f32) * by_column(stream.read_gate(slot, 0) * beta, SLICE)
-        return values, gamma * beta, size
+        return values, gamma * beta, jnp.maximum(size * b.gates[slot, 3, 0], TINY)
 
     pair = (operand, b.first.at[slot].T)
     seen, (values, scale, size) = product(pair, meanwhile=meanwhile, interpret=interpret)

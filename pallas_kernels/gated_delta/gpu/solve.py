@@ -32,8 +32,8 @@ _COLUMNS = 64  # of Y at a time
 def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple[Array, ...]:
     """Y = U K with U = (I + upper(K K^T diag(beta)))^-1, chunk by chunk.
 
-    Gates of a chunk are r_i = exp(sum_{j>i} g_j), beta, and gamma = exp(sum_j g_j), repeated. Sums
-    are never differences of sums, which a reset of -1e4 would swallow.
+    Gates of a chunk are r_i = exp(sum_{j>i} g_j), beta, and, repeated, gamma = exp(sum_j g_j) and
+    the largest beta. Sums are never differences of sums, which a reset of -1e4 would swallow.
 
     Args:
         k: Keys [N, block, H, K] bfloat16, N all blocks; block a multiple of 8.
@@ -42,7 +42,7 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         interpret: As in Plan.
 
     Returns:
-        Y in the shape of k, float16; gates [N, H, chunks, 3, 64] float32; and U
+        Y in the shape of k, float16; gates [N, H, chunks, 4, 64] float32; and U
         [N, H, chunks, 64, 64] float16.
     """
     blocks, _, heads, key_dim = k.shape
@@ -90,7 +90,7 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=2)],
         out_type=[
             jax.ShapeDtypeStruct(k.shape, f16),
-            jax.ShapeDtypeStruct((*rows.shape[:3], 3, CHUNK), f32),
+            jax.ShapeDtypeStruct((*rows.shape[:3], 4, CHUNK), f32),
             *([inverse_type] if keep_inverse else []),
         ],
         interpret=interpret,
@@ -110,10 +110,11 @@ def _times_keys(u: tuple[Array, Array], tile: Any, interpret: Any) -> list[Array
 
 
 def _write_gates(ref: Any, rows: Any) -> None:
-    """Writes r, beta and gamma, from g and beta."""
+    """Writes r, beta, gamma and the largest beta, from g and beta."""
     g, beta = (by_column(load(rows.at[i], COLUMNS), CHUNK) for i in (0, 1))
     row, column = (iota(CHUNK, CHUNK, dimension) for dimension in (0, 1))
     masked = lambda mask, x: jnp.where(mask, x, 0.0).sum(1)
     store(ref.at[0], jnp.exp(masked(column > row, g)))
     store(ref.at[1], masked(column == row, beta))
     store(ref.at[2], jnp.exp(g.sum(1)))
+    store(ref.at[3], beta.max(1))

@@ -24,7 +24,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one number a row of a WGMMA matrix
 COLUMNS = WGMMA.reduce(0)  # one number a column
 
-_TINY = 1e-30  # and its inverse are float32 numbers
+TINY = 1e-30  # and its inverse are float32 numbers
 _LOAD_TAKES_INDEX = jax.__version__.startswith("0.10.")
 
 
@@ -124,7 +124,7 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
 
 def row_sizes(x: Array) -> Array:
     """The largest absolute entry of each row, or a tiny number, float32."""
-    return jnp.maximum(jnp.abs(x).max(1).astype(f32), _TINY)
+    return jnp.maximum(jnp.abs(x).max(1).astype(f32), TINY)
 
 
 def scaled(x: Array) -> tuple[Array, Array]:
