@@ -20,6 +20,7 @@ from recurrence_cases import (
 
 from pallas_kernels.gated_delta import gpu
 from pallas_kernels.gated_delta.api import states_by
+from pallas_kernels.gated_delta.gpu import segments
 from pallas_kernels.gated_delta.plan import Plan
 from pallas_kernels.gated_delta.shapes import SHAPES
 
@@ -86,7 +87,7 @@ def lower(shape, value_dim=None):
 
 def test_lowers_for_cuda_at_the_true_size():
     text = lower(SHAPES["wan1p3b_clip"])
-    for name in ("solve", "maps", "fold", "chunk_states", "chunk_cotangents", "gradients"):
+    for name in ("solve", "maps", "fold", "fold_back", "chunk_states", "gradients"):
         assert f"gated_delta_{name}" in text, name
 
 
@@ -107,18 +108,21 @@ def test_lowers_for_cuda_at_other_widths_of_values(value_dim):
 )
 def test_time_of_programs_in_turn(jobs):
     """Against programs that each take the next job when they are free."""
-    free = [0] * gpu._PROGRAMS
+    free = [0] * 264
     for length, number in jobs:
         for _ in range(number):
             heapq.heapreplace(free, free[0] + length)
-    assert gpu._time_in_turn(jobs) == max(free)
+    assert segments.time_in_turn(jobs, 264) == max(free)
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("chunks", [1, 2, 74, 129, 20_000])
-def test_segments_cover_a_block(chunks):
+def test_segments_cover_a_block(chunks, backward):
     tokens = jax.ShapeDtypeStruct((2, 64 * chunks - 5, 12, 128), BFLOAT16)
-    segments = gpu._segments(tokens, tokens, 1)
-    assert (segments.count - 1) * segments.each < chunks <= segments.count * segments.each
+    lengths = segments.cut(tokens, tokens, 1, backward=backward).lengths
+    assert sum(lengths) == chunks
+    assert min(lengths) == lengths[-1] > 0
+    assert len(set(lengths[:-1])) <= 1
 
 
 @pytest.mark.slow
@@ -146,8 +150,9 @@ def test_widths(key, value):
 @pytest.fixture(params=[1, 2, 5])
 def chunks_of_a_segment(request, monkeypatch):
     """Chunks of a segment, for blocks of five: more than are in shared memory, or fewer."""
-    choose = gpu._segments
-    monkeypatch.setattr(gpu, "_segments", lambda *xs: choose(*xs)._replace(each=request.param))
+    each = request.param
+    cut = lambda *xs, **options: segments.cut(*xs, **options)._replace(each=each)
+    monkeypatch.setattr(gpu, "cut", cut)
     interpreted.cache_clear()
     yield
     interpreted.cache_clear()

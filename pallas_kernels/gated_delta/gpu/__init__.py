@@ -9,7 +9,6 @@ Y and the inverse are float16 between the kernels: three more bits than bfloat16
 length between 1e-3 and 1e4.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -19,13 +18,11 @@ from jax import Array, lax
 from pallas_kernels.devices import split_by_xla
 from pallas_kernels.gated_delta.gpu.fold import fold
 from pallas_kernels.gated_delta.gpu.gradients import gradients
-from pallas_kernels.gated_delta.gpu.scan import Segments, chunk_cotangents, chunk_states, maps
+from pallas_kernels.gated_delta.gpu.scan import chunk_states, maps
+from pallas_kernels.gated_delta.gpu.segments import Segments, cut
 from pallas_kernels.gated_delta.gpu.solve import solve
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 from pallas_kernels.gated_delta.plan import Plan
-
-_PROGRAMS = 264  # that run at a time: two for each multiprocessor of an H100 or H200
-_FOLD_STEP = 1.2  # time of a step of `fold` in steps of `maps`
 
 
 class Residuals(NamedTuple):
@@ -64,7 +61,7 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
 def states(plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array) -> Array:
     """States at the boundaries of blocks."""
     y, gates = _solve(plan, k, g, beta, keep_inverse=False)
-    return _block_states(plan, k, v, y, gates, initial_state)[0]
+    return _block_states(plan, k, v, y, gates, initial_state, backward=False)[0]
 
 
 def forward(
@@ -72,7 +69,8 @@ def forward(
 ) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs."""
     y, gates, u = _solve(plan, k, g, beta, keep_inverse=True)
-    out, matrices, sizes, starts = _block_states(plan, k, v, y, gates, initial_state)
+    parts = _block_states(plan, k, v, y, gates, initial_state, backward=True)
+    out, matrices, sizes, starts = parts
     return out, Residuals(k, v, g, beta, y, gates, u, matrices, sizes, starts)
 
 
@@ -82,12 +80,19 @@ def _solve(plan: Plan, k: Array, g: Array, beta: Array, *, keep_inverse: bool) -
 
 
 def _block_states(
-    plan: Plan, k: Array, v: Array, y: Array, gates: Array, initial_state: Array
+    plan: Plan,
+    k: Array,
+    v: Array,
+    y: Array,
+    gates: Array,
+    initial_state: Array,
+    *,
+    backward: bool,
 ) -> tuple[Array, Array, Array, Array]:
     """States at the boundaries of blocks; parts of A^T, and S^T before each, of all segments."""
     batch, static = len(k), {"interpret": plan.interpret}
     k, v, start = _split(plan, k), _split(plan, v), initial_state.mT
-    segments = _segments(k, v, batch)
+    segments = cut(k, v, batch, backward=backward)
     parts = maps(k, y, v, gates, start, segments=segments, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
     states = fold(matrices, sizes, added, start, reverse=False, **static)
@@ -97,16 +102,16 @@ def _block_states(
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
     k, v, static = _split(plan, res.k), _split(plan, res.v), {"interpret": plan.interpret}
-    segments = _segments(k, v, len(res.k))
+    segments = cut(k, v, len(res.k), backward=True)
     # Between the boundaries of blocks no cotangent comes in.
     between = (0, segments.count - 1, segments.count - 1)
     added = lax.pad(dstates[:, :-1].mT, 0.0, ((0, 0, 0), between, *((0, 0, 0),) * 3))
     ends = fold(res.matrices, res.sizes, added, dstates[:, -1].mT, reverse=True, **static)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    walk = {"segments": segments, **static}
-    states = chunk_states(k, res.y, v, res.gates, flat(res.states), **walk)
-    cotangents, first = chunk_cotangents(k, res.y, res.gates, flat(ends[:, 1:]), **walk)
-    dk, dv, rows = gradients(k, res.y, res.u, v, res.gates, states, cotangents, **static)
+    static["segments"] = segments
+    states = chunk_states(k, res.y, v, res.gates, flat(res.states), **static)
+    tokens = k, res.y, res.u, v, res.gates
+    dk, dv, rows, first = gradients(*tokens, states, flat(ends[:, 1:]), **static)
     dbeta, dg = (_tokens(rows[..., i, :], k.shape[1]) for i in (0, 1))
     dtokens = zip((dk, dv, dg, dbeta), res[:4], strict=True)
     return (*(_join(plan, d, x) for d, x in dtokens), dstates[:, 0] + first.mT)
@@ -132,37 +137,3 @@ def _tokens(x: Array, block: int) -> Array:
 
 def _join(plan: Plan, x: Array, like: Array) -> Array:
     return x[:, : plan.block_size].reshape(like.shape).astype(like.dtype)
-
-
-def _segments(k: Array, v: Array, batch: int) -> Segments:
-    """The cut of blocks into segments for which `maps` and `fold` take the fewest steps."""
-    blocks, block, heads, key_dim = k.shape
-    chunks = -(-block // CHUNK)
-    programs = blocks * heads * (v.shape[3] + key_dim) // SLICE
-    unneeded = batch * heads * key_dim // SLICE  # maps A where sequences begin
-
-    def steps(segments: Segments) -> float:
-        others = segments.count - 1
-        lengths = [segments.each] * others + [chunks - others * segments.each]
-        numbers = [programs - unneeded] + [programs] * others
-        waves = _time_in_turn(zip(lengths, numbers, strict=True))
-        return waves + _FOLD_STEP * (segments.count * blocks / batch - 1)
-
-    lengths = range(chunks, 0, -max(1, chunks // 128))  # some of those of very long blocks
-    cuts = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
-    return min(cuts, key=steps)
-
-
-def _time_in_turn(jobs: Iterable[tuple[int, int]]) -> int:
-    """When the last of (length, number) jobs is done, if _PROGRAMS run at a time, in order."""
-    free = {0: _PROGRAMS}  # programs by the time from which they are free
-    for length, number in jobs:
-        while number:
-            now = min(free)
-            started = min(number, free[now])
-            free[now] -= started
-            if not free[now]:
-                del free[now]
-            free[now + length] = free.get(now + length, 0) + started
-            number -= started
-    return max(free)

@@ -26,12 +26,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_delta.gpu.segments import Segments, Walk, walk
 from pallas_kernels.gated_delta.gpu.tiles import (
     CHUNK,
     COLUMNS,
+    ROWS,
     SLICE,
     TINY,
     WGMMA,
+    accumulate,
     bf16,
     by_column,
     by_row,
@@ -45,28 +48,15 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     product,
     row_sizes,
     scaled,
-    split,
     store,
     tiles,
     zeros,
 )
 
-STAGES = 2  # chunks in shared memory at a time; two programs fit a multiprocessor
+STAGES = 2  # chunks in shared memory at a time
+_WARPGROUPS = 3  # of `maps` on a multiprocessor: as programs of their own they take more registers
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
-
-
-class Segments(NamedTuple):
-    """How blocks are cut for walks side by side: into `each` chunks, the last into what is left."""
-
-    each: int
-    chunks: int  # of a block
-    blocks: int  # of all sequences
-    sequence: int  # blocks of a sequence
-
-    @property
-    def count(self) -> int:
-        """Segments of a block."""
-        return -(-self.chunks // self.each)
+_LEAST = 2.0**-24  # of it: S divided by a size stays a number where nothing is written
 
 
 def maps(
@@ -97,38 +87,46 @@ def maps(
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
     pair = _pair(value_slices, key_slices)
+    count = segments.blocks * segments.count
+    slices = (value_slices + key_slices) // pair
+    jobs = count * heads * slices
 
-    def body(k_ref, y_ref, v_ref, gates_ref, initial_ref, a_ref, sizes_ref, b_ref, buffers):
-        i, head = _slice(pair), lax.axis_index("head")
-        chunks = _segment(segments)
+    def body(*refs):
+        *inputs, initial_ref, a_ref, sizes_ref, b_ref, buffers = refs
+        k_ref, y_ref, v_ref, gates_ref = inputs
+        warpgroup = lax.axis_index("warpgroup")
+        job = lax.axis_index("program") * _WARPGROUPS + warpgroup
+        i = pair * lax.rem(job, slices) + lax.axis_index("pair")
+        head = lax.rem(lax.div(job, slices), heads)
+        chunks = walk(segments, lax.div(job, slices * heads))
         place, opens = chunks.place, chunks.opens_sequence
 
-        @pl.when(i < value_slices)
+        @pl.when((job < jobs) & (i < value_slices))
         def _values():
             rows = pl.ds(i * SLICE, SLICE)
             s = initial_ref.at[lax.div(chunks.block, segments.sequence), head, rows]
             s = jnp.where(opens, load(s, WGMMA, optimized=False), 0.0)
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, warpgroup, v_ref, i)
             store(b_ref.at[place, head, rows], _carry(s, stream, interpret=interpret))
 
-        @pl.when((i >= value_slices) & ~opens)
+        @pl.when((job < jobs) & (i >= value_slices) & ~opens)
         def _transitions():
             first = (i - value_slices) * SLICE
             identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers)
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, warpgroup)
             s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
             matrix, sizes = scaled(s)
             store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
             store(sizes_ref.at[place, head, pl.ds(first, SLICE)], sizes)
 
-    count = segments.blocks * segments.count
     struct = lambda *shape, dtype: jax.ShapeDtypeStruct((count, heads, *shape), dtype)
     return kernel(
         "maps",
         body,
-        grid={"segment": count, "head": heads, "slice": (value_slices + key_slices) // pair},
+        grid={"program": -(-jobs // _WARPGROUPS)},
         cluster={"pair": pair},
-        scratch=[_buffers(k, y)],
+        warpgroups=_WARPGROUPS,
+        scratch=[_buffers(k, y, _WARPGROUPS)],
         out_type=[
             struct(key_dim, key_dim, dtype=f16),
             struct(key_dim, dtype=f32),
@@ -152,42 +150,13 @@ def chunk_states(
 
     Arguments as for `maps`, and starts [N segments, H, V, K] float32: S^T before every segment.
     """
-    (states,) = _chunkwise((k, y, gates), starts, v, segments, interpret)
-    return states
+    heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
+    pair = _pair(value_dim // SLICE)
 
-
-def chunk_cotangents(
-    k: Array, y: Array, gates: Array, ends: Array, *, segments: Segments, interpret: Any
-) -> tuple[Array, Array]:
-    """The transposed cotangent of the state after every chunk, [N, H, chunks, V, K] bfloat16.
-
-    Arguments as for `maps`, and ends [N segments, H, V, K] float32: that after every segment.
-    Also returns that of the state where a sequence begins, [B, H, V, K] float32.
-    """
-    cotangents, first = _chunkwise((y, k, gates), ends, None, segments, interpret)
-    return cotangents, first
-
-
-def _chunkwise(
-    streams: tuple[Array, Array, Array],
-    starts: Array,
-    v: Array | None,
-    segments: Segments,
-    interpret: Any,
-) -> tuple[Array, ...]:
-    first, second, _ = streams
-    heads, key_dim, value_dim = *first.shape[2:], starts.shape[2]
-    pair, backward = _pair(value_dim // SLICE), v is None
-
-    def body(*refs):
-        *refs, buffers, tile = refs
-        first_ref, second_ref, gates_ref, starts_ref, *refs = refs
-        v_ref = None if backward else refs.pop(0)
-        out_ref, *last_ref = refs
-        i, head = _slice(pair), lax.axis_index("head")
-        chunks = _segment(segments)._replace(reverse=backward)
+    def body(k_ref, y_ref, v_ref, gates_ref, starts_ref, out_ref, buffers, tile):
+        i, head = pair * lax.axis_index("slice") + lax.axis_index("pair"), lax.axis_index("head")
+        chunks = walk(segments, lax.axis_index("segment"))
         rows = pl.ds(i * SLICE, SLICE)
-        stream = _Stream(chunks, head, first_ref, second_ref, gates_ref, buffers, v_ref, i)
 
         def emit(chunk, s):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -197,17 +166,12 @@ def _chunkwise(
             plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
 
         start = load(starts_ref.at[chunks.place, head, rows], WGMMA, optimized=False)
-        last = _carry(start, stream, emit=emit, interpret=interpret)
-        if backward:
-            place = lax.div(chunks.block, segments.sequence), head, rows
-            pl.when(chunks.opens_sequence)(lambda: store(last_ref[0].at[place], last))
+        stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, 0, v_ref, i)
+        _carry(start, stream, emit=emit, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
 
-    sequences = segments.blocks // segments.sequence
-    shape = (segments.blocks, heads, segments.chunks, value_dim, key_dim)
-    lasts = [jax.ShapeDtypeStruct((sequences, heads, value_dim, key_dim), f32)]
     return kernel(
-        "chunk_cotangents" if backward else "chunk_states",
+        "chunk_states",
         body,
         grid={
             "segment": segments.blocks * segments.count,
@@ -215,13 +179,12 @@ def _chunkwise(
             "slice": value_dim // SLICE // pair,
         },
         cluster={"pair": pair},
-        scratch=[
-            _buffers(first, second),
-            plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles()),
-        ],
-        out_type=[jax.ShapeDtypeStruct(shape, bf16), *(lasts if backward else [])],
+        scratch=[_buffers(k, y, 1), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
+        out_type=jax.ShapeDtypeStruct(
+            (segments.blocks, heads, segments.chunks, value_dim, key_dim), bf16
+        ),
         interpret=interpret,
-    )(*streams, starts, *([] if backward else [v]))
+    )(k, y, v, gates, starts)
 
 
 def _pair(*slices: int) -> int:
@@ -229,97 +192,78 @@ def _pair(*slices: int) -> int:
     return 1 if any(n % 2 for n in slices) else 2
 
 
-def _slice(pair: int) -> Any:
-    return pair * lax.axis_index("slice") + lax.axis_index("pair")
-
-
-class _Chunks(NamedTuple):
-    """The chunks of one segment, in the order in which they are walked."""
-
-    place: Any  # among the segments of all blocks
-    opens_sequence: Any
-    block: Any
-    first: Any
-    count: Any
-    reverse: bool = False
-
-    def at(self, step: Any) -> Any:
-        return self.first + (self.count - 1 - step if self.reverse else step)
-
-
-def _segment(segments: Segments) -> _Chunks:
-    """The segment of this program: the first, and longest, of all blocks, then the second."""
-    i, each = lax.axis_index("segment"), segments.each
-    block, segment = lax.rem(i, segments.blocks), lax.div(i, segments.blocks)
-    return _Chunks(
-        block * segments.count + segment,
-        (segment == 0) & (lax.rem(block, segments.sequence) == 0),
-        block,
-        segment * each,
-        jnp.minimum(each, segments.chunks - segment * each),
-    )
-
-
 class _Buffers(NamedTuple):
-    """Shared memory: STAGES chunks of the matrices that S^T meets, of V and of gates."""
+    """Shared memory: STAGES chunks of K, Y and gates, and one of V, which is read but once."""
 
-    first: Any
-    second: Any
-    values: Any
+    k: Any
+    y: Any
     gates: Any
     full: Any
-    values_full: Any
     consumed: Any
+    values: Any
+    values_full: Any
 
 
-def _buffers(first: Array, second: Array) -> _Buffers:
-    tile = lambda x: plgpu.SMEM((STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
+def _buffers(k: Array, y: Array, warpgroups: int) -> _Buffers:
+    """Those of each warpgroup behind those of the one before."""
+    slots = warpgroups * STAGES
+    tile = lambda x: plgpu.SMEM((slots, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
-        tile(first),
-        tile(second),
-        plgpu.SMEM((STAGES, CHUNK, SLICE), bf16, transforms=tiles()),
-        plgpu.SMEM((STAGES, 4, CHUNK), f32),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),
-        plgpu.Barrier(num_barriers=STAGES),
-        plgpu.ClusterBarrier(num_barriers=STAGES, collective_axes=("pair",)),
+        tile(k),
+        tile(y),
+        plgpu.SMEM((slots, 4, CHUNK), f32),
+        plgpu.Barrier(num_barriers=slots, num_arrivals=3),
+        plgpu.ClusterBarrier(num_barriers=slots, collective_axes=("pair",)),
+        plgpu.SMEM((warpgroups, CHUNK, SLICE), bf16, transforms=tiles()),
+        plgpu.Barrier(num_barriers=warpgroups),
     )
 
 
 class _Stream(NamedTuple):
     """Where a program reads its chunks from; without values_ref there are no values."""
 
-    chunks: _Chunks
+    chunks: Walk
     head: Any
-    first_ref: Any
-    second_ref: Any
+    k_ref: Any
+    y_ref: Any
     gates_ref: Any
     buffers: _Buffers
+    warpgroup: Any
     values_ref: Any = None
     value_slice: Any = None
 
+    def slot(self, step: Any) -> Any:
+        """Where a step's chunk is."""
+        return self.warpgroup * STAGES + lax.rem(step, STAGES)
+
     def fetch(self, step: Any) -> None:
-        """Starts the copies of a step's chunk."""
-        slot, chunk, b = lax.rem(step, STAGES), self.chunks.at(step), self.buffers
-        tokens = self.chunks.block, pl.ds(chunk * CHUNK, CHUNK), self.head
+        """Starts the copies of a step's K, Y and gates."""
+        slot, chunk, b = self.slot(step), self.chunks.at(step), self.buffers
+        tokens = self._tokens(step)
         full = b.full.at[slot]
         share: dict[str, Any] = {"collective_axes": "pair"}
-        plgpu.copy_gmem_to_smem(self.first_ref.at[tokens], b.first.at[slot], full, **share)
-        plgpu.copy_gmem_to_smem(self.second_ref.at[tokens], b.second.at[slot], full, **share)
+        plgpu.copy_gmem_to_smem(self.k_ref.at[tokens], b.k.at[slot], full, **share)
+        plgpu.copy_gmem_to_smem(self.y_ref.at[tokens], b.y.at[slot], full, **share)
         gates = self.gates_ref.at[self.chunks.block, self.head, chunk]
         plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
-        if self.values_ref is not None:
+
+    def fetch_values(self, step: Any) -> None:
+        """Starts the copy of a step's V, if there is such a step."""
+
+        @pl.when(step < self.chunks.count)
+        def _fetch():
             columns = pl.ds(self.value_slice * SLICE, SLICE)
-            values = self.values_ref.at[(*tokens, columns)]
-            plgpu.copy_gmem_to_smem(values, b.values.at[slot], b.values_full.at[slot])
+            values = self.values_ref.at[(*self._tokens(step), columns)]
+            b, own = self.buffers, self.warpgroup
+            plgpu.copy_gmem_to_smem(values, b.values.at[own], b.values_full.at[own])
 
-    def read_values(self, slot: Any) -> Array:
+    def read_values(self) -> Array:
         """V^T of a chunk, bfloat16."""
-        plgpu.barrier_wait(self.buffers.values_full.at[slot])
-        return load_transposed(self.buffers.values.at[slot])
+        plgpu.barrier_wait(self.buffers.values_full.at[self.warpgroup])
+        return load_transposed(self.buffers.values.at[self.warpgroup])
 
-    def read_gate(self, slot: Any, i: int) -> Array:
-        """A gate of a chunk, a number a column."""
-        return load(self.buffers.gates.at[slot, i], COLUMNS)
+    def _tokens(self, step: Any) -> tuple[Any, ...]:
+        return self.chunks.block, pl.ds(self.chunks.at(step) * CHUNK, CHUNK), self.head
 
 
 def _carry(
@@ -333,14 +277,15 @@ def _carry(
     b, count = stream.buffers, stream.chunks.count
     for step in range(STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
-    walk = _step_back if stream.chunks.reverse else _step
+    if stream.values_ref is not None:
+        stream.fetch_values(jnp.int32(0))
 
     def advance(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        slot = lax.rem(step, STAGES)
+        slot = stream.slot(step)
         if emit is not None:
-            emit(stream.chunks.at(step), carry[0].astype(bf16))
+            emit(stream.chunks.at(step), _unscaled(*carry).astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
-        carry = walk(*carry, slot, stream, interpret)
+        carry = _step(*carry, step, stream, interpret)
         join_warps(interpret)  # the slot is free
 
         @pl.when(step + STAGES < count)
@@ -351,51 +296,44 @@ def _carry(
 
         return carry
 
-    return lax.fori_loop(0, count, advance, (start, row_sizes(start)))[0]
+    one = plgpu.layout_cast(jnp.ones((SLICE,), f32), ROWS)
+    return _unscaled(*lax.fori_loop(0, count, advance, (start, one)))
 
 
-def _step(s: Array, _: Array, slot: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
-    """S^T after a chunk. R^T is divided by a bound of its rows, found while S^T K^T is computed."""
-    b = stream.buffers
-    gamma, operand = b.gates[slot, 2, 0], s.astype(bf16)
-
-    def meanwhile() -> tuple[Array, Array, Array]:
-        size, beta = _KEYS * row_sizes(operand), stream.read_gate(slot, 1)
-        values = zeros(SLICE, CHUNK)
-        if stream.values_ref is not None:
-            values = stream.read_values(slot)
-            size = jnp.maximum(size, row_sizes(values))
-            values = values.astype(f32) * by_column(stream.read_gate(slot, 0) * beta, SLICE)
-        return values, gamma * beta, jnp.maximum(size * b.gates[slot, 3, 0], TINY)
-
-    pair = (operand, b.first.at[slot].T)
-    seen, (values, scale, size) = product(pair, meanwhile=meanwhile, interpret=interpret)
-    residual = (values - seen * by_column(scale, SLICE)) * by_row(1 / size, CHUNK)
-    written, kept = product(
-        (residual.astype(f16), b.second.at[slot]),
-        meanwhile=lambda: gamma * s,
-        interpret=interpret,
-    )
-    return kept + written * by_row(size, s.shape[1]), size
+def _unscaled(s: Array, size: Array) -> Array:
+    return s * by_row(size, s.shape[1])
 
 
-def _step_back(
-    d: Array, size: Array, slot: Any, stream: _Stream, interpret: Any
+def _step(
+    s: Array, size: Array, step: Any, stream: _Stream, interpret: Any
 ) -> tuple[Array, Array]:
-    """The cotangent before a chunk, and the size of that after it, which bounds it."""
-    b = stream.buffers
-    gamma = b.gates[slot, 2, 0]
-    operand = (d * by_row(1 / size, d.shape[1])).astype(f16)
-    seen, following = product(
-        (operand, b.first.at[slot].T),
-        meanwhile=lambda: row_sizes(d.astype(bf16)),
-        interpret=interpret,
-    )
-    beta = by_column(stream.read_gate(slot, 1), SLICE)
-    parts = split(seen * by_row(-gamma * size, CHUNK) * beta)
-    written, kept = product(
-        *((part, b.second.at[slot]) for part in parts),
-        meanwhile=lambda: gamma * d,
-        interpret=interpret,
-    )
-    return kept + written, following
+    """S^T after a chunk. Before and after, its rows are divided by a size.
+
+    That after is a bound of the rows of R^T, found while S^T K^T is computed.
+    """
+    b, slot = stream.buffers, stream.slot(step)
+    gate = lambda i: by_column(load(b.gates.at[slot, i], COLUMNS), SLICE)
+    gamma, strongest = b.gates[slot, 2, 0], b.gates[slot, 3, 0]
+    operand = s.astype(bf16)
+
+    def meanwhile() -> tuple[Any, ...]:
+        bound = _KEYS * row_sizes(operand) * size
+        following = jnp.maximum(bound * _LEAST, TINY)
+        values = None
+        if stream.values_ref is not None:
+            values = stream.read_values()
+            bound = jnp.maximum(bound, row_sizes(values))
+        following = jnp.maximum(bound * strongest, following)
+        factor = gamma * size / following
+        return values, factor, s * by_row(factor, s.shape[1]), following
+
+    pair = (operand, b.k.at[slot].T)
+    seen, (values, factor, kept, size) = product(pair, meanwhile=meanwhile, interpret=interpret)
+    residual = seen * by_row(-factor, CHUNK)
+    if stream.values_ref is not None:
+        join_warps(interpret)  # all have read V
+        stream.fetch_values(step + 1)
+        residual += values.astype(f32) * by_row(1 / size, CHUNK) * gate(0)
+    residual *= gate(1)
+    s = accumulate(kept, (residual.astype(f16), b.y.at[slot]), interpret=interpret)
+    return s, size

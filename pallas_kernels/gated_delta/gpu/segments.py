@@ -1,0 +1,108 @@
+"""How blocks are cut into segments of chunks, which are walked side by side."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from jax import Array, lax
+from jax import numpy as jnp
+
+from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
+
+_MULTIPROCESSORS = 132  # of an H100 or H200
+_MAPS = 3 * _MULTIPROCESSORS  # programs of `maps` that run at a time
+# Time in steps of `maps`, with its three programs on a multiprocessor.
+_FOLD = 1.2  # of a step of `fold`
+_GRADIENTS = 5.0  # of a chunk of `gradients`, for each program on a multiprocessor
+
+
+class Segments(NamedTuple):
+    """How blocks are cut: into segments of `each` chunks, the last of what is left."""
+
+    each: int
+    chunks: int  # of a block
+    blocks: int  # of all sequences
+    sequence: int  # blocks of a sequence
+
+    @property
+    def count(self) -> int:
+        """Segments of a block."""
+        return -(-self.chunks // self.each)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Chunks of the segments of a block."""
+        others = self.count - 1
+        return [self.each] * others + [self.chunks - others * self.each]
+
+
+class Walk(NamedTuple):
+    """The chunks of one segment, in the order in which a program takes them."""
+
+    place: Any  # among the segments of all blocks
+    opens_sequence: Any
+    block: Any
+    first: Any
+    count: Any
+    reverse: bool
+
+    def at(self, step: Any) -> Any:
+        """The chunk of a step."""
+        return self.first + (self.count - 1 - step if self.reverse else step)
+
+
+def walk(segments: Segments, i: Any, *, reverse: bool = False) -> Walk:
+    """That of segment i: first come the first, and longest, of all blocks, then the second."""
+    each = segments.each
+    block, segment = lax.rem(i, segments.blocks), lax.div(i, segments.blocks)
+    return Walk(
+        block * segments.count + segment,
+        (segment == 0) & (lax.rem(block, segments.sequence) == 0),
+        block,
+        segment * each,
+        jnp.minimum(each, segments.chunks - segment * each),
+        reverse,
+    )
+
+
+def cut(k: Array, v: Array, batch: int, *, backward: bool) -> Segments:
+    """The cut for which the kernels take the least time; `backward` counts their gradients in.
+
+    Args:
+        k: Keys [N, block, H, K].
+        v: Values [N, block, H, V].
+        batch: Sequences.
+        backward: Whether the segments serve the backward pass too.
+    """
+    blocks, block, heads, key_dim = k.shape
+    chunks = -(-block // CHUNK)
+    programs = blocks * heads * (v.shape[3] + key_dim) // SLICE
+    unneeded = batch * heads * key_dim // SLICE  # maps A where sequences begin
+
+    def steps(segments: Segments) -> float:
+        lengths, others = segments.lengths, segments.count - 1
+        numbers = [programs - unneeded] + [programs] * others
+        time = time_in_turn(zip(lengths, numbers, strict=True), _MAPS)
+        folds = _FOLD * (segments.count * blocks / batch - 1)
+        if not backward:
+            return time + folds
+        chunkwise = ((length, blocks * heads) for length in lengths)
+        return time + 2 * folds + _GRADIENTS * time_in_turn(chunkwise, _MULTIPROCESSORS)
+
+    lengths = range(chunks, 0, -max(1, chunks // 128))  # some of those of very long blocks
+    cuts = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
+    return min(cuts, key=steps)
+
+
+def time_in_turn(jobs: Iterable[tuple[int, int]], servers: int) -> int:
+    """When the last of (length, number) jobs is done, if `servers` run at a time, in order."""
+    free = {0: servers}  # servers by the time from which they are free
+    for length, number in jobs:
+        while number:
+            now = min(free)
+            started = min(number, free[now])
+            free[now] -= started
+            if not free[now]:
+                del free[now]
+            free[now + length] = free.get(now + length, 0) + started
+            number -= started
+    return max(free)
