@@ -2,9 +2,10 @@
 
 A program walks a segment backwards. The cotangent D^T stays in shared memory, in float16 with a
 size for each of its rows; at every chunk it gives the gradients of the chunk's tokens and becomes
-the cotangent before the chunk.
+the cotangent before the chunk. What the phases of a chunk need besides takes turns in one place.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     split,
     store,
     tiles,
-    zeros,
 )
 
 
@@ -81,62 +81,60 @@ def gradients(
         the transposed cotangent of the state where a sequence begins, [B, H, V, K] float32.
     """
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
-    sequences, chunks = segments.blocks // segments.sequence, segments.chunks
+    sequences, entries = segments.blocks // segments.sequence, segments.chunks
 
     def body(*refs):
         k_ref, y_ref, u_ref, v_ref, gates_ref, s_ref, ends_ref = refs[:7]
-        dk_ref, dv_ref, rows_ref, first_ref, sizes_ref, k_tiles, y_tiles, d_tiles, *fulls = refs[7:]
-        full, values_full, u_full = fulls
+        dk_ref, dv_ref, rows_ref, first_ref, sizes_ref, scratch = refs[7:]
         head = lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"), reverse=True)
-        d = _Cotangent(d_tiles, sizes_ref.at[chunks.place, head], 0)
+        d_sizes = sizes_ref.at[chunks.place, head]
         sequence = lax.div(chunks.block, segments.sequence)
-        for i, rows in enumerate(d.slices):
-            d.put(i, load(ends_ref.at[chunks.place, head, rows], WGMMA, optimized=False))
 
-        def advance(step: Any, slot: Any) -> Any:
+        def sources(step: Any) -> _Sources:
             chunk = chunks.at(step)
-            k_tile, y_tile = k_tiles.at[slot], y_tiles.at[slot]
-            d = _Cotangent(d_tiles, sizes_ref.at[chunks.place, head], slot)
             tokens = chunks.block, pl.ds(chunk * CHUNK, CHUNK), head
             entry = chunks.block, head, chunk
-            plgpu.copy_gmem_to_smem(k_ref.at[tokens], k_tile, full)
-            plgpu.copy_gmem_to_smem(y_ref.at[tokens], y_tile, full)
-            tile = _Tile.of(k_tile, y_tile, gates_ref.at[entry], interpret)
+            refs = k_ref, y_ref, v_ref, dk_ref, dv_ref
+            others = u_ref, gates_ref, s_ref, rows_ref
+            return _Sources(*(x.at[tokens] for x in refs), *(x.at[entry] for x in others))
 
-            def by_values(*tiles: Any) -> _Sums:
-                refs = v_ref.at[tokens], s_ref.at[entry], dv_ref.at[tokens]
-                return _through_values(tile, _Slices(*refs, *tiles, values_full, slot), d, full)
-
-            slot2 = (tile.gamma < -1).astype(jnp.int32)
-            slot3 = (tile.gamma < -2).astype(jnp.int32)
-
-            def by_keys(*tiles: Any) -> None:
-                tiles = [t.at[slot2] for t in tiles]
-                tile2 = tile._replace(k=k_tiles.at[slot2], y=y_tiles.at[slot2])
-                tile3 = tile._replace(k=k_tiles.at[slot3], y=y_tiles.at[slot3])
-                d3 = d._replace(slot=slot3)
-                dk, dbeta, dg = _through_keys(tile2, u_ref.at[entry], u_full, sums, slot2, *tiles)
-                out = tiles[0]
-                join_warps(interpret)  # nobody needs what is in it
-                out[...] = dk.astype(bf16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out, dk_ref.at[tokens])
-                store(rows_ref.at[(*entry, 0)], dbeta)
-                store(rows_ref.at[(*entry, 1)], dg)
+        def advance(step: Any, zero: Array) -> Array:
+            source, following = sources(step), sources(step + 1)
+            tile = _Tile.of(source.gates, d_sizes, _Scratch.at(scratch, zero), interpret)
+            sums = _through_values(tile, source)
+            tile = tile.move(scratch, 1)
+            dbeta, dg = _through_keys(tile, source, sums)
+            tile = tile.move(scratch, 2)
+            sizes = []
+            for i in range(value_dim // SLICE):
+                before = _before(tile, source, i)
+                first = first_ref.at[sequence, head, _slice(i)]
                 opens = chunks.opens_sequence & (step + 1 == chunks.count)
-                for i, rows in enumerate(d.slices):
-                    before = _before(tile3, d3, i)
-                    pl.when(opens)(lambda: store(first_ref.at[sequence, head, rows], before))
-                    d3.put(i, before)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                join_warps(interpret)
+                pl.when(opens)(lambda first=first, before=before: store(first, before))
+                tile.scratch.d[i], size = scaled(before)
+                sizes.append(size)
+                if i == 0:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dK has left
+                    join_warps(interpret)
+                    pl.when(step + 1 < chunks.count)(lambda: _fetch_slices(tile, following))
+            plgpu.commit_smem()
+            pl.when(step + 1 < chunks.count)(lambda: _fetch_keys(tile, following))
+            tile.write_sizes(sizes)
+            store(source.rows.at[0], dbeta)
+            store(source.rows.at[1], dg)
+            return _hidden_zero(tile.gamma, 0)
 
-            sums = pl.run_scoped(by_values, *_Slices.scratch(key_dim, value_dim))
-            part = plgpu.SMEM((1, CHUNK, key_dim), bf16, transforms=tiles())
-            pl.run_scoped(by_keys, part)
-            return (tile.gamma < 0).astype(jnp.int32)
-
+        start = _Tile.of(sources(0).gates, d_sizes, _Scratch.at(scratch, 0), interpret)
+        _fetch_slices(start, sources(0))
+        _fetch_keys(start, sources(0))
+        sizes = []
+        for i in range(value_dim // SLICE):
+            end = ends_ref.at[chunks.place, head, _slice(i)]
+            start.scratch.d[i], size = scaled(load(end, WGMMA, optimized=False))
+            sizes.append(size)
+        plgpu.commit_smem()
+        start.write_sizes(sizes)
         lax.fori_loop(0, chunks.count, advance, jnp.int32(0))
 
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -144,18 +142,11 @@ def gradients(
         "gradients",
         body,
         grid={"segment": segments.blocks * segments.count, "head": heads},
-        scratch=[
-            plgpu.SMEM((1, CHUNK, key_dim), bf16, transforms=tiles()),
-            plgpu.SMEM((1, CHUNK, key_dim), f16, transforms=tiles()),
-            plgpu.SMEM((value_dim // SLICE, SLICE, key_dim), f16, transforms=tiles()),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=_slots(value_dim), num_arrivals=2),
-            plgpu.Barrier(),
-        ],
+        scratch=[_Scratch.types(key_dim, value_dim)],
         out_type=[
             like(k),
             like(v),
-            jax.ShapeDtypeStruct((segments.blocks, heads, chunks, 2, CHUNK), f32),
+            jax.ShapeDtypeStruct((segments.blocks, heads, entries, 2, CHUNK), f32),
             jax.ShapeDtypeStruct((sequences, heads, value_dim, key_dim), f32),
             jax.ShapeDtypeStruct((len(ends), heads, value_dim // SLICE, SLICE), f32),
         ],
@@ -163,219 +154,263 @@ def gradients(
     )(k, y, u, v, gates, states, ends)[:4]
 
 
-class _Tile(NamedTuple):
-    """A chunk's K and Y in shared memory, and its gates."""
+class _Sources(NamedTuple):
+    """A chunk in device memory: what is read, and where its gradients go."""
 
     k: Any
     y: Any
+    v: Any
+    dk: Any
+    dv: Any
+    u: Any
+    gates: Any
+    s: Any
+    rows: Any
+
+
+class _Scratch(NamedTuple):
+    """Shared memory; from v, high and z on, three groups of matrices that take turns."""
+
+    k: Any  # [C, K]
+    y: Any
+    d: Any  # [slices, SLICE, K], rows of D^T divided by their sizes
+    v: Any  # [slots, C, SLICE]
+    s: Any  # [slots, SLICE, K]
+    high: Any  # [C, K], as low and z
+    low: Any
+    u: Any  # [C, C]
+    rows: Any  # [2, C]
+    dk: Any
+    z: Any
+    z_sizes: Any  # [C]
+    q: Any  # [C, C]
+    full: Any
+    values_full: Any
+    u_full: Any
+
+    @staticmethod
+    def types(key_dim: int, value_dim: int) -> list[Any]:
+        """All matrices in an array of one: see _hidden_zero."""
+        matrix = lambda *shape, dtype=bf16: plgpu.SMEM((1, *shape), dtype, transforms=tiles())
+        numbers = lambda *shape: plgpu.SMEM((1, *shape), f32)
+        count = value_dim // SLICE
+        slots = min(2, count)  # as many as let two programs fit a multiprocessor
+        keys = matrix(CHUNK, key_dim)
+        keys_f16 = matrix(CHUNK, key_dim, dtype=f16)
+        in_turn = plgpu.RefUnion(
+            [matrix(slots, CHUNK, SLICE), matrix(slots, SLICE, key_dim)],
+            [keys, keys, matrix(CHUNK, CHUNK, dtype=f16), numbers(2, CHUNK)],
+            [keys, keys_f16, numbers(CHUNK), matrix(CHUNK, CHUNK)],
+        )
+        barriers = [
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=slots, num_arrivals=2),
+            plgpu.Barrier(),
+        ]
+        d = matrix(count, SLICE, key_dim, dtype=f16)
+        return [keys, keys_f16, d, in_turn, *barriers]
+
+    @staticmethod
+    def at(refs: Any, zero: Any) -> "_Scratch":
+        k, y, d, in_turn, *barriers = refs
+        matrices = k, y, d, *(ref for group in in_turn for ref in group)
+        return _Scratch(*(ref.at[zero] for ref in matrices), *barriers)
+
+
+def _hidden_zero(gamma: Array, i: int) -> Array:
+    """0, which the compiler cannot know.
+
+    An address that depends on it is neither kept through the loop nor from one use to the next:
+    there are several hundred, and they would push numbers out of the registers.
+    """
+    return (gamma < -i).astype(jnp.int32)
+
+
+class _Tile(NamedTuple):
+    """A chunk's gates, and shared memory."""
+
+    gates: Any
+    d_sizes: Any  # [slices, SLICE], in device memory: shared memory is full
     r: Array  # a number a row, as beta
     beta: Array
-    gates: Any
     gamma: Array
+    scratch: _Scratch
     interpret: Any
 
     @staticmethod
-    def of(k: Any, y: Any, gates: Any, interpret: Any) -> "_Tile":
-        """Reads the gates from device memory."""
+    def of(gates: Any, d_sizes: Any, scratch: _Scratch, interpret: Any) -> "_Tile":
         r, beta = (load(gates.at[i], ROWS, optimized=False) for i in (0, 1))
-        return _Tile(k, y, r, beta, gates, gates[2, 0], interpret)
+        return _Tile(gates, d_sizes, r, beta, gates[2, 0], scratch, interpret)
 
+    def move(self, scratch: Any, i: int) -> "_Tile":
+        """The same by other addresses."""
+        return self._replace(scratch=_Scratch.at(scratch, _hidden_zero(self.gamma, i)))
 
-class _Cotangent(NamedTuple):
-    """D^T, its rows divided by their sizes, in slices."""
-
-    tiles: Any  # [slices, SLICE, K] float16, in shared memory
-    sizes: Any  # [slices, SLICE] float32, in device memory: shared memory is full
-    slot: Any
-
-    def tile(self, i: int) -> Any:
-        return self.tiles.at[self.slot + i]
-
-    @property
-    def slices(self) -> list[Any]:
-        """The rows of D^T in each slice."""
-        return [pl.ds(i * SLICE, SLICE) for i in range(self.tiles.shape[0])]
-
-    def put(self, i: int, d: Array) -> None:
-        """Writes slice i, for products; what is in it must have been read."""
-        self.tiles[self.slot + i], sizes = scaled(d)
-        store(self.sizes.at[i], sizes)
-        plgpu.commit_smem()
+    def write_sizes(self, sizes: list[Array]) -> None:
+        """Writes the sizes of the rows of all slices of D^T, for all warps to read."""
+        for i, size in enumerate(sizes):
+            store(self.d_sizes.at[i], size)
+        join_warps(self.interpret)
 
     def size(self, i: int, layout: Any) -> Array:
-        return load(self.sizes.at[i], layout, optimized=False)
+        """Sizes of the rows of slice i of D^T."""
+        return load(self.d_sizes.at[i], layout, optimized=False)
 
 
-def _slots(value_dim: int) -> int:
-    """Slices of V in shared memory: as many as let two programs fit a multiprocessor."""
-    return min(2, value_dim // SLICE)
+def _slice(i: int) -> Any:
+    return pl.ds(i * SLICE, SLICE)
 
 
-class _Slices(NamedTuple):
-    """Slices of V and of the rows of S^T: where they come from, and where those of dV go."""
+def _fetch_keys(tile: _Tile, source: _Sources) -> None:
+    """Starts the copies of K and Y."""
+    scratch = tile.scratch
+    plgpu.copy_gmem_to_smem(source.k, scratch.k, scratch.full)
+    plgpu.copy_gmem_to_smem(source.y, scratch.y, scratch.full)
 
-    v_ref: Any
-    s_ref: Any
-    dv_ref: Any
-    v: Any
-    s: Any
-    full: Any
-    slot: Any
 
-    @staticmethod
-    def scratch(key_dim: int, value_dim: int) -> list[Any]:
-        tile = lambda rows, columns: plgpu.SMEM(
-            (_slots(value_dim), rows, columns), bf16, transforms=tiles()
-        )
-        return [tile(CHUNK, SLICE), tile(SLICE, key_dim)]
-
-    def fetch(self, i: int) -> None:
-        """Starts the copies of slice i."""
-        slot, part = i % self.v.shape[0], pl.ds(i * SLICE, SLICE)
-        full = self.full.at[slot]
-        plgpu.copy_gmem_to_smem(self.v_ref.at[:, part], self.v.at[self.slot + slot], full)
-        plgpu.copy_gmem_to_smem(self.s_ref.at[part], self.s.at[self.slot + slot], full)
-
-    def emit(self, i: int, dv: Array) -> None:
-        """Writes a slice of dV, from the place of that of V, which has the same layout."""
-        tile = self.v.at[self.slot + i % self.v.shape[0]]
-        tile[...] = dv.astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, self.dv_ref.at[:, pl.ds(i * SLICE, SLICE)])
+def _fetch_slices(tile: _Tile, source: _Sources, first: int = 0) -> None:
+    """Starts the copies of as many slices of V and S^T as there is room for."""
+    scratch = tile.scratch
+    slots, count = scratch.v.shape[0], scratch.d.shape[0]
+    for i in range(first, min(first + slots, count)):
+        slot = i % slots
+        full = scratch.values_full.at[slot]
+        plgpu.copy_gmem_to_smem(source.v.at[:, _slice(i)], scratch.v.at[slot], full)
+        plgpu.copy_gmem_to_smem(source.s.at[_slice(i)], scratch.s.at[slot], full)
 
 
 class _Sums(NamedTuple):
     """What the slices of V add up to."""
 
-    dx: Array  # [C, K]
+    dx: Array  # [C, K], its rows divided by size
+    size: Array
     drs: Array  # dR S^T, [C, K]
     vdv: Array  # <v_i, dv_i>, [C]
     carried: Array  # its sum is <D, S> - <dR, K S>, [C]
 
 
-def _through_values(tile: _Tile, slices: _Slices, d: _Cotangent, full: Any) -> _Sums:
+def _through_values(tile: _Tile, source: _Sources) -> _Sums:
     """Sums over the slices of V; writes dV."""
-    static = {"interpret": tile.interpret}
-    count, slots = len(d.slices), slices.v.shape[0]
-    for i in range(slots):
-        slices.fetch(i)
-    plgpu.barrier_wait(full)
+    static, scratch = {"interpret": tile.interpret}, tile.scratch
+    count, slots = scratch.d.shape[0], scratch.v.shape[0]
+    plgpu.barrier_wait(scratch.full)
     r, beta = by_row(tile.r, SLICE), by_row(tile.beta, SLICE)
     vdv = carried = plgpu.layout_cast(jnp.zeros((CHUNK,), f32), ROWS)
-    size = vdv  # of the rows of dx
-    drs, pairs = None, []
+    dx = drs = size = None
+    written = []  # parts of dR S^T that wait for their product
     for i in range(count):
-        v_tile, s_tile, d_tile = slices.v.at[slices.slot + i % slots], slices.s.at[slices.slot + i % slots], d.tile(i)
-        d_size = by_column(d.size(i, COLUMNS), CHUNK)
-        plgpu.barrier_wait(slices.full.at[i % slots])
-        overlap = lambda i=i, s=s_tile: _overlap(s, d, i)
-        yd, both = product((tile.y, d_tile.T), meanwhile=overlap, **static)
+        v, s, d = scratch.v.at[i % slots], scratch.s.at[i % slots], scratch.d.at[i]
+        d_size = by_column(tile.size(i, COLUMNS), CHUNK)
+        plgpu.barrier_wait(scratch.values_full.at[i % slots])
+        overlap = lambda i=i, s=s: _overlap(tile, s, i)
+        yd, both = product((scratch.y, d.T), meanwhile=overlap, **static)
         dr = yd * beta * d_size
         dv = r * dr
-        v = load(v_tile, WGMMA).astype(f32)
-        vdv += (v * dv).sum(1)
-        slices.emit(i, dv)
-        ks, _ = product((tile.k, s_tile.T), **static)
+        values = load(v, WGMMA).astype(f32)
+        vdv += (values * dv).sum(1)
+        v[...] = dv.astype(bf16)  # in the layout in which V was read
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(v, source.dv.at[:, _slice(i)])
+        ks, _ = product((scratch.k, s.T), **static)
         carried += both - (dr * ks).sum(1)
-        residual = (r * v - tile.gamma * ks) * d_size
-        following = row_sizes(residual)
-        if i:
-            following = jnp.maximum(size, following)
-        pair = (residual * by_row(1 / following, SLICE)).astype(f16), d_tile
-        if i:
-            dx = accumulate(dx * by_row(size / following, dx.shape[1]), pair, **static)
+        residual = (r * values - tile.gamma * ks) * d_size
+        add, size = _add(dx, size, residual, d, tile.interpret)
+        written.append((dr.astype(bf16), s))
+        if i + 1 < count and i % slots + 1 < slots:
+            dx = add()
+            continue
+        if drs is None:
+            drs, dx = product(*written, meanwhile=add, **static)
         else:
-            dx, _ = product(pair, **static)
-        size = following
-        pairs.append((dr.astype(bf16), s_tile))
-        if i + 1 == count or i % slots == slots - 1:
-            drs = product(*pairs, **static)[0] if drs is None else accumulate(drs, *pairs, **static)
-            pairs = []
-            if i + 1 < count:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                join_warps(tile.interpret)  # the slice is free
-                for j in range(i + 1, min(i + 1 + slots, count)):
-                    slices.fetch(j)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    join_warps(tile.interpret)  # the space of the slices serves anew
-    return _Sums(dx * by_row(size, dx.shape[1]), drs, vdv, carried)
+            dx, drs = add(), accumulate(drs, *written, **static)
+        written = []
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        join_warps(tile.interpret)  # the slices serve anew
+        _fetch_slices(tile, source, i + 1)
+    return _Sums(dx, size, drs, vdv, carried)
 
 
-def _overlap(s: Any, d: _Cotangent, i: int) -> Array:
-    """<D, S> by rows of slice i."""
-    total = 0.0
-    for start in range(0, s.shape[1], 64):
-        c = pl.ds(start, 64)
-        total += (load(d.tile(i).at[:, c], WGMMA).astype(f32) * load(s.at[:, c], WGMMA).astype(f32)).sum(1)
-    return total * d.size(i, ROWS)
+def _add(
+    dx: Array | None, size: Array | None, residual: Array, d: Any, interpret: Any
+) -> tuple[Callable[[], Array], Array]:
+    """Makes dX + R D^T, with rows divided by a size, when called; and this size."""
+    following = row_sizes(residual)
+    if size is not None:
+        following = jnp.maximum(size, following)
+    pair = (residual * by_row(1 / following, SLICE)).astype(f16), d
+    if dx is None:
+        return lambda: product(pair, interpret=interpret)[0], following
+    kept = dx * by_row(size / following, dx.shape[1])
+    return lambda: accumulate(kept, pair, interpret=interpret), following
 
 
-def _before(tile: _Tile, d: _Cotangent, i: int) -> Array:
-    """Slice i of the cotangent before a chunk, float32."""
-    d_tile, size = d.tile(i), tile.gamma * d.size(i, ROWS)
-    seen, _ = product((d_tile, tile.y.T), interpret=tile.interpret)
-    dr = seen * by_row(-size, CHUNK) * by_column(load(tile.gates.at[1], COLUMNS, optimized=False), SLICE)
-    kept = load(d_tile, WGMMA).astype(f32) * by_row(size, d_tile.shape[1])
-    pairs = ((part, tile.k) for part in split(dr))
+def _overlap(tile: _Tile, s: Any, i: int) -> Array:
+    """<D, S> by rows of slice i; by halves, for few registers."""
+    total = plgpu.layout_cast(jnp.zeros((SLICE,), f32), ROWS)
+    for start in range(0, s.shape[1], SLICE):
+        columns = pl.ds(start, SLICE)
+        d = load(tile.scratch.d.at[i, :, columns], WGMMA).astype(f32)
+        total += (d * load(s.at[:, columns], WGMMA).astype(f32)).sum(1)
+    return total * tile.size(i, ROWS)
+
+
+def _before(tile: _Tile, source: _Sources, i: int) -> Array:
+    """Slice i of the transposed cotangent before the chunk, float32."""
+    scratch, size = tile.scratch, tile.gamma * tile.size(i, ROWS)
+    d, beta = scratch.d.at[i], load(source.gates.at[1], COLUMNS, optimized=False)
+    seen, _ = product((d, scratch.y.T), interpret=tile.interpret)
+    dr = seen * by_row(-size, CHUNK) * by_column(beta, SLICE)
+    kept = load(d, WGMMA).astype(f32) * by_row(size, d.shape[1])
+    # Both parts: the rounding errors of dR would stay where those of D pass through.
+    pairs = ((part, scratch.k) for part in split(dr))
     before = accumulate(kept, *pairs, interpret=tile.interpret)
     join_warps(tile.interpret)  # all have read the slice
     return before
 
 
-def _decay_gradient(sums: _Sums, gamma: Array, scratch: Any, interpret: Any) -> Array:
+def _decay_gradient(tile: _Tile, sums: _Sums) -> Array:
     """dg: gamma times all of `carried`, and <v, dv> of the tokens before each."""
-    store(scratch.at[0], sums.vdv)
-    store(scratch.at[1], gamma * sums.carried)
-    join_warps(interpret)
-    vdv, carried = (by_column(load(scratch.at[i], COLUMNS, optimized=False), CHUNK) for i in (0, 1))
+    rows = tile.scratch.rows
+    store(rows.at[0], sums.vdv)
+    store(rows.at[1], tile.gamma * sums.carried)
+    join_warps(tile.interpret)
+    vdv, carried = (by_column(load(rows.at[i], COLUMNS, optimized=False), CHUNK) for i in (0, 1))
     return (carried + jnp.where(_below(), vdv, 0.0)).sum(1)
 
 
-def _through_keys(
-    tile: _Tile, u_ref: Any, u_full: Any, sums: _Sums, slot: Any, high_tile: Any
-) -> tuple[Array, Array, Array]:
-    """dK [C, K], dbeta and dg."""
-    static, beta = {"interpret": tile.interpret}, tile.beta
+def _through_keys(tile: _Tile, source: _Sources, sums: _Sums) -> tuple[Array, Array]:
+    """dbeta and dg; writes dK."""
+    static, scratch = {"interpret": tile.interpret}, tile.scratch
+    plgpu.copy_gmem_to_smem(source.u, scratch.u, scratch.u_full)
+    # What is large is used up in turn: registers are short.
+    strengths = by_row(sums.size * tile.beta, sums.dx.shape[1])
+    scratch.high[...], scratch.low[...] = split(sums.dx * strengths)
+    dbeta = sums.size * (sums.dx * load(scratch.y, WGMMA).astype(f32)).sum(1)
+    dg = _decay_gradient(tile, sums)
+    plgpu.commit_smem()
+    plgpu.barrier_wait(scratch.u_full)
+    t_high, t_low = split(load_transposed(scratch.u).astype(f32))
+    pairs = (t_low, scratch.high), (t_high, scratch.low), (t_high, scratch.high)
+    square = lambda: product((scratch.k, scratch.k.T), **static)[0]
+    z, gram = product(*pairs, meanwhile=square, **static)
+    join_warps(tile.interpret)  # the next matrices take the place of those
 
-    def by_inverse(low_tile: Any, u_tile: Any, rows: Any) -> tuple[Array, Array, Array]:
-        low_tile, u_tile, rows = low_tile.at[slot], u_tile.at[slot], rows.at[slot]
-        plgpu.copy_gmem_to_smem(u_ref, u_tile, u_full)
-        # What is large is used up in turn: registers are short.
-        high_tile[...], low_tile[...] = split(sums.dx * by_row(beta, sums.dx.shape[1]))
-        dbeta = (sums.dx * load(tile.y, WGMMA).astype(f32)).sum(1)
-        dg = _decay_gradient(sums, tile.gamma, rows, tile.interpret)
-        plgpu.commit_smem()
-        plgpu.barrier_wait(u_full)
-        t_high, t_low = split(load_transposed(u_tile).astype(f32))
-        pairs = (t_low, high_tile), (t_high, low_tile), (t_high, high_tile)
-        z, _ = product(*pairs, **static)
-        join_warps(tile.interpret)  # nobody needs diag(beta) dX and U
-        return z, dbeta, dg
-
-    part = lambda dtype: plgpu.SMEM((1, *tile.k.shape), dtype, transforms=tiles())
-    square = lambda dtype: plgpu.SMEM((1, CHUNK, CHUNK), dtype, transforms=tiles())
-    z, dbeta, dg = pl.run_scoped(by_inverse, part(bf16), square(f16), plgpu.SMEM((1, 2, CHUNK), f32))
+    scratch.z[...], z_size = scaled(z)
+    store(scratch.z_sizes, z_size)
     dk = z - tile.gamma * sums.drs
-    def yzs(z_tile, sizes):
-        z_tile, sizes = z_tile.at[slot], sizes.at[slot]
-        z_tile[...], size = scaled(z)
-        store(sizes, size)
-        plgpu.commit_smem()
-        yz, _ = product((tile.y, z_tile.T), **static)
-        return yz * by_column(load(sizes, COLUMNS, optimized=False), CHUNK)
-    yz = pl.run_scoped(yzs, part(f16), plgpu.SMEM((1, CHUNK), f32))
-    p = jnp.where(_below(), -yz, 0.0)
-    gram, _ = product((tile.k, tile.k.T), **static)
+    plgpu.commit_smem()
+    yz, _ = product((scratch.y, scratch.z.T), **static)
+    z_size = by_column(load(scratch.z_sizes, COLUMNS, optimized=False), CHUNK)
+    p = jnp.where(_below(), -yz * z_size, 0.0)
     dbeta += (p * gram).sum(1)
-    q = (p * by_row(beta, CHUNK)).astype(bf16)
-
-    def by_pairs(q_tile: Any) -> Array:
-        q_tile = q_tile.at[slot]
-        q_tile[...] = q
-        plgpu.commit_smem()
-        return accumulate(dk, (q, tile.k), (q_tile.T, tile.k), **static)
-
-    return pl.run_scoped(by_pairs, square(bf16)), dbeta, dg
+    q = (p * by_row(tile.beta, CHUNK)).astype(bf16)
+    scratch.q[...] = q
+    plgpu.commit_smem()
+    dk = accumulate(dk, (q, scratch.k), (scratch.q.T, scratch.k), **static)
+    scratch.dk[...] = dk.astype(bf16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch.dk, source.dk)
+    return dbeta, dg
 
 
 def _below() -> Array:

@@ -53,8 +53,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     zeros,
 )
 
-STAGES = 2  # chunks in shared memory at a time
-_WARPGROUPS = 3  # of `maps` on a multiprocessor: as programs of their own they take more registers
+_STAGES = 2  # chunks in shared memory at a time
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
 _LEAST = 2.0**-24  # of it: S divided by a size stays a number where nothing is written
 
@@ -88,32 +87,25 @@ def maps(
     value_slices, key_slices = value_dim // SLICE, key_dim // SLICE
     pair = _pair(value_slices, key_slices)
     count = segments.blocks * segments.count
-    slices = (value_slices + key_slices) // pair
-    jobs = count * heads * slices
 
-    def body(*refs):
-        *inputs, initial_ref, a_ref, sizes_ref, b_ref, buffers = refs
-        k_ref, y_ref, v_ref, gates_ref = inputs
-        warpgroup = lax.axis_index("warpgroup")
-        job = lax.axis_index("program") * _WARPGROUPS + warpgroup
-        i = pair * lax.rem(job, slices) + lax.axis_index("pair")
-        head = lax.rem(lax.div(job, slices), heads)
-        chunks = walk(segments, lax.div(job, slices * heads))
+    def body(k_ref, y_ref, v_ref, gates_ref, initial_ref, a_ref, sizes_ref, b_ref, buffers):
+        i, head = _slice(pair), lax.axis_index("head")
+        chunks = walk(segments, lax.axis_index("segment"))
         place, opens = chunks.place, chunks.opens_sequence
 
-        @pl.when((job < jobs) & (i < value_slices))
+        @pl.when(i < value_slices)
         def _values():
             rows = pl.ds(i * SLICE, SLICE)
             s = initial_ref.at[lax.div(chunks.block, segments.sequence), head, rows]
             s = jnp.where(opens, load(s, WGMMA, optimized=False), 0.0)
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, warpgroup, v_ref, i)
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
             store(b_ref.at[place, head, rows], _carry(s, stream, interpret=interpret))
 
-        @pl.when((job < jobs) & (i >= value_slices) & ~opens)
+        @pl.when((i >= value_slices) & ~opens)
         def _transitions():
             first = (i - value_slices) * SLICE
             identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, warpgroup)
+            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers)
             s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
             matrix, sizes = scaled(s)
             store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
@@ -123,10 +115,9 @@ def maps(
     return kernel(
         "maps",
         body,
-        grid={"program": -(-jobs // _WARPGROUPS)},
+        grid={"segment": count, "head": heads, "slice": (value_slices + key_slices) // pair},
         cluster={"pair": pair},
-        warpgroups=_WARPGROUPS,
-        scratch=[_buffers(k, y, _WARPGROUPS)],
+        scratch=[_buffers(k, y)],
         out_type=[
             struct(key_dim, key_dim, dtype=f16),
             struct(key_dim, dtype=f32),
@@ -154,7 +145,7 @@ def chunk_states(
     pair = _pair(value_dim // SLICE)
 
     def body(k_ref, y_ref, v_ref, gates_ref, starts_ref, out_ref, buffers, tile):
-        i, head = pair * lax.axis_index("slice") + lax.axis_index("pair"), lax.axis_index("head")
+        i, head = _slice(pair), lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"))
         rows = pl.ds(i * SLICE, SLICE)
 
@@ -166,7 +157,7 @@ def chunk_states(
             plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
 
         start = load(starts_ref.at[chunks.place, head, rows], WGMMA, optimized=False)
-        stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, 0, v_ref, i)
+        stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
         _carry(start, stream, emit=emit, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
 
@@ -179,7 +170,7 @@ def chunk_states(
             "slice": value_dim // SLICE // pair,
         },
         cluster={"pair": pair},
-        scratch=[_buffers(k, y, 1), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
+        scratch=[_buffers(k, y), plgpu.SMEM((SLICE, key_dim), bf16, transforms=tiles())],
         out_type=jax.ShapeDtypeStruct(
             (segments.blocks, heads, segments.chunks, value_dim, key_dim), bf16
         ),
@@ -192,8 +183,12 @@ def _pair(*slices: int) -> int:
     return 1 if any(n % 2 for n in slices) else 2
 
 
+def _slice(pair: int) -> Any:
+    return pair * lax.axis_index("slice") + lax.axis_index("pair")
+
+
 class _Buffers(NamedTuple):
-    """Shared memory: STAGES chunks of K, Y and gates, and one of V, which is read but once."""
+    """Shared memory: _STAGES chunks of K, Y and gates, and one of V, which is read but once."""
 
     k: Any
     y: Any
@@ -204,18 +199,16 @@ class _Buffers(NamedTuple):
     values_full: Any
 
 
-def _buffers(k: Array, y: Array, warpgroups: int) -> _Buffers:
-    """Those of each warpgroup behind those of the one before."""
-    slots = warpgroups * STAGES
-    tile = lambda x: plgpu.SMEM((slots, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
+def _buffers(k: Array, y: Array) -> _Buffers:
+    tile = lambda x: plgpu.SMEM((_STAGES, CHUNK, x.shape[-1]), x.dtype, transforms=tiles())
     return _Buffers(
         tile(k),
         tile(y),
-        plgpu.SMEM((slots, 4, CHUNK), f32),
-        plgpu.Barrier(num_barriers=slots, num_arrivals=3),
-        plgpu.ClusterBarrier(num_barriers=slots, collective_axes=("pair",)),
-        plgpu.SMEM((warpgroups, CHUNK, SLICE), bf16, transforms=tiles()),
-        plgpu.Barrier(num_barriers=warpgroups),
+        plgpu.SMEM((_STAGES, 4, CHUNK), f32),
+        plgpu.Barrier(num_barriers=_STAGES, num_arrivals=3),
+        plgpu.ClusterBarrier(num_barriers=_STAGES, collective_axes=("pair",)),
+        plgpu.SMEM((CHUNK, SLICE), bf16, transforms=tiles()),
+        plgpu.Barrier(),
     )
 
 
@@ -228,17 +221,12 @@ class _Stream(NamedTuple):
     y_ref: Any
     gates_ref: Any
     buffers: _Buffers
-    warpgroup: Any
     values_ref: Any = None
     value_slice: Any = None
 
-    def slot(self, step: Any) -> Any:
-        """Where a step's chunk is."""
-        return self.warpgroup * STAGES + lax.rem(step, STAGES)
-
     def fetch(self, step: Any) -> None:
         """Starts the copies of a step's K, Y and gates."""
-        slot, chunk, b = self.slot(step), self.chunks.at(step), self.buffers
+        slot, chunk, b = lax.rem(step, _STAGES), self.chunks.at(step), self.buffers
         tokens = self._tokens(step)
         full = b.full.at[slot]
         share: dict[str, Any] = {"collective_axes": "pair"}
@@ -254,13 +242,12 @@ class _Stream(NamedTuple):
         def _fetch():
             columns = pl.ds(self.value_slice * SLICE, SLICE)
             values = self.values_ref.at[(*self._tokens(step), columns)]
-            b, own = self.buffers, self.warpgroup
-            plgpu.copy_gmem_to_smem(values, b.values.at[own], b.values_full.at[own])
+            plgpu.copy_gmem_to_smem(values, self.buffers.values, self.buffers.values_full)
 
     def read_values(self) -> Array:
         """V^T of a chunk, bfloat16."""
-        plgpu.barrier_wait(self.buffers.values_full.at[self.warpgroup])
-        return load_transposed(self.buffers.values.at[self.warpgroup])
+        plgpu.barrier_wait(self.buffers.values_full)
+        return load_transposed(self.buffers.values)
 
     def _tokens(self, step: Any) -> tuple[Any, ...]:
         return self.chunks.block, pl.ds(self.chunks.at(step) * CHUNK, CHUNK), self.head
@@ -275,24 +262,24 @@ def _carry(
 ) -> Array:
     """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
     b, count = stream.buffers, stream.chunks.count
-    for step in range(STAGES):
+    for step in range(_STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
     if stream.values_ref is not None:
         stream.fetch_values(jnp.int32(0))
 
     def advance(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        slot = stream.slot(step)
+        slot = lax.rem(step, _STAGES)
         if emit is not None:
             emit(stream.chunks.at(step), _unscaled(*carry).astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
         carry = _step(*carry, step, stream, interpret)
         join_warps(interpret)  # the slot is free
 
-        @pl.when(step + STAGES < count)
+        @pl.when(step + _STAGES < count)
         def _refill():
             plgpu.barrier_arrive(b.consumed.at[slot])
             plgpu.barrier_wait(b.consumed.at[slot])  # and those of the other program
-            stream.fetch(step + STAGES)
+            stream.fetch(step + _STAGES)
 
         return carry
 
@@ -311,29 +298,26 @@ def _step(
 
     That after is a bound of the rows of R^T, found while S^T K^T is computed.
     """
-    b, slot = stream.buffers, stream.slot(step)
+    b, slot = stream.buffers, lax.rem(step, _STAGES)
     gate = lambda i: by_column(load(b.gates.at[slot, i], COLUMNS), SLICE)
     gamma, strongest = b.gates[slot, 2, 0], b.gates[slot, 3, 0]
     operand = s.astype(bf16)
-
-    def meanwhile() -> tuple[Any, ...]:
-        bound = _KEYS * row_sizes(operand) * size
-        following = jnp.maximum(bound * _LEAST, TINY)
-        values = None
-        if stream.values_ref is not None:
-            values = stream.read_values()
-            bound = jnp.maximum(bound, row_sizes(values))
-        following = jnp.maximum(bound * strongest, following)
-        factor = gamma * size / following
-        return values, factor, s * by_row(factor, s.shape[1]), following
-
     pair = (operand, b.k.at[slot].T)
-    seen, (values, factor, kept, size) = product(pair, meanwhile=meanwhile, interpret=interpret)
-    residual = seen * by_row(-factor, CHUNK)
+    seen, bound = product(
+        pair, meanwhile=lambda: _KEYS * row_sizes(operand) * size, interpret=interpret
+    )
+    following, values = jnp.maximum(bound * _LEAST, TINY), None
     if stream.values_ref is not None:
+        values = stream.read_values()
         join_warps(interpret)  # all have read V
         stream.fetch_values(step + 1)
-        residual += values.astype(f32) * by_row(1 / size, CHUNK) * gate(0)
+        bound = jnp.maximum(bound, row_sizes(values))
+    following = jnp.maximum(bound * strongest, following)
+    factor = gamma * size / following
+    residual = seen * by_row(-factor, CHUNK)
+    if values is not None:
+        residual += values.astype(f32) * by_row(1 / following, CHUNK) * gate(0)
     residual *= gate(1)
+    kept = s * by_row(factor, s.shape[1])
     s = accumulate(kept, (residual.astype(f16), b.y.at[slot]), interpret=interpret)
-    return s, size
+    return s, following

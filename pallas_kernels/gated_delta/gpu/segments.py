@@ -9,10 +9,10 @@ from jax import numpy as jnp
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
-_MAPS = 3 * _MULTIPROCESSORS  # programs of `maps` that run at a time
-# Time in steps of `maps`, with its three programs on a multiprocessor.
-_FOLD = 1.2  # of a step of `fold`
-_GRADIENTS = 5.0  # of a chunk of `gradients`, for each program on a multiprocessor
+_MAPS = 3  # programs of `maps` on a multiprocessor
+# Times in steps of `maps`: 2 microseconds.
+_FOLD = 0.9  # of a step of `fold`
+_GRADIENTS = (6.0, 8.0)  # of a chunk of `gradients`, with one program on a multiprocessor, or two
 
 
 class Segments(NamedTuple):
@@ -81,12 +81,14 @@ def cut(k: Array, v: Array, batch: int, *, backward: bool) -> Segments:
     def steps(segments: Segments) -> float:
         lengths, others = segments.lengths, segments.count - 1
         numbers = [programs - unneeded] + [programs] * others
-        time = time_in_turn(zip(lengths, numbers, strict=True), _MAPS)
+        time = time_in_turn(zip(lengths, numbers, strict=True), _MAPS * _MULTIPROCESSORS)
         folds = _FOLD * (segments.count * blocks / batch - 1)
         if not backward:
             return time + folds
-        chunkwise = ((length, blocks * heads) for length in lengths)
-        return time + 2 * folds + _GRADIENTS * time_in_turn(chunkwise, _MULTIPROCESSORS)
+        walks = [(length, blocks * heads) for length in lengths]
+        crowded = blocks * heads * segments.count > _MULTIPROCESSORS
+        walking = _GRADIENTS[crowded] * time_in_turn(walks, 2 * _MULTIPROCESSORS)
+        return time + 2 * folds + walking
 
     lengths = range(chunks, 0, -max(1, chunks // 128))  # some of those of very long blocks
     cuts = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
