@@ -37,6 +37,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     scaled,
     split,
     store,
+    store_transposed,
     tiles,
 )
 
@@ -78,7 +79,7 @@ def gradients(
 
     Returns:
         dK and dV in shape and dtype of k and v; dbeta and dg, [N, H, chunks, 2, 64] float32; and
-        the transposed cotangent of the state where a sequence begins, [B, H, V, K] float32.
+        the cotangent of the state where a sequence begins, [B, H, K, V] float32.
     """
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     sequences, entries = segments.blocks // segments.sequence, segments.chunks
@@ -109,9 +110,9 @@ def gradients(
             sizes = []
             for i in range(value_dim // SLICE):
                 before = _before(tile, source, i)
-                first = first_ref.at[sequence, head, _slice(i)]
+                first = first_ref.at[sequence, head, :, _slice(i)]
                 opens = chunks.opens_sequence & (step + 1 == chunks.count)
-                pl.when(opens)(lambda first=first, before=before: store(first, before))
+                pl.when(opens)(lambda first=first, before=before: store_transposed(first, before))
                 tile.scratch.d[i], size = scaled(before)
                 sizes.append(size)
                 if i == 0:
@@ -147,7 +148,7 @@ def gradients(
             like(k),
             like(v),
             jax.ShapeDtypeStruct((segments.blocks, heads, entries, 2, CHUNK), f32),
-            jax.ShapeDtypeStruct((sequences, heads, value_dim, key_dim), f32),
+            jax.ShapeDtypeStruct((sequences, heads, key_dim, value_dim), f32),
             jax.ShapeDtypeStruct((len(ends), heads, value_dim // SLICE, SLICE), f32),
         ],
         interpret=interpret,

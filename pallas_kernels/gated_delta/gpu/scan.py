@@ -45,6 +45,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     kernel,
     load,
     load_transposed,
+    load_transposed_numbers,
     product,
     row_sizes,
     scaled,
@@ -75,7 +76,7 @@ def maps(
         y: The same in float16.
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 4, 64] float32.
-        initial: S^T where a sequence begins, [B, H, V, K] float32.
+        initial: S where a sequence begins, [B, H, K, V] float32.
         segments: The segments of a block.
         interpret: As in Plan.
 
@@ -96,8 +97,8 @@ def maps(
         @pl.when(i < value_slices)
         def _values():
             rows = pl.ds(i * SLICE, SLICE)
-            s = initial_ref.at[lax.div(chunks.block, segments.sequence), head, rows]
-            s = jnp.where(opens, load(s, WGMMA, optimized=False), 0.0)
+            initial = initial_ref.at[lax.div(chunks.block, segments.sequence), head]
+            s = jnp.where(opens, load_transposed_numbers(initial.at[:, rows]), 0.0)
             stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
             store(b_ref.at[place, head, rows], _carry(s, stream, interpret=interpret))
 
