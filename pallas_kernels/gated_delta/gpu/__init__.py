@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.devices import split_by_xla
-from pallas_kernels.gated_delta.gpu.fold import fold, fold_back
+from pallas_kernels.gated_delta.gpu.fold import fold
 from pallas_kernels.gated_delta.gpu.gradients import gradients
 from pallas_kernels.gated_delta.gpu.scan import chunk_states, maps
 from pallas_kernels.gated_delta.gpu.segments import Segments, cut
@@ -26,7 +26,7 @@ from pallas_kernels.gated_delta.plan import Plan
 
 
 class Residuals(NamedTuple):
-    """Kept for the backward pass: inputs, what `solve` and `maps` make of them, S^T of segments."""
+    """Kept for the backward pass: inputs, what `solve` and `maps` make of them, and states S^T."""
 
     k: Array
     v: Array
@@ -37,7 +37,7 @@ class Residuals(NamedTuple):
     u: Array
     matrices: Array
     sizes: Array
-    starts: Array
+    states: Array
 
 
 def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
@@ -69,12 +69,15 @@ def forward(
 ) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs."""
     y, gates, u = _solve(plan, k, g, beta, keep_inverse=True)
-    out, *segments = _block_states(plan, k, v, y, gates, initial_state, backward=True)
-    return out, Residuals(k, v, g, beta, y, gates, u, *segments)
+    parts = _block_states(plan, k, v, y, gates, initial_state, backward=True)
+    out, matrices, sizes, starts = parts
+    return out, Residuals(k, v, g, beta, y, gates, u, matrices, sizes, starts)
 
 
 def _solve(plan: Plan, k: Array, g: Array, beta: Array, *, keep_inverse: bool) -> tuple[Array, ...]:
-    rows = jnp.stack([_chunks(_split(plan, x)) for x in (g, beta)], -2)
+    # As one array: XLA turns it in half the time of two.
+    rows = _chunks(_split(plan, jnp.concatenate([g, beta], 2)))
+    rows = rows.reshape(len(rows), 2, k.shape[2], *rows.shape[2:])
     return solve(_split(plan, k), rows, keep_inverse=keep_inverse, interpret=plan.interpret)
 
 
@@ -87,30 +90,32 @@ def _block_states(
     initial_state: Array,
     *,
     backward: bool,
-) -> tuple[Array, ...]:
-    """States at the boundaries of blocks; for the backward pass, what Residuals has of segments."""
+) -> tuple[Array, Array, Array, Array]:
+    """States at the boundaries of blocks; parts of A^T, and S^T before each, of all segments."""
     batch, static = len(k), {"interpret": plan.interpret}
-    k, v = _split(plan, k), _split(plan, v)
+    k, v, start = _split(plan, k), _split(plan, v), initial_state.mT
     segments = cut(k, v, batch, backward=backward)
-    parts = maps(k, y, v, gates, initial_state, segments=segments, **static)
+    parts = maps(k, y, v, gates, start, segments=segments, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
-    static |= {"blocks": len(k) // batch, "keep_starts": backward}
-    states, *starts = fold(matrices, sizes, added, initial_state, **static)
-    return states, *([matrices, sizes, *starts] if backward else [])
+    states = fold(matrices, sizes, added, start, reverse=False, **static)
+    return states[:, :: segments.count].mT, matrices, sizes, states
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     """Gradients of k, v, g, beta and initial_state."""
     k, v, static = _split(plan, res.k), _split(plan, res.v), {"interpret": plan.interpret}
-    ends = fold_back(res.matrices, res.sizes, dstates, **static)
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    static["segments"] = cut(k, v, len(res.k), backward=True)
-    states = chunk_states(k, res.y, v, res.gates, flat(res.starts), **static)
+    segments = cut(k, v, len(res.k), backward=True)
+    # Between the boundaries of blocks no cotangent comes in.
+    between = (0, segments.count - 1, segments.count - 1)
+    added = lax.pad(dstates[:, :-1].mT, 0.0, ((0, 0, 0), between, *((0, 0, 0),) * 3))
+    ends = fold(res.matrices, res.sizes, added, dstates[:, -1].mT, reverse=True, **static)
+    static["segments"] = segments
+    states = chunk_states(k, res.y, v, res.gates, res.states, **static)
     tokens = k, res.y, res.u, v, res.gates
-    dk, dv, rows, first = gradients(*tokens, states, flat(ends), **static)
+    dk, dv, rows, first = gradients(*tokens, states, ends, **static)
     dbeta, dg = (_tokens(rows[..., i, :], k.shape[1]) for i in (0, 1))
     dtokens = zip((dk, dv, dg, dbeta), res[:4], strict=True)
-    return (*(_join(plan, d, x) for d, x in dtokens), dstates[:, 0] + first)
+    return (*(_join(plan, d, x) for d, x in dtokens), dstates[:, 0] + first.mT)
 
 
 def _split(plan: Plan, x: Array) -> Array:
@@ -122,8 +127,8 @@ def _split(plan: Plan, x: Array) -> Array:
 def _chunks(x: Array) -> Array:
     """[N, block, H] -> [N, H, chunks, 64], filled up with zeros: tokens that are the identity."""
     blocks, block, heads = x.shape
-    x = jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -block % CHUNK)))
-    return x.reshape(blocks, heads, -1, CHUNK)
+    x = jnp.pad(x, ((0, 0), (0, -block % CHUNK), (0, 0)))
+    return jnp.moveaxis(x, 2, 1).reshape(blocks, heads, -1, CHUNK)
 
 
 def _tokens(x: Array, block: int) -> Array:

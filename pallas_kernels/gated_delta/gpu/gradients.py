@@ -37,7 +37,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     scaled,
     split,
     store,
-    store_transposed,
     tiles,
 )
 
@@ -73,16 +72,16 @@ def gradients(
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 4, 64] float32.
         states: S^T before every chunk, [N, H, chunks, V, K] bfloat16.
-        ends: D^T after every segment, [N segments, H, V, K] float32.
+        ends: D^T, [B, n + 1, H, V, K] float32: from 1 on those after the n segments of a sequence.
         segments: The segments of a block.
         interpret: As in Plan.
 
     Returns:
         dK and dV in shape and dtype of k and v; dbeta and dg, [N, H, chunks, 2, 64] float32; and
-        the cotangent of the state where a sequence begins, [B, H, K, V] float32.
+        the transposed cotangent of the state where a sequence begins, [B, H, V, K] float32.
     """
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
-    sequences, entries = segments.blocks // segments.sequence, segments.chunks
+    sequences, count = len(ends), segments.blocks * segments.count
 
     def body(*refs):
         k_ref, y_ref, u_ref, v_ref, gates_ref, s_ref, ends_ref = refs[:7]
@@ -90,7 +89,6 @@ def gradients(
         head = lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"), reverse=True)
         d_sizes = sizes_ref.at[chunks.place, head]
-        sequence = lax.div(chunks.block, segments.sequence)
 
         def sources(step: Any) -> _Sources:
             chunk = chunks.at(step)
@@ -110,9 +108,9 @@ def gradients(
             sizes = []
             for i in range(value_dim // SLICE):
                 before = _before(tile, source, i)
-                first = first_ref.at[sequence, head, :, _slice(i)]
-                opens = chunks.opens_sequence & (step + 1 == chunks.count)
-                pl.when(opens)(lambda first=first, before=before: store_transposed(first, before))
+                first = first_ref.at[chunks.sequence, head, _slice(i)]
+                opens = (chunks.number == 0) & (step + 1 == chunks.count)
+                pl.when(opens)(lambda first=first, before=before: store(first, before))
                 tile.scratch.d[i], size = scaled(before)
                 sizes.append(size)
                 if i == 0:
@@ -131,7 +129,7 @@ def gradients(
         _fetch_keys(start, sources(0))
         sizes = []
         for i in range(value_dim // SLICE):
-            end = ends_ref.at[chunks.place, head, _slice(i)]
+            end = ends_ref.at[chunks.sequence, chunks.number + 1, head, _slice(i)]
             start.scratch.d[i], size = scaled(load(end, WGMMA, optimized=False))
             sizes.append(size)
         plgpu.commit_smem()
@@ -142,14 +140,14 @@ def gradients(
     return kernel(
         "gradients",
         body,
-        grid={"segment": segments.blocks * segments.count, "head": heads},
+        grid={"segment": count, "head": heads},
         scratch=[_Scratch.types(key_dim, value_dim)],
         out_type=[
             like(k),
             like(v),
-            jax.ShapeDtypeStruct((segments.blocks, heads, entries, 2, CHUNK), f32),
-            jax.ShapeDtypeStruct((sequences, heads, key_dim, value_dim), f32),
-            jax.ShapeDtypeStruct((len(ends), heads, value_dim // SLICE, SLICE), f32),
+            jax.ShapeDtypeStruct((segments.blocks, heads, segments.chunks, 2, CHUNK), f32),
+            jax.ShapeDtypeStruct((sequences, heads, value_dim, key_dim), f32),
+            jax.ShapeDtypeStruct((count, heads, value_dim // SLICE, SLICE), f32),
         ],
         interpret=interpret,
     )(k, y, u, v, gates, states, ends)[:4]

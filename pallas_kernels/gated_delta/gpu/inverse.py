@@ -86,10 +86,7 @@ def _block_beside(
 
 
 def _substitute(blocks: Any) -> None:
-    """Inverts both blocks in place; thread t < 32 makes two columns of block t // 16.
-
-    What it reads, each row of the block, serves both.
-    """
+    """Inverts both blocks in place; thread t < 64 makes column t % 32 of block t // 32."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def substitute(_: Any, blocks: Any) -> None:
@@ -98,34 +95,28 @@ def _substitute(blocks: Any) -> None:
         const = lambda n: arith.constant(index, n)
         number = arith.index_cast(index, utils.thread_idx())
         thread = arith.remui(number, const(2 * CHUNK))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, const(HALF))):
-            column = arith.remui(thread, const(HALF // 2))
-            base = arith.muli(arith.divui(thread, const(HALF // 2)), const(HALF))
-            columns = [column, arith.addi(column, const(HALF // 2))]
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, const(CHUNK))):
+            column = arith.remui(thread, const(HALF))
+            base = arith.subi(thread, column)
             zero, one = (arith.constant(word, x) for x in (0.0, 1.0))
-            minus: list[dict[int, Any]] = [{}, {}]  # entries of the columns so far, negated
+            minus: dict[int, Any] = {}  # the column's entries so far, negated
             for i in reversed(range(HALF)):
                 row = arith.addi(base, const(i))
-                # Four sums a column, so that additions need not wait for each other.
-                sums = []
-                for c in columns:
-                    on_diagonal = arith.cmpi(arith.CmpIPredicate.eq, c, const(i))
-                    sums.append([arith.select(on_diagonal, one, zero), zero, zero, zero])
+                on_diagonal = arith.cmpi(arith.CmpIPredicate.eq, column, const(i))
+                # Four sums, so that additions need not wait for each other.
+                sums = [arith.select(on_diagonal, one, zero), zero, zero, zero]
                 for start in range(0, HALF, 4):
-                    inside = [j for j in range(start, start + 4) if j > i]
+                    inside = [j for j in range(start, start + 4) if j in minus]
                     if not inside:
                         continue
                     entries = vector.load(four, blocks, [row, const(start)])
                     for j in inside:
                         entry = vector.extract(entries, [], [j - start])
-                        for own, sum_ in zip(minus, sums, strict=True):
-                            sum_[j % 4] = math.fma(entry, own[j], sum_[j % 4])
-                for own, (a, b, c, d) in zip(minus, sums, strict=True):
-                    own[i] = arith.negf(arith.addf(arith.addf(a, b), arith.addf(c, d)))
-            utils.warp_barrier()  # the warp has read both blocks
-            for c, own in zip(columns, minus, strict=True):
-                for i, entry in own.items():
-                    memref.store(arith.negf(entry), blocks, [arith.addi(base, const(i)), c])
+                        sums[j % 4] = math.fma(entry, minus[j], sums[j % 4])
+                minus[i] = arith.negf(arith.addf(arith.addf(*sums[:2]), arith.addf(*sums[2:])))
+            utils.warp_barrier()  # a warp has read its whole block
+            for i, entry in minus.items():
+                memref.store(arith.negf(entry), blocks, [arith.addi(base, const(i)), column])
 
     substitute(blocks)  # pyright: ignore[reportCallIssue]
 

@@ -45,7 +45,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     kernel,
     load,
     load_transposed,
-    load_transposed_numbers,
     product,
     row_sizes,
     scaled,
@@ -76,7 +75,7 @@ def maps(
         y: The same in float16.
         v: [N, block, H, V] bfloat16.
         gates: [N, H, chunks, 4, 64] float32.
-        initial: S where a sequence begins, [B, H, K, V] float32.
+        initial: S^T where a sequence begins, [B, H, V, K] float32.
         segments: The segments of a block.
         interpret: As in Plan.
 
@@ -92,13 +91,13 @@ def maps(
     def body(k_ref, y_ref, v_ref, gates_ref, initial_ref, a_ref, sizes_ref, b_ref, buffers):
         i, head = _slice(pair), lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"))
-        place, opens = chunks.place, chunks.opens_sequence
+        place, opens = chunks.place, chunks.number == 0
 
         @pl.when(i < value_slices)
         def _values():
             rows = pl.ds(i * SLICE, SLICE)
-            initial = initial_ref.at[lax.div(chunks.block, segments.sequence), head]
-            s = jnp.where(opens, load_transposed_numbers(initial.at[:, rows]), 0.0)
+            s = initial_ref.at[chunks.sequence, head, rows]
+            s = jnp.where(opens, load(s, WGMMA, optimized=False), 0.0)
             stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
             store(b_ref.at[place, head, rows], _carry(s, stream, interpret=interpret))
 
@@ -140,7 +139,8 @@ def chunk_states(
 ) -> Array:
     """S^T before every chunk, [N, H, chunks, V, K] bfloat16.
 
-    Arguments as for `maps`, and starts [N segments, H, V, K] float32: S^T before every segment.
+    Arguments as for `maps`, and starts [B, n + 1, H, V, K] float32: S^T before each of the n
+    segments of a sequence, and after the last.
     """
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     pair = _pair(value_dim // SLICE)
@@ -157,7 +157,8 @@ def chunk_states(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
 
-        start = load(starts_ref.at[chunks.place, head, rows], WGMMA, optimized=False)
+        start = starts_ref.at[chunks.sequence, chunks.number, head, rows]
+        start = load(start, WGMMA, optimized=False)
         stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
         _carry(start, stream, emit=emit, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)

@@ -9,10 +9,11 @@ from jax import numpy as jnp
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
-_MAPS = 3  # programs of `maps` on a multiprocessor
-# Times in steps of `maps`: 2 microseconds.
-_FOLD = 0.9  # of a step of `fold`
-_GRADIENTS = (6.0, 8.0)  # of a chunk of `gradients`, with one program on a multiprocessor, or two
+# Microseconds on an H200: of a step of `maps` with up to two programs on a multiprocessor, or
+# three; of a step of `fold`; of a chunk of `gradients` with one program there, or two.
+_MAPS = (1.5, 2.1)
+_FOLD = 1.8
+_GRADIENTS = (11.8, 17.0)
 
 
 class Segments(NamedTuple):
@@ -38,8 +39,9 @@ class Segments(NamedTuple):
 class Walk(NamedTuple):
     """The chunks of one segment, in the order in which a program takes them."""
 
-    place: Any  # among the segments of all blocks
-    opens_sequence: Any
+    place: Any  # of the segment among those of all sequences
+    sequence: Any
+    number: Any  # of the segment in its sequence
     block: Any
     first: Any
     count: Any
@@ -54,9 +56,12 @@ def walk(segments: Segments, i: Any, *, reverse: bool = False) -> Walk:
     """That of segment i: first come the first, and longest, of all blocks, then the second."""
     each = segments.each
     block, segment = lax.rem(i, segments.blocks), lax.div(i, segments.blocks)
+    place = block * segments.count + segment
+    of_sequence = segments.sequence * segments.count
     return Walk(
-        block * segments.count + segment,
-        (segment == 0) & (lax.rem(block, segments.sequence) == 0),
+        place,
+        lax.div(place, of_sequence),
+        lax.rem(place, of_sequence),
         block,
         segment * each,
         jnp.minimum(each, segments.chunks - segment * each),
@@ -78,21 +83,23 @@ def cut(k: Array, v: Array, batch: int, *, backward: bool) -> Segments:
     programs = blocks * heads * (v.shape[3] + key_dim) // SLICE
     unneeded = batch * heads * key_dim // SLICE  # maps A where sequences begin
 
-    def steps(segments: Segments) -> float:
+    def time(segments: Segments) -> float:
         lengths, others = segments.lengths, segments.count - 1
         numbers = [programs - unneeded] + [programs] * others
-        time = time_in_turn(zip(lengths, numbers, strict=True), _MAPS * _MULTIPROCESSORS)
-        folds = _FOLD * (segments.count * blocks / batch - 1)
+        three = sum(numbers) > 2 * _MULTIPROCESSORS
+        jobs = zip(lengths, numbers, strict=True)
+        forward = _MAPS[three] * time_in_turn(jobs, (2 + three) * _MULTIPROCESSORS)
+        folding = _FOLD * (segments.count * blocks / batch - 1)
         if not backward:
-            return time + folds
+            return forward + folding
+        two = blocks * heads * segments.count > _MULTIPROCESSORS
         walks = [(length, blocks * heads) for length in lengths]
-        crowded = blocks * heads * segments.count > _MULTIPROCESSORS
-        walking = _GRADIENTS[crowded] * time_in_turn(walks, 2 * _MULTIPROCESSORS)
-        return time + 2 * folds + walking
+        walking = _GRADIENTS[two] * time_in_turn(walks, (1 + two) * _MULTIPROCESSORS)
+        return forward + 2 * folding + walking
 
     lengths = range(chunks, 0, -max(1, chunks // 128))  # some of those of very long blocks
     cuts = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
-    return min(cuts, key=steps)
+    return min(cuts, key=time)
 
 
 def time_in_turn(jobs: Iterable[tuple[int, int]], servers: int) -> int:

@@ -37,7 +37,7 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
 
     Args:
         k: Keys [N, block, H, K] bfloat16, N all blocks; block a multiple of 8.
-        rows: g and beta, [N, H, chunks, 2, 64] float32, zeros where tokens fill up the last chunk.
+        rows: g and beta, [N, 2, H, chunks, 64] float32, zeros where tokens fill up the last chunk.
         keep_inverse: Whether to return U.
         interpret: As in Plan.
 
@@ -46,7 +46,7 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         [N, H, chunks, 64, 64] float16.
     """
     blocks, _, heads, key_dim = k.shape
-    inverse_type = jax.ShapeDtypeStruct((*rows.shape[:3], CHUNK, CHUNK), f16)
+    entries = blocks, heads, rows.shape[3]
 
     def body(k_ref, rows_ref, y_ref, gates_ref, *rest):
         *u_refs, tile_rows, full = rest
@@ -55,7 +55,8 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
 
         def invert(tile: Any) -> tuple[list[Array], tuple[Array, Array]]:
             plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
-            plgpu.copy_gmem_to_smem(rows_ref.at[entry], tile_rows, full)
+            for i in (0, 1):
+                plgpu.copy_gmem_to_smem(rows_ref.at[n, i, head, chunk], tile_rows.at[i], full)
             plgpu.barrier_wait(full)
             strength = by_column(load(tile_rows.at[1], COLUMNS), CHUNK)
             gram, _ = product((tile, tile.T), interpret=interpret)
@@ -86,12 +87,12 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
     return kernel(
         "solve",
         body,
-        grid={"block": blocks, "chunk": rows.shape[2], "head": heads},
-        scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=2)],
+        grid={"block": blocks, "chunk": entries[2], "head": heads},
+        scratch=[plgpu.SMEM((2, CHUNK), f32), plgpu.Barrier(num_arrivals=3)],
         out_type=[
             jax.ShapeDtypeStruct(k.shape, f16),
-            jax.ShapeDtypeStruct((*rows.shape[:3], 4, CHUNK), f32),
-            *([inverse_type] if keep_inverse else []),
+            jax.ShapeDtypeStruct((*entries, 4, CHUNK), f32),
+            *([jax.ShapeDtypeStruct((*entries, CHUNK, CHUNK), f16)] if keep_inverse else []),
         ],
         interpret=interpret,
     )(k, rows)

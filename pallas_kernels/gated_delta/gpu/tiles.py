@@ -47,17 +47,6 @@ def load_transposed(ref: Any) -> Array:
     return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
 
 
-def load_transposed_numbers(ref: Any) -> Array:
-    """The transpose of float32 numbers in device memory."""
-    x = load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
-    return plgpu.layout_cast(x, WGMMA)
-
-
-def store_transposed(ref: Any, x: Array) -> None:
-    """Writes the transpose of float32 numbers to device memory."""
-    store(ref.T, plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED))
-
-
 def store(ref: Any, x: Array) -> None:
     """Writes registers to device memory, or to plain shared memory."""
     if write := getattr(plgpu, "store", None):  # from jax 0.12 on
@@ -145,6 +134,15 @@ def scaled(x: Array) -> tuple[Array, Array]:
     """
     size = row_sizes(x)
     return (x * by_row(1 / size, x.shape[1])).astype(f16), size
+
+
+def scaled_product(
+    x: Array, tile: Any, *, interpret: Any, meanwhile: Callable[[], Any] = lambda: None
+) -> tuple[Array, Any]:
+    """x @ tile for float32 x and a float16 tile, with x as by `scaled`."""
+    operand, size = scaled(x)
+    y, other = product((operand, tile), interpret=interpret, meanwhile=meanwhile)
+    return y * by_row(size, y.shape[1]), other
 
 
 def _read(x: Any) -> Array:
