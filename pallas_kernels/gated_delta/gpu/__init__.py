@@ -1,9 +1,10 @@
 """The gated delta rule on NVIDIA Hopper GPUs, in Pallas (Mosaic GPU).
 
 Forward: Y of all chunks at once (`solve`), the affine maps of segments of chunks (`scan`), and
-these folded in order (`fold`). Backward: cotangents folded through the same maps, the states and
-cotangents of all chunks (`scan`), and the gradients of all chunks at once (`gradients`). Letters
-are those of `xla.py`; arrays are [N, block, H, feature] with N all blocks of the batch.
+these folded in order (`fold`). Backward: cotangents folded through the same maps, the states before
+all chunks (`scan`), and the gradients, segment by segment backwards (`gradients`). `segments` cuts
+blocks into segments. Letters are those of `xla.py`; arrays are [N, block, H, feature] with N all
+blocks of the batch.
 
 Y and the inverse are float16 between the kernels: three more bits than bfloat16, for keys of a
 length between 1e-3 and 1e4.
@@ -25,8 +26,11 @@ from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 from pallas_kernels.gated_delta.plan import Plan
 
 
+_MOST_VALUES = 512  # rows of a cotangent that fit shared memory
+
+
 class Residuals(NamedTuple):
-    """Kept for the backward pass: inputs, what `solve` and `maps` make of them, and states S^T."""
+    """Kept for the backward pass: inputs, what `solve` and `maps` make of them, S^T of segments."""
 
     k: Array
     v: Array
@@ -55,12 +59,14 @@ def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
         return f"needs 64 or 128 features a key; k has {k.shape[3]}"
     if v.shape[3] % SLICE or not v.shape[3]:
         return f"needs a multiple of {SLICE} features a value; v has {v.shape[3]}"
+    if v.shape[3] > _MOST_VALUES:
+        return f"needs at most {_MOST_VALUES} features a value; v has {v.shape[3]}"
     return None if plan.interpret else split_by_xla()
 
 
 def states(plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array) -> Array:
     """States at the boundaries of blocks."""
-    y, gates = _solve(plan, k, g, beta, keep_inverse=False)
+    y, gates = _solve(plan, k, g, beta, backward=False)
     return _block_states(plan, k, v, y, gates, initial_state, backward=False)[0]
 
 
@@ -68,17 +74,17 @@ def forward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Residuals]:
     """States at the boundaries of blocks, and what the backward pass needs."""
-    y, gates, u = _solve(plan, k, g, beta, keep_inverse=True)
+    y, gates, u = _solve(plan, k, g, beta, backward=True)
     parts = _block_states(plan, k, v, y, gates, initial_state, backward=True)
     out, matrices, sizes, starts = parts
     return out, Residuals(k, v, g, beta, y, gates, u, matrices, sizes, starts)
 
 
-def _solve(plan: Plan, k: Array, g: Array, beta: Array, *, keep_inverse: bool) -> tuple[Array, ...]:
+def _solve(plan: Plan, k: Array, g: Array, beta: Array, *, backward: bool) -> tuple[Array, ...]:
     # As one array: XLA turns it in half the time of two.
     rows = _chunks(_split(plan, jnp.concatenate([g, beta], 2)))
     rows = rows.reshape(len(rows), 2, k.shape[2], *rows.shape[2:])
-    return solve(_split(plan, k), rows, keep_inverse=keep_inverse, interpret=plan.interpret)
+    return solve(_split(plan, k), rows, backward=backward, interpret=plan.interpret)
 
 
 def _block_states(
@@ -95,7 +101,8 @@ def _block_states(
     batch, static = len(k), {"interpret": plan.interpret}
     k, v, start = _split(plan, k), _split(plan, v), initial_state.mT
     segments = cut(k, v, batch, backward=backward)
-    parts = maps(k, y, v, gates, start, segments=segments, **static)
+    sequential = {"segments": segments, "weighted": not backward}
+    parts = maps(k, y, v, gates, start, **sequential, **static)
     matrices, sizes, added = (x.reshape(batch, -1, *x.shape[1:]) for x in parts)
     states = fold(matrices, sizes, added, start, reverse=False, **static)
     return states[:, :: segments.count].mT, matrices, sizes, states

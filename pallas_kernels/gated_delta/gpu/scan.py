@@ -5,15 +5,15 @@ registers:
 
     R^T = (V^T diag(r) - gamma S^T K^T) diag(beta)        S'^T = gamma S^T + R^T Y
 
-Cotangents of states run through the same two products, backwards, with K and Y exchanged and no V.
 Two programs that carry neighbouring slices form a cluster: what both read is fetched once for both.
-Slices are the fastest axis of the grid, so that others find it in the L2 cache.
+Slices are the fastest axis of the grid, so that others find it in the L2 cache. Three programs of
+`maps` fit a multiprocessor: they take no more than 168 registers a thread, 75 kB of shared memory.
 
 Where keys are alike, the tokens of a chunk undo each other's writing, and their rounding errors
-stay: R and Y are float16, with the range of bfloat16 by a scale for each row of R^T, and the
-cotangents' second product takes both parts of its left operand. The rounding of S^T is the same for
-all tokens, and passes through the chunk as S^T itself does. Scales are bounds that are known before
-the product they serve: float16 has 16 binary orders above one for what a bound leaves out, and 14
+stay: R and Y are float16, with the range of bfloat16 by a size for each row of R^T. S^T is carried
+divided by these sizes, as the sum of products that it is. Its rounding to bfloat16 is the same for
+all tokens, and passes through the chunk as S^T itself does. A size is a bound that is known before
+the product it serves: float16 has 16 binary orders above one for what a bound leaves out, and 14
 below for what it overrates.
 """
 
@@ -66,6 +66,7 @@ def maps(
     initial: Array,
     *,
     segments: Segments,
+    weighted: bool,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """The maps S' = A S + B of all segments; where a sequence begins, B is S' and A is not made.
@@ -77,6 +78,7 @@ def maps(
         gates: [N, H, chunks, 4, 64] float32.
         initial: S^T where a sequence begins, [B, H, V, K] float32.
         segments: The segments of a block.
+        weighted: Whether y is diag(beta / largest beta) Y.
         interpret: As in Plan.
 
     Returns:
@@ -92,24 +94,26 @@ def maps(
         i, head = _slice(pair), lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"))
         place, opens = chunks.place, chunks.number == 0
+        source = chunks, head, k_ref, y_ref, gates_ref, buffers
+
+        # In this order: the other way round they take more registers.
+        @pl.when((i >= value_slices) & ~opens)
+        def _transitions():
+            first = (i - value_slices) * SLICE
+            identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
+            stream = _Stream(*source, weighted)
+            s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
+            matrix, sizes = scaled(s)
+            store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
+            store(sizes_ref.at[place, head, pl.ds(first, SLICE)], sizes)
 
         @pl.when(i < value_slices)
         def _values():
             rows = pl.ds(i * SLICE, SLICE)
             s = initial_ref.at[chunks.sequence, head, rows]
             s = jnp.where(opens, load(s, WGMMA, optimized=False), 0.0)
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
+            stream = _Stream(*source, weighted, v_ref, i)
             store(b_ref.at[place, head, rows], _carry(s, stream, interpret=interpret))
-
-        @pl.when((i >= value_slices) & ~opens)
-        def _transitions():
-            first = (i - value_slices) * SLICE
-            identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
-            stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers)
-            s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
-            matrix, sizes = scaled(s)
-            store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
-            store(sizes_ref.at[place, head, pl.ds(first, SLICE)], sizes)
 
     struct = lambda *shape, dtype: jax.ShapeDtypeStruct((count, heads, *shape), dtype)
     return kernel(
@@ -159,7 +163,7 @@ def chunk_states(
 
         start = starts_ref.at[chunks.sequence, chunks.number, head, rows]
         start = load(start, WGMMA, optimized=False)
-        stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, v_ref, i)
+        stream = _Stream(chunks, head, k_ref, y_ref, gates_ref, buffers, False, v_ref, i)
         _carry(start, stream, emit=emit, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
 
@@ -223,6 +227,7 @@ class _Stream(NamedTuple):
     y_ref: Any
     gates_ref: Any
     buffers: _Buffers
+    weighted: bool  # whether Y holds beta
     values_ref: Any = None
     value_slice: Any = None
 
@@ -296,9 +301,9 @@ def _unscaled(s: Array, size: Array) -> Array:
 def _step(
     s: Array, size: Array, step: Any, stream: _Stream, interpret: Any
 ) -> tuple[Array, Array]:
-    """S^T after a chunk. Before and after, its rows are divided by a size.
+    """S^T after a chunk, before and after divided by sizes of its rows; that after bounds R^T.
 
-    That after is a bound of the rows of R^T, found while S^T K^T is computed.
+    What is large is used up in turn, for few registers.
     """
     b, slot = stream.buffers, lax.rem(step, _STAGES)
     gate = lambda i: by_column(load(b.gates.at[slot, i], COLUMNS), SLICE)
@@ -311,15 +316,18 @@ def _step(
     following, values = jnp.maximum(bound * _LEAST, TINY), None
     if stream.values_ref is not None:
         values = stream.read_values()
-        join_warps(interpret)  # all have read V
-        stream.fetch_values(step + 1)
         bound = jnp.maximum(bound, row_sizes(values))
     following = jnp.maximum(bound * strongest, following)
-    factor = gamma * size / following
-    residual = seen * by_row(-factor, CHUNK)
+    weight = strongest if stream.weighted else 1.0
+    size = gamma * size
+    residual = seen * by_row(-size, CHUNK)
     if values is not None:
-        residual += values.astype(f32) * by_row(1 / following, CHUNK) * gate(0)
-    residual *= gate(1)
-    kept = s * by_row(factor, s.shape[1])
-    s = accumulate(kept, (residual.astype(f16), b.y.at[slot]), interpret=interpret)
+        residual += values.astype(f32) * gate(0)
+        join_warps(interpret)  # all have read V
+        stream.fetch_values(step + 1)
+    if not stream.weighted:
+        residual *= gate(1)
+    residual = (residual * by_row(weight / following, CHUNK)).astype(f16)
+    kept = s * by_row(size / following, s.shape[1])
+    s = accumulate(kept, (residual, b.y.at[slot]), interpret=interpret)
     return s, following

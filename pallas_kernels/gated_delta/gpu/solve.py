@@ -12,8 +12,11 @@ from pallas_kernels.gated_delta.gpu import inverse
 from pallas_kernels.gated_delta.gpu.tiles import (
     CHUNK,
     COLUMNS,
+    ROWS,
+    TINY,
     bf16,
     by_column,
+    by_row,
     f16,
     f32,
     iota,
@@ -29,8 +32,11 @@ from pallas_kernels.gated_delta.gpu.tiles import (
 _COLUMNS = 64  # of Y at a time
 
 
-def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple[Array, ...]:
+def solve(k: Array, rows: Array, *, backward: bool, interpret: Any) -> tuple[Array, ...]:
     """Y = U K with U = (I + upper(K K^T diag(beta)))^-1, chunk by chunk.
+
+    Without a backward pass, which needs Y itself, diag(beta / largest beta) Y: `maps` then has less
+    to do at every step.
 
     Gates of a chunk are r_i = exp(sum_{j>i} g_j), beta, and, repeated, gamma = exp(sum_j g_j) and
     the largest beta. Sums are never differences of sums, which a reset of -1e4 would swallow.
@@ -38,12 +44,12 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
     Args:
         k: Keys [N, block, H, K] bfloat16, N all blocks; block a multiple of 8.
         rows: g and beta, [N, 2, H, chunks, 64] float32, zeros where tokens fill up the last chunk.
-        keep_inverse: Whether to return U.
+        backward: Whether there will be a backward pass.
         interpret: As in Plan.
 
     Returns:
         Y in the shape of k, float16; gates [N, H, chunks, 4, 64] float32; and U
-        [N, H, chunks, 64, 64] float16.
+        [N, H, chunks, 64, 64] float16, if there will be a backward pass.
     """
     blocks, _, heads, key_dim = k.shape
     entries = blocks, heads, rows.shape[3]
@@ -59,9 +65,14 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
                 plgpu.copy_gmem_to_smem(rows_ref.at[n, i, head, chunk], tile_rows.at[i], full)
             plgpu.barrier_wait(full)
             strength = by_column(load(tile_rows.at[1], COLUMNS), CHUNK)
+            strongest = jnp.maximum(strength.max(1), TINY)
             gram, _ = product((tile, tile.T), interpret=interpret)
             u = inverse.unit_inverse(gram * strength, interpret=interpret)
-            y = _times_keys(u, tile, interpret)
+            weights = None
+            if not backward:
+                beta = load(tile_rows.at[1], ROWS, optimized=False)
+                weights = beta / strongest
+            y = _times_keys(u, tile, weights, interpret)
             join_warps(interpret)  # the space of the keys serves anew
             return y, u
 
@@ -82,7 +93,7 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         out = plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles())
         half = plgpu.SMEM((CHUNK, inverse.HALF), f16, transforms=tiles(inverse.HALF))
         y, u = pl.run_scoped(invert, keys)
-        pl.run_scoped(emit, out, *([half, half] if keep_inverse else []))
+        pl.run_scoped(emit, out, *([half, half] if backward else []))
 
     return kernel(
         "solve",
@@ -92,21 +103,26 @@ def solve(k: Array, rows: Array, *, keep_inverse: bool, interpret: Any) -> tuple
         out_type=[
             jax.ShapeDtypeStruct(k.shape, f16),
             jax.ShapeDtypeStruct((*entries, 4, CHUNK), f32),
-            *([jax.ShapeDtypeStruct((*entries, CHUNK, CHUNK), f16)] if keep_inverse else []),
+            *([jax.ShapeDtypeStruct((*entries, CHUNK, CHUNK), f16)] if backward else []),
         ],
         interpret=interpret,
     )(k, rows)
 
 
-def _times_keys(u: tuple[Array, Array], tile: Any, interpret: Any) -> list[Array]:
-    """Columns of U K by twos of 64, float16: half the registers of all at once."""
+def _times_keys(
+    u: tuple[Array, Array], tile: Any, weights: Array | None, interpret: Any
+) -> list[Array]:
+    """Columns of diag(weights) U K by twos of 64, float16: half the registers of all at once."""
     (l_high, l_low), (r_high, r_low) = map(split, u)
     parts = []
     for start in range(0, tile.shape[1], _COLUMNS):
         rows = (tile.at[pl.ds(first, inverse.HALF)] for first in (0, inverse.HALF))
         top, bottom = (ref.at[:, pl.ds(start, _COLUMNS)] for ref in rows)
         pairs = ((l_low, top), (r_low, bottom), (l_high, top), (r_high, bottom))
-        parts.append(product(*pairs, interpret=interpret)[0].astype(f16))
+        part, _ = product(*pairs, interpret=interpret)
+        if weights is not None:
+            part *= by_row(weights, _COLUMNS)
+        parts.append(part.astype(f16))
     return parts
 
 

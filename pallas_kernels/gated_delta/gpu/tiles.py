@@ -25,7 +25,7 @@ ROWS = WGMMA.reduce(1)  # one number a row of a WGMMA matrix
 COLUMNS = WGMMA.reduce(0)  # one number a column
 
 TINY = 1e-30  # and its inverse are float32 numbers
-_LOAD_TAKES_INDEX = jax.__version__.startswith("0.10.")
+_JAX_0_10 = jax.__version__.startswith("0.10.")
 
 
 def tiles(columns: int = 64, itemsize: int = 2) -> tuple[Any, ...]:
@@ -38,13 +38,15 @@ def tiles(columns: int = 64, itemsize: int = 2) -> tuple[Any, ...]:
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
     """Reads a reference into registers; `optimized` insists on no bank conflicts."""
-    index = ((),) if _LOAD_TAKES_INDEX else ()
+    index = ((),) if _JAX_0_10 else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def load_transposed(ref: Any) -> Array:
     """The transpose of a 16-bit tile in shared memory."""
-    return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+    if _JAX_0_10:
+        return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+    return load(ref.T, WGMMA)
 
 
 def store(ref: Any, x: Array) -> None:
