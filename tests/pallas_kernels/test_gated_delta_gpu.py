@@ -29,14 +29,13 @@ SIZES = {"batch": 1, "heads": 1, "key": 128, "value": 128}
 
 # What cases of identical keys miss (WORKSPACE_NOTES, known gaps). With beta = 1 every token
 # overwrites all before it, and the gradient of g is what rounding leaves; where it is 0,
-# assert_close divides by 1e-3 of that of beta. With beta = 1.999 and no decay gradients of g and
-# beta are small differences of what all tokens of a chunk wrote: (I + L)^-1 is kept in float16, Y
-# is multiplied in bfloat16.
+# assert_close divides by 1e-3 of that of beta. With beta = 1.999 and no decay the gradient of beta
+# is a small difference of what all tokens of a chunk wrote: (I + L)^-1 is kept in float16.
 MISSED = {
-    "identical keys, beta 1, g -1": {"g": 2.0},
-    "identical keys, beta 1, reset": {"g": 0.1},
-    "identical keys, beta 1.999, g 0": {"g": 4e-2, "beta": 6e-2},
-    "identical keys, beta 1.999, g -0.0001": {"g": 4e-2, "beta": 6e-2},
+    "identical keys, beta 1, g -1": {"g": 0.6},
+    "identical keys, beta 1, reset": {"g": 6e-2},
+    "identical keys, beta 1.999, g 0": {"beta": 7e-2},
+    "identical keys, beta 1.999, g -0.0001": {"beta": 7e-2},
 }
 
 needs_interpreter = pytest.mark.skipif(
@@ -54,9 +53,7 @@ def states_and_gradients(plan):
 
 
 def interpreter_plan(block_size):
-    return Plan(
-        block_size, None, BFLOAT16, FLOAT32, plgpu.InterpretGPUParams(detect_races=True)
-    )
+    return Plan(block_size, None, BFLOAT16, FLOAT32, plgpu.InterpretGPUParams(detect_races=True))
 
 
 @functools.cache
@@ -184,6 +181,14 @@ def test_segments(chunks_of_a_segment):
 def test_cotangents_that_fade_out():
     """In the first of five chunks the cotangent is a denormal number, or zero."""
     check(make_inputs(320, **SIZES, g=-0.35), 320)
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_many_chunks_that_undo_each_other():
+    """Identical keys, beta near 2, no decay: rounding errors of Y, in float16, add up for good."""
+    tolerances = dict.fromkeys(TOLERANCES["bfloat16"], 2e-2) | {"g": 3e-2, "beta": 5e-2}
+    check(make_inputs(700, **SIZES, correlation=1, beta=1.999, g=0), 700, tolerances)
 
 
 @pytest.mark.slow

@@ -20,11 +20,10 @@ from pallas_kernels.devices import split_by_xla
 from pallas_kernels.gated_delta.gpu.fold import fold
 from pallas_kernels.gated_delta.gpu.gradients import gradients
 from pallas_kernels.gated_delta.gpu.scan import chunk_states, maps
-from pallas_kernels.gated_delta.gpu.segments import Segments, cut
+from pallas_kernels.gated_delta.gpu.segments import cut
 from pallas_kernels.gated_delta.gpu.solve import solve
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 from pallas_kernels.gated_delta.plan import Plan
-
 
 _MOST_VALUES = 512  # rows of a cotangent that fit shared memory
 

@@ -5,7 +5,7 @@ size for each of its rows; at every chunk it gives the gradients of the chunk's 
 the cotangent before the chunk. What the phases of a chunk need besides takes turns in one place.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -295,7 +295,8 @@ def _through_values(tile: _Tile, source: _Sources) -> _Sums:
     plgpu.barrier_wait(scratch.full)
     r, beta = by_row(tile.r, SLICE), by_row(tile.beta, SLICE)
     vdv = carried = plgpu.layout_cast(jnp.zeros((CHUNK,), f32), ROWS)
-    dx = drs = size = None
+    dx: tuple[Array, Array] | None = None  # its rows divided by sizes, and these
+    drs: Array | None = None
     written = []  # parts of dR S^T that wait for their product
     for i in range(count):
         v, s, d = scratch.v.at[i % slots], scratch.s.at[i % slots], scratch.d.at[i]
@@ -313,7 +314,7 @@ def _through_values(tile: _Tile, source: _Sources) -> _Sums:
         ks, _ = product((scratch.k, s.T), **static)
         carried += both - (dr * ks).sum(1)
         residual = (r * values - tile.gamma * ks) * d_size
-        add, size = _add(dx, size, residual, d, tile.interpret)
+        add = functools.partial(_add, dx, residual, d, tile.interpret)
         written.append((dr.astype(bf16), s))
         if i + 1 < count and i % slots + 1 < slots:
             dx = add()
@@ -326,21 +327,22 @@ def _through_values(tile: _Tile, source: _Sources) -> _Sums:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         join_warps(tile.interpret)  # the slices serve anew
         _fetch_slices(tile, source, i + 1)
-    return _Sums(dx, size, drs, vdv, carried)
+    assert dx is not None and drs is not None
+    return _Sums(*dx, drs, vdv, carried)
 
 
 def _add(
-    dx: Array | None, size: Array | None, residual: Array, d: Any, interpret: Any
-) -> tuple[Callable[[], Array], Array]:
-    """Makes dX + R D^T, with rows divided by a size, when called; and this size."""
-    following = row_sizes(residual)
-    if size is not None:
-        following = jnp.maximum(size, following)
-    pair = (residual * by_row(1 / following, SLICE)).astype(f16), d
+    dx: tuple[Array, Array] | None, residual: Array, d: Any, interpret: Any
+) -> tuple[Array, Array]:
+    """dX + R D^T, with rows divided by sizes, and these."""
+    size = row_sizes(residual)
+    if dx is not None:
+        size = jnp.maximum(size, dx[1])
+    pair = (residual * by_row(1 / size, SLICE)).astype(f16), d
     if dx is None:
-        return lambda: product(pair, interpret=interpret)[0], following
-    kept = dx * by_row(size / following, dx.shape[1])
-    return lambda: accumulate(kept, pair, interpret=interpret), following
+        return product(pair, interpret=interpret)[0], size
+    kept = dx[0] * by_row(dx[1] / size, dx[0].shape[1])
+    return accumulate(kept, pair, interpret=interpret), size
 
 
 def _overlap(tile: _Tile, s: Any, i: int) -> Array:

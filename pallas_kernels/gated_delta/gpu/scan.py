@@ -50,7 +50,6 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     scaled,
     store,
     tiles,
-    zeros,
 )
 
 _STAGES = 2  # chunks in shared memory at a time
@@ -298,9 +297,7 @@ def _unscaled(s: Array, size: Array) -> Array:
     return s * by_row(size, s.shape[1])
 
 
-def _step(
-    s: Array, size: Array, step: Any, stream: _Stream, interpret: Any
-) -> tuple[Array, Array]:
+def _step(s: Array, size: Array, step: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
     """S^T after a chunk, before and after divided by sizes of its rows; that after bounds R^T.
 
     What is large is used up in turn, for few registers.

@@ -14,6 +14,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     COLUMNS,
     ROWS,
     TINY,
+    WGMMA,
     bf16,
     by_column,
     by_row,
@@ -24,7 +25,7 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     kernel,
     load,
     product,
-    split,
+    split_f16,
     store,
     tiles,
 )
@@ -59,20 +60,28 @@ def solve(k: Array, rows: Array, *, backward: bool, interpret: Any) -> tuple[Arr
         n, head, chunk = (lax.axis_index(name) for name in ("block", "head", "chunk"))
         place, entry = (n, pl.ds(chunk * CHUNK, CHUNK), head), (n, head, chunk)
 
-        def invert(tile: Any) -> tuple[list[Array], tuple[Array, Array]]:
+        def invert(tile: Any, keys: Any) -> tuple[list[Array], tuple[Array, Array]]:
             plgpu.copy_gmem_to_smem(k_ref.at[place], tile, full)
             for i in (0, 1):
                 plgpu.copy_gmem_to_smem(rows_ref.at[n, i, head, chunk], tile_rows.at[i], full)
             plgpu.barrier_wait(full)
             strength = by_column(load(tile_rows.at[1], COLUMNS), CHUNK)
             strongest = jnp.maximum(strength.max(1), TINY)
-            gram, _ = product((tile, tile.T), interpret=interpret)
+
+            def convert() -> None:
+                # So that two parts of U hold 22 bits, see `inverse`.
+                for start in range(0, key_dim, _COLUMNS):
+                    columns = pl.ds(start, _COLUMNS)
+                    x = load(tile.at[:, columns], WGMMA)
+                    keys[:, start : start + _COLUMNS] = x.astype(f32).astype(f16)
+
+            gram, _ = product((tile, tile.T), meanwhile=convert, interpret=interpret)
             u = inverse.unit_inverse(gram * strength, interpret=interpret)
             weights = None
             if not backward:
                 beta = load(tile_rows.at[1], ROWS, optimized=False)
                 weights = beta / strongest
-            y = _times_keys(u, tile, weights, interpret)
+            y = _times_keys(u, keys, weights, interpret)
             join_warps(interpret)  # the space of the keys serves anew
             return y, u
 
@@ -89,10 +98,10 @@ def solve(k: Array, rows: Array, *, backward: bool, interpret: Any) -> tuple[Arr
             _write_gates(gates_ref.at[entry], tile_rows)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        keys = plgpu.SMEM((CHUNK, key_dim), bf16, transforms=tiles(inverse.HALF))
+        keys = lambda dtype: plgpu.SMEM((CHUNK, key_dim), dtype, transforms=tiles(inverse.HALF))
         out = plgpu.SMEM((CHUNK, key_dim), f16, transforms=tiles())
         half = plgpu.SMEM((CHUNK, inverse.HALF), f16, transforms=tiles(inverse.HALF))
-        y, u = pl.run_scoped(invert, keys)
+        y, u = pl.run_scoped(invert, keys(bf16), keys(f16))
         pl.run_scoped(emit, out, *([half, half] if backward else []))
 
     return kernel(
@@ -113,7 +122,7 @@ def _times_keys(
     u: tuple[Array, Array], tile: Any, weights: Array | None, interpret: Any
 ) -> list[Array]:
     """Columns of diag(weights) U K by twos of 64, float16: half the registers of all at once."""
-    (l_high, l_low), (r_high, r_low) = map(split, u)
+    (l_high, l_low), (r_high, r_low) = map(split_f16, u)
     parts = []
     for start in range(0, tile.shape[1], _COLUMNS):
         rows = (tile.at[pl.ds(first, inverse.HALF)] for first in (0, inverse.HALF))

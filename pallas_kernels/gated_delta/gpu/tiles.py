@@ -161,6 +161,12 @@ def split(x: Array) -> tuple[Array, Array]:
     return high.astype(bf16), (x - high).astype(bf16)
 
 
+def split_f16(x: Array) -> tuple[Array, Array]:
+    """Two float16 matrices whose sum is x to 22 bits, or to 3e-8, for x up to 65504."""
+    high = x.astype(f16)
+    return high, (x - high.astype(f32)).astype(f16)
+
+
 def kernel(
     name: str,
     body: Callable[..., None],
