@@ -96,7 +96,7 @@ def _block_states(
     *,
     backward: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """States at the boundaries of blocks; parts of A^T, and S^T before each, of all segments."""
+    """States at the boundaries of blocks; A^T of all segments in parts, and S^T between them."""
     batch, static = len(k), {"interpret": plan.interpret}
     k, v, start = _split(plan, k), _split(plan, v), initial_state.mT
     segments = cut(k, v, batch, backward=backward)

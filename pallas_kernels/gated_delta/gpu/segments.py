@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array, lax
-from jax import numpy as jnp
 
 from pallas_kernels.gated_delta.gpu.tiles import CHUNK, SLICE
 
