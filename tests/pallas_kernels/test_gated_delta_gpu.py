@@ -34,8 +34,8 @@ SIZES = {"batch": 1, "heads": 1, "key": 128, "value": 128}
 MISSED = {
     "identical keys, beta 1, g -1": {"g": 0.6},
     "identical keys, beta 1, reset": {"g": 6e-2},
-    "identical keys, beta 1.999, g 0": {"beta": 7e-2},
-    "identical keys, beta 1.999, g -0.0001": {"beta": 7e-2},
+    "identical keys, beta 1.999, g 0": {"beta": 6e-2},
+    "identical keys, beta 1.999, g -0.0001": {"beta": 6e-2},
 }
 
 needs_interpreter = pytest.mark.skipif(
@@ -74,7 +74,7 @@ def check(inputs, block_size, tolerances=TOLERANCES["bfloat16"]):
     assert_close(results, expected, tolerances)
     assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
     states = interpreted_forward(block_size)(*inputs)
-    assert_close((states, *results[1:]), expected, tolerances)
+    assert_close((states, *expected[1:]), expected, tolerances)
 
 
 def lower(shape, value_dim=None):
@@ -108,7 +108,7 @@ def test_lowers_for_cuda_at_all_true_sizes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value_dim", [64, 192, 512])
+@pytest.mark.parametrize("value_dim", [64, 192, 256, 512])
 def test_lowers_for_cuda_at_other_widths_of_values(value_dim):
     lower(SHAPES["wan1p3b_block"], value_dim)
 
@@ -186,9 +186,14 @@ def test_cotangents_that_fade_out():
 @pytest.mark.slow
 @needs_interpreter
 def test_many_chunks_that_undo_each_other():
-    """Identical keys, beta near 2, no decay: rounding errors of Y, in float16, add up for good."""
-    tolerances = dict.fromkeys(TOLERANCES["bfloat16"], 2e-2) | {"g": 3e-2, "beta": 5e-2}
-    check(make_inputs(700, **SIZES, correlation=1, beta=1.999, g=0), 700, tolerances)
+    """Identical keys, beta near 2, no decay: each token reverses what is there.
+
+    Rounding errors of Y, in float16, add up for good, to 1.7e-2 after 700 tokens; in the gradient
+    of beta those of the inverse too, to 3.1e-2.
+    """
+    missed = dict.fromkeys(("states", "k", "v"), 2e-2) | {"beta": 4e-2}
+    inputs = make_inputs(700, **SIZES, correlation=1, beta=1.999, g=0)
+    check(inputs, 700, TOLERANCES["bfloat16"] | missed)
 
 
 @pytest.mark.slow

@@ -174,24 +174,20 @@ def kernel(
     grid: dict[str, int],
     scratch: list[Any],
     cluster: dict[str, int] | None = None,
-    warpgroups: int = 1,
     **options: Any,
 ) -> Callable[..., Any]:
-    """plgpu.kernel under a name, with named axes; of several warpgroups with an axis "warpgroup".
+    """plgpu.kernel under a name, with named grid and cluster axes of single warpgroups.
 
     No barriers are added around shared memory: the kernels place them where warps meet.
     """
     body.__name__ = f"gated_delta_{name}"
     cluster = cluster or {}
-    # With the axis, Pallas refuses to allocate shared memory in scopes.
-    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     return plgpu.kernel(
         body,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         cluster=tuple(cluster.values()),
         cluster_names=tuple(cluster),
-        **threads,
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
