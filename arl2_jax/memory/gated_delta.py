@@ -1,5 +1,7 @@
 """ARL2's memory: softmax inside the block, a gated delta state of fixed size across blocks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,22 @@ from pallas_kernels.gated_delta import context_parallel
 State = Float[Array, "b h k v"]
 # Tokens by block, [B, blocks, n, H, ...]: a block is whole on its device, which needs no other.
 _BY_BLOCK = PartitionSpec(CLIPS, BLOCKS, None, HEADS)
+
+
+class Writes(NamedTuple):
+    """What the tokens of a block do to the state.
+
+    Attributes:
+      k: keys of unit length, [B, n, H, K].
+      v: values, [B, n, H, V].
+      g: log decay, at most 0, [B, n, H] float32.
+      beta: strength, in (0, 2), [B, n, H] float32.
+    """
+
+    k: Float[Array, "b n h k"]
+    v: Float[Array, "b n h v"]
+    g: Float[Array, "b n h"]
+    beta: Float[Array, "b n h"]
 
 
 class GatedDelta(nnx.Module):
@@ -101,16 +119,19 @@ class GatedDelta(nnx.Module):
         read = read.reshape(p.v.shape) * self.head_dim**-0.5
         return read, jax.nn.sigmoid(self.gate_proj(p.x))[..., None]
 
+    def writes(self, p: Projections) -> Writes:
+        """Compute keys, values, log decays and strengths of the tokens."""
+        k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
+        k = _unit(rotate(self._heads(k, self.phi_k), p.rope))
+        v = self._heads(p.v.reshape(p.x.shape) + self.lora_v(p.x), self.phi_v)
+        g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.a_proj(p.x) + self.dt_bias[...])
+        return Writes(k, v, g, 2 * jax.nn.sigmoid(self.b_proj(p.x)))
+
     def _states(self, p: Projections, state: State, blocks: int, kept: slice):
         """Those kept of the states before each block and after the last, as many as blocks.
 
         [B, blocks, H, D, D] float32.
         """
-        k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
-        k = _unit(rotate(self._heads(k, self.phi_k), p.rope))
-        v = self._heads(p.v.reshape(p.x.shape) + self.lora_v(p.x), self.phi_v)
-        g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.a_proj(p.x) + self.dt_bias[...])
-        beta = 2 * jax.nn.sigmoid(self.b_proj(p.x))
         split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
 
         def states(k, v, g, beta, state):
@@ -125,7 +146,7 @@ class GatedDelta(nnx.Module):
 
         inputs = (*(_BY_BLOCK,) * 4, PartitionSpec(CLIPS, HEADS))
         output = PartitionSpec(CLIPS, BLOCKS, HEADS)
-        return per_device(states, inputs, output)(*map(split, (k, v, g, beta)), state)
+        return per_device(states, inputs, output)(*map(split, self.writes(p)), state)
 
     def _heads(self, x: Float[Array, "b n c"], phi: nnx.Param) -> Float[Array, "b n h d"]:
         """Splits the heads and applies each head's own D x D projection."""
