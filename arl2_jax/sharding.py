@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"delta/(a|b|gate)_proj/kernel$", ("fsdp", None)),
     (r"delta/lora_\w+/a$", ("fsdp", None)),
     (r"delta/lora_\w+/b$", (None, "fsdp")),
-    (r"delta/(A_log|dt_bias)$", (None,)),
+    (r"delta/(A_log|dt_bias|beta_bias)$", (None,)),
     (r"(bias|scale)$", (None,)),
     (r"modulation$", (None, None)),
     (r"muon/\w+/ns_coeffs$", (None,)),

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from arl2_jax.config.memory import GatedDeltaConfig
 from arl2_jax.config.rules import require
 
 
@@ -25,7 +26,14 @@ class ModelConfig:
         the softmax cache.
       frames_per_block: latent frames denoised together.
       lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN).
-      memory_gate: "learned" is ARL2; "zero" closes the memory branch (the ablation without memory).
+      lora_init: bound of the uniform factor A at the start: 1 / sqrt(in) for "fan_in",
+        1 / sqrt(rank) for "published". Under Adam the latter trains many times faster at one rate.
+      memory_init: how a new memory starts: "published" is ARL2's code, which forgets a block of
+        many tokens; "by_block" sets decay, strength and read for blocks of the size at hand, and
+        gives the strength a bias, which ARL2's files have no place for.
+      memory_gate: "learned" is ARL2. The other two are controls without memory: "zero" closes the
+        memory branch, "local" lets its projections act on the softmax inside the block.
+      delta: settings of the gated delta memory.
       dtype: compute type of activations; parameters and memory states stay float32.
       remat: what training keeps of a layer: "none" keeps everything, "dots" the results of the
         weight products, "layer" only the layer's input.
@@ -46,7 +54,10 @@ class ModelConfig:
     frames_per_block: int = 3
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    memory_gate: Literal["learned", "zero"] = "learned"
+    lora_init: Literal["fan_in", "published"] = "fan_in"
+    memory_init: Literal["published", "by_block"] = "published"
+    memory_gate: Literal["learned", "zero", "local"] = "learned"
+    delta: GatedDeltaConfig = GatedDeltaConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "layer"] = "none"
 

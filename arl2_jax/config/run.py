@@ -50,6 +50,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
+        self._fill_in_block_tokens()
         unknown = [p for p in self.phases if p not in PHASES]
         require(not unknown, f"phases has {unknown}; known are {', '.join(PHASES)}")
         in_order = [p for p in PHASES if p in self.phases]
@@ -74,6 +75,13 @@ class Config:
                 f"data.{axis} gives {latents} latents, not a multiple of the patch {patch} in "
                 "model.patch_size; change it",
             )
+
+    def _fill_in_block_tokens(self) -> None:
+        """Let the clips say how many tokens a block has, where the model does not."""
+        if self.model.delta.block_tokens == 0:
+            tokens = self.model.frames_per_block * self.tokens_per_frame
+            delta = dataclasses.replace(self.model.delta, block_tokens=tokens)
+            object.__setattr__(self, "model", dataclasses.replace(self.model, delta=delta))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

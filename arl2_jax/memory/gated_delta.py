@@ -1,44 +1,29 @@
 """ARL2's memory: softmax inside the block, a gated delta state of fixed size across blocks."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
+from arl2_jax.memory import initial
 from arl2_jax.memory.interface import Projections
+from arl2_jax.memory.recurrence import (
+    BY_BLOCK,
+    Writes,
+    running_reads,
+    state_after,
+    states_before,
+)
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.rope import rotate
-from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, per_device
-from pallas_kernels import dot_product_attention, gated_delta_states
-from pallas_kernels.gated_delta import context_parallel
+from arl2_jax.sharding import per_device
+from pallas_kernels import dot_product_attention
 
 State = Float[Array, "b h k v"]
-# Tokens by block, [B, blocks, n, H, ...]: a block is whole on its device, which needs no other.
-_BY_BLOCK = PartitionSpec(CLIPS, BLOCKS, None, HEADS)
-
-
-class Writes(NamedTuple):
-    """What the tokens of a block do to the state.
-
-    Attributes:
-      k: keys of unit length, [B, n, H, K].
-      v: values, [B, n, H, V].
-      g: log decay, at most 0, [B, n, H] float32.
-      beta: strength, in (0, 2), [B, n, H] float32.
-    """
-
-    k: Float[Array, "b n h k"]
-    v: Float[Array, "b n h v"]
-    g: Float[Array, "b n h"]
-    beta: Float[Array, "b n h"]
 
 
 class GatedDelta(nnx.Module):
@@ -61,19 +46,23 @@ class GatedDelta(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dim, heads, dtype = cfg.dim, cfg.num_heads, jnp.dtype(cfg.dtype)
         self.heads, self.head_dim, self.eps, self.dtype = heads, cfg.head_dim, cfg.eps, dtype
-        self.closed = cfg.memory_gate == "zero"
+        self.gate, self.settings = cfg.memory_gate, cfg.delta
         # Xavier-uniform with gain 2^-2.5, whose square is the scale of the variance.
         gentle = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
         make = lambda: nnx.Linear(
             dim, heads, use_bias=False, kernel_init=gentle, dtype=jnp.float32, rngs=rngs
         )
         self.a_proj, self.b_proj, self.gate_proj = make(), make(), make()
-        rates = jax.random.uniform(rngs.params(), (heads,), minval=1e-4, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(rates))
-        self.dt_bias = nnx.Param(_dt_bias(rngs.params(), heads))
+        start = initial.values(cfg, rngs.params(), rngs.params())
+        self.A_log, self.dt_bias = nnx.Param(start.A_log), nnx.Param(start.dt_bias)
+        if start.beta_bias is not None:
+            self.beta_bias = nnx.Param(start.beta_bias)
         identity = jnp.tile(jnp.eye(cfg.head_dim), (heads, 1, 1))
-        self.phi_q, self.phi_k, self.phi_v = (nnx.Param(identity) for _ in range(3))
-        lora = lambda: LowRank(dim, dim, cfg.lora_rank, cfg.lora_alpha, dtype, rngs=rngs)
+        self.phi_q, self.phi_k = nnx.Param(identity), nnx.Param(identity)
+        self.phi_v = nnx.Param(initial.value_scale(cfg) * identity)
+        lora = lambda: LowRank(
+            dim, dim, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
+        )
         self.lora_q, self.lora_k, self.lora_v = lora(), lora(), lora()
 
     def init_state(self, batch: int, capacity: int = 0) -> State:
@@ -84,8 +73,8 @@ class GatedDelta(nnx.Module):
     def attend(self, p: Projections, state: State, position=0):
         """The block's own softmax plus what it reads from the state."""
         del position  # positions are in the rotation
-        local = attention(rotate(p.q, p.rope), rotate(p.k, p.rope), p.v)
-        if self.closed:
+        local = attention(*self._local(p))
+        if self.gate != "learned":
             return local
         read, gate = self._read(p, state[:, None], copies=1)
         return local + (gate * read).astype(local.dtype)
@@ -93,60 +82,74 @@ class GatedDelta(nnx.Module):
     def write(self, p: Projections, state: State, position=0) -> State:
         """The state after the block."""
         del position
-        return state if self.closed else self._states(p, state, 1, np.s_[1:])[:, 0]
+        if self.gate != "learned":
+            return state
+        return state_after(self.settings, self.writes(p), state)
 
     def attend_clip(self, p: Projections, blocks, copies):
         """All blocks at once: clean copies make the states, all copies read them."""
         split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
-        q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
-        local = per_device(_attend_inside, (_BY_BLOCK,) * 3, _BY_BLOCK)(q, k, v).reshape(p.v.shape)
-        if self.closed:
+        q, k, v = map(split, self._local(p))
+        local = per_device(_attend_inside, (BY_BLOCK,) * 3, BY_BLOCK)(q, k, v).reshape(p.v.shape)
+        if self.gate != "learned":
             return local, {}
         clean = p.first_of(copies)
-        states = self._states(clean, self.init_state(len(clean.x)), blocks, np.s_[:-1])
+        writes = self.writes(clean)
+        states = states_before(self.settings, writes, self.init_state(len(clean.x)), blocks)
         read, gate = self._read(p, states, copies)
         return local + (gate * read).astype(local.dtype), _diagnostics(local, read, gate)
 
+    def writes(self, p: Projections) -> Writes:
+        """Compute keys, values, log decays and strengths of the tokens."""
+        _, k, v = self._memory_heads(p)
+        if self.settings.decay == "none":
+            g = jnp.zeros((*p.x.shape[:2], self.heads), jnp.float32)
+        else:
+            g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.a_proj(p.x) + self.dt_bias[...])
+        strength = self.b_proj(p.x)
+        if hasattr(self, "beta_bias"):
+            strength = strength + self.beta_bias[...]
+        beta = self.settings.beta_max * jax.nn.sigmoid(strength)
+        return Writes(_unit(rotate(k, p.rope)), v, g, beta)
+
     def _read(self, p: Projections, states: Float[Array, "b m h k v"], copies: int):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
-        q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
-        q = _unit(rotate(self._heads(q, self.phi_q), p.rope))
-        q = rearrange(q, "(b s) (m n) h k -> b s m n h k", s=copies, m=states.shape[1])
-        # The state comes first: XLA for CPUs cannot run the other order in bfloat16.
-        read = jnp.einsum(
-            "bmhkv,bsmnhk->bsmnhv", states.astype(q.dtype), q, preferred_element_type=jnp.float32
-        )
+        q = _unit(rotate(self._memory_heads(p)[0], p.rope))
+        if self.settings.read == "token":
+            read = self._read_running(p, q, states, copies)
+        else:
+            q = rearrange(q, "(b s) (m n) h k -> b s m n h k", s=copies, m=states.shape[1])
+            # The state comes first: XLA for CPUs cannot run the other order in bfloat16.
+            read = jnp.einsum(
+                "bmhkv,bsmnhk->bsmnhv",
+                states.astype(q.dtype),
+                q,
+                preferred_element_type=jnp.float32,
+            )
         read = read.reshape(p.v.shape) * self.head_dim**-0.5
         return read, jax.nn.sigmoid(self.gate_proj(p.x))[..., None]
 
-    def writes(self, p: Projections) -> Writes:
-        """Compute keys, values, log decays and strengths of the tokens."""
+    def _read_running(self, p: Projections, q, states: Float[Array, "b m h k v"], copies: int):
+        """Reads of the running state: every copy of a block goes on from the block's state."""
+        fold = lambda x: x.reshape(-1, x.shape[1] // states.shape[1], *x.shape[2:])
+        before = jnp.repeat(states, copies, axis=0).reshape(-1, *states.shape[2:])
+        return running_reads(self.settings, fold(q), Writes(*map(fold, self.writes(p))), before)
+
+    def _local(self, p: Projections):
+        """Rotated queries and keys, and values, of the softmax inside the block."""
+        q, k, v = self._memory_heads(p) if self.gate == "local" else (p.q, p.k, p.v)
+        return rotate(q, p.rope), rotate(k, p.rope), v
+
+    def _memory_heads(self, p: Projections):
+        """Queries, keys and values of the memory, [B, n, H, D], neither rotated nor scaled."""
+        q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
         k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
-        k = _unit(rotate(self._heads(k, self.phi_k), p.rope))
-        v = self._heads(p.v.reshape(p.x.shape) + self.lora_v(p.x), self.phi_v)
-        g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.a_proj(p.x) + self.dt_bias[...])
-        return Writes(k, v, g, 2 * jax.nn.sigmoid(self.b_proj(p.x)))
-
-    def _states(self, p: Projections, state: State, blocks: int, kept: slice):
-        """Those kept of the states before each block and after the last, as many as blocks.
-
-        [B, blocks, H, D, D] float32.
-        """
-        split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
-
-        def states(k, v, g, beta, state):
-            own, size = k.shape[1:3]
-            k, v, g, beta = (x.reshape(len(x), -1, *x.shape[3:]) for x in (k, v, g, beta))
-            if own == blocks:
-                return gated_delta_states(k, v, g, beta, state, block_size=size)[:, kept]
-            # A device has some of the blocks; nothing moves but two matrices a head.
-            return context_parallel.gated_delta_states(
-                k, v, g, beta, state, axis_name=BLOCKS, block_size=size
-            )[:, kept]
-
-        inputs = (*(_BY_BLOCK,) * 4, PartitionSpec(CLIPS, HEADS))
-        output = PartitionSpec(CLIPS, BLOCKS, HEADS)
-        return per_device(states, inputs, output)(*map(split, self.writes(p)), state)
+        v = p.v.reshape(p.x.shape) + self.lora_v(p.x)
+        return (
+            self._heads(q, self.phi_q),
+            self._heads(k, self.phi_k),
+            self._heads(v, self.phi_v),
+        )
 
     def _heads(self, x: Float[Array, "b n c"], phi: nnx.Param) -> Float[Array, "b n h d"]:
         """Splits the heads and applies each head's own D x D projection."""
@@ -164,13 +167,6 @@ def _unit(x: Array) -> Array:
     """Rows of unit length; the small constant keeps zero rows at zero."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def _dt_bias(key: Array, heads: int) -> Array:
-    """Inverse softplus of step sizes, log-uniform in [1e-3, 1e-1]."""
-    low, high = jnp.log(1e-3), jnp.log(1e-1)
-    dt = jnp.exp(jax.random.uniform(key, (heads,), minval=low, maxval=high))
-    return dt + jnp.log(-jnp.expm1(-dt))
 
 
 def _diagnostics(local: Array, read: Array, gate: Array) -> dict[str, Array]:

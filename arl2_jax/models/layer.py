@@ -35,7 +35,13 @@ class Delta(GatedDelta):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(cfg, rngs=rngs)
         lora = lambda i, o: LowRank(
-            i, o, cfg.lora_rank, cfg.lora_alpha, jnp.dtype(cfg.dtype), rngs=rngs
+            i,
+            o,
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            jnp.dtype(cfg.dtype),
+            init=cfg.lora_init,
+            rngs=rngs,
         )
         self.lora_fc1 = lora(cfg.dim, cfg.ffn_dim)
         self.lora_fc2 = lora(cfg.ffn_dim, cfg.dim)

@@ -130,8 +130,8 @@ def compute_shapes(cfg: ModelConfig) -> Params:
 
 # Small parameters that steer the network or the state; they stay float32.
 _KEEP_FLOAT32 = {
-    "scale", "modulation", "A_log", "dt_bias", "a_proj", "b_proj", "gate_proj", "time_embedding",
-    "time_projection",
+    "scale", "modulation", "A_log", "dt_bias", "beta_bias", "a_proj", "b_proj", "gate_proj",
+    "time_embedding", "time_projection",
 }  # fmt: skip
 
 

@@ -7,12 +7,18 @@ from flax import nnx
 class LowRank(nnx.Module):
     """x A B * alpha / rank; A is Kaiming-uniform and B zero, so it starts as no update.
 
+    A is uniform in +-1 / sqrt(fan): Kaiming with the slope sqrt(5) of PyTorch's linear layers. The
+    fan is in_dim for init="fan_in". ARL2's code holds A as [in, rank], of which PyTorch takes the
+    rank for the fan: init="published".
+
     Source: LoRA, arXiv 2106.09685.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dtype, *, rngs):
-        # Uniform in +-1 / sqrt(in_dim): Kaiming with the slope sqrt(5) of PyTorch's linear layers.
-        kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    def __init__(
+        self, in_dim: int, out_dim: int, rank: int, alpha: float, dtype, *, init: str, rngs
+    ):
+        fan = "fan_in" if init == "fan_in" else "fan_out"  # of [in_dim, rank]
+        kaiming = nnx.initializers.variance_scaling(1 / 3, fan, "uniform")
         self.a = nnx.Param(kaiming(rngs.params(), (in_dim, rank)))
         self.b = nnx.Param(jnp.zeros((rank, out_dim)))
         self.scale = alpha / rank

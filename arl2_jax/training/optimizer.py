@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from arl2_jax.config import ConfigError, PhaseConfig
@@ -58,28 +59,44 @@ def learning_rate_factors(phase: PhaseConfig, params: Any) -> Any:
     return factors
 
 
-def make_optimizer(phase: PhaseConfig, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    phase: PhaseConfig, params: Any, *, value_scale: float = 1.0
+) -> optax.GradientTransformation:
     """Gradient clipping, AdamW or Muon, and the learning rates of a phase.
 
     Muon (kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-    orthogonal matrix; everything that is no matrix of a layer stays with AdamW.
+    orthogonal matrix; everything that is no matrix of a layer stays with AdamW. Weight decay pulls
+    the memory's projections P towards where they start, and all else towards zero.
 
     Args:
       phase: the phase.
       params: the trained parameters or their shapes.
+      value_scale: P_v starts as this times the identity.
     """
     factors = learning_rate_factors(phase, params)
-    decayed = jax.tree_util.tree_map_with_path(
-        lambda path, _: not re.search(NO_DECAY, path_name(path)), params
-    )
     scale = lambda updates: jax.tree.map(lambda u, f: u * f, updates, factors)
     return optax.chain(
         optax.clip_by_global_norm(phase.clip_norm),
         _precondition(phase, params),
-        optax.add_decayed_weights(phase.weight_decay, mask=decayed),
+        optax.stateless(_add_decay(phase.weight_decay, value_scale)),
         optax.stateless(lambda updates, params: scale(updates)),
         optax.scale_by_learning_rate(learning_rate(phase)),
     )
+
+
+def _add_decay(rate: float, value_scale: float):
+    """Updates plus rate times the distance of each decayed parameter from where decay ends."""
+
+    def add(path, update, param):
+        name = path_name(path)
+        if re.search(NO_DECAY, name):
+            return update
+        if re.search(r"phi_[qkv]$", name):
+            scale = value_scale if name.endswith("phi_v") else 1.0
+            param = param - scale * jnp.eye(param.shape[-1], dtype=param.dtype)
+        return update + rate * param
+
+    return lambda updates, params: jax.tree_util.tree_map_with_path(add, updates, params)
 
 
 def _precondition(phase: PhaseConfig, params: Any) -> optax.GradientTransformation:

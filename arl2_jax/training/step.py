@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from arl2_jax.config import Config
 from arl2_jax.generation.rollout import rollout
+from arl2_jax.memory.initial import value_scale
 from arl2_jax.models import Params
 from arl2_jax.training import losses
 from arl2_jax.training.losses import NoisedClip
@@ -39,7 +40,7 @@ class TrainState(NamedTuple):
 
 def init_state(config: Config, phase: str, trained: Params, key: Array) -> TrainState:
     """State before the first step of a phase; a step may donate it, so it shares no buffer."""
-    optimizer = make_optimizer(getattr(config, phase), trained)
+    optimizer = _optimizer(config, phase, trained)
     copy = lambda: jax.tree.map(jnp.copy, trained)
     return TrainState(jnp.int32(0), copy(), optimizer.init(trained), copy(), key)
 
@@ -66,7 +67,7 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
         clip = losses.noise_clip(noise_key, config.model, latents, text, config.sampler.shift)
         one = lambda micro: gradients(config, state.params, frozen, micro)
         grads, metrics = accumulate(one, clip, settings.accumulation)
-        optimizer = make_optimizer(settings, state.params)
+        optimizer = _optimizer(config, phase, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         # Early steps are forgotten faster, so that the average does not remember the start.
@@ -79,6 +80,11 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
         return TrainState(state.step + 1, params, opt_state, ema, key), metrics
 
     return step
+
+
+def _optimizer(config: Config, phase: str, trained: Params):
+    scale = value_scale(config.model)
+    return make_optimizer(getattr(config, phase), trained, value_scale=scale)
 
 
 def accumulate(gradients: Callable, clip: NoisedClip, parts: int):
