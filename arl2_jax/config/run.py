@@ -78,7 +78,7 @@ class Config:
 
     def _fill_in_block_tokens(self) -> None:
         """Let the clips say how many tokens a block has, where the model does not."""
-        if self.model.delta.block_tokens == 0:
+        if self.model.memory_init == "by_block" and self.model.delta.block_tokens == 0:
             tokens = self.model.frames_per_block * self.tokens_per_frame
             delta = dataclasses.replace(self.model.delta, block_tokens=tokens)
             object.__setattr__(self, "model", dataclasses.replace(self.model, delta=delta))

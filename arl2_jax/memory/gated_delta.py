@@ -93,11 +93,18 @@ class GatedDelta(nnx.Module):
         local = per_device(_attend_inside, (BY_BLOCK,) * 3, BY_BLOCK)(q, k, v).reshape(p.v.shape)
         if self.gate != "learned":
             return local, {}
-        clean = p.first_of(copies)
-        writes = self.writes(clean)
-        states = states_before(self.settings, writes, self.init_state(len(clean.x)), blocks)
-        read, gate = self._read(p, states, copies)
+        read, gate = self.read_clip(p, blocks, copies)
         return local + (gate * read).astype(local.dtype), _diagnostics(local, read, gate)
+
+    def read_clip(self, p: Projections, blocks: int, copies: int):
+        """What every token of a clip reads of the past, [B, n, H, D] float32, and its gate.
+
+        The gate is [B, n, H, 1]; arguments as in `attend_clip`.
+        """
+        clean = p.first_of(copies)
+        state = self.init_state(len(clean.x))
+        states = states_before(self.settings, self.writes(clean), state, blocks)
+        return self._read(p, states, copies)
 
     def writes(self, p: Projections) -> Writes:
         """Compute keys, values, log decays and strengths of the tokens."""
