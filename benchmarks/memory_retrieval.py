@@ -44,6 +44,9 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights, markers 
 _STARTS = flags.DEFINE_list("starts", [], "Names to run; by default all of them.")
 _CORRELATION = flags.DEFINE_float("correlation", 0.0, "Share of a direction that all keys have.")
 _ROPE = flags.DEFINE_bool("rope", False, "Rotate by frame as in three frames a block.")
+_LOSS = flags.DEFINE_enum(
+    "loss", "asking", ["asking", "all"], "Tokens that the loss counts; all others should read 0."
+)
 _DTYPE = flags.DEFINE_string("dtype", None, "Compute type; bfloat16 on GPUs, else float32.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
@@ -54,6 +57,7 @@ MATCH = 0.8
 TRAINED = ("a_proj", "b_proj", "gate_proj", "A_log", "dt_bias", "beta_bias", "phi_q", "phi_k",
            "phi_v")  # fmt: skip
 LAGS = (1, 2, 3, 4, 8, 16)
+_TEST_CLIPS = 16
 
 
 class Start(NamedTuple):
@@ -80,6 +84,7 @@ STARTS = {
     "load 0.05": Start({"write_load": 0.05}),
     "load 0.15": Start({"write_load": 0.15}),
     "load 1": Start({"write_load": 1.0}),
+    "load 2": Start({"write_load": 2.0}),
     "strong writes": Start(published=("beta_bias",)),
     "decay in 0.5 to 20 blocks": Start({"time_constants": (0.5, 20.0)}),
     "decay in 20 to 2000 blocks": Start({"time_constants": (20.0, 2000.0)}),
@@ -130,63 +135,85 @@ def _config() -> ModelConfig:
 
 def retrieval(cfg: ModelConfig, start: Start, seed: int) -> dict[str, Any]:
     """Trains one layer; returns its error by lag over fresh clips and how long it took."""
-    key = jax.random.key(seed)
-    module_key, marker_key, train_key, test_key = jax.random.split(key, 4)
-    made = dataclasses.replace(
-        cfg,
-        memory_init=start.memory_init,
-        delta=dataclasses.replace(cfg.delta, **start.delta),
-    )
-    graph, params = _init(made, module_key)
-    published = _init(dataclasses.replace(cfg, memory_init="published"), module_key)[1]
+    module_key, marker_key, train_key, test_key = jax.random.split(jax.random.key(seed), 4)
+    delta = dataclasses.replace(cfg.delta, **start.delta)
+    made = dataclasses.replace(cfg, memory_init=start.memory_init, delta=delta)
+    params = initial_params(made, module_key)
+    published = initial_params(dataclasses.replace(cfg, memory_init="published"), module_key)
     for name in start.published:
         params[name] = published.get(name, jnp.zeros_like(params[name]))
     trained = {name: params.pop(name) for name in TRAINED if name in params}
-    markers = _markers(cfg, marker_key)
-    optimizer = optax.adam(_RATE.value)
+    programs = make_programs(dataclasses.replace(made, delta=_without_initial_values(delta)))
+    markers = draw_markers(cfg, marker_key)
 
-    def read(trained, key):
-        clip, target, asking = _clip(cfg, markers, key)
-        module = nnx.merge(graph, params | trained)
-        value, gate = module.read_clip(clip, _BLOCKS.value, copies=1)
-        by_block = lambda x: x.reshape(1, _BLOCKS.value, -1, *x.shape[2:])
-        error = by_block(gate * value - target)
-        return error, by_block(target), asking
-
-    def loss(trained, key):
-        error, target, _ = read(trained, key)
-        return jnp.sum(jnp.square(error)) / jnp.sum(jnp.square(target))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained, state, key):
-        value, gradient = jax.value_and_grad(loss)(trained, key)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(trained, updates), state, value
-
-    @jax.jit
-    def test(trained, key):
-        error, target, asking = read(trained, key)
-        pick = lambda x: jnp.take_along_axis(x, asking[None, :, :, None, None], axis=2)
-        return tuple(jnp.sum(jnp.square(pick(x)), axis=(0, 2, 3, 4)) for x in (error, target))
-
-    state = optimizer.init(trained)
-    compiled = step.lower(trained, state, train_key).compile()
+    state = programs.optimizer.init(trained)
+    programs.test(trained, params, markers, test_key)  # compiles
+    compiled = programs.step.lower(trained, state, params, markers, train_key).compile()
     began, losses = time.perf_counter(), []
     for i in range(_STEPS.value):
-        trained, state, value = compiled(trained, state, jax.random.fold_in(train_key, i))
+        key = jax.random.fold_in(train_key, i)
+        trained, state, value = compiled(trained, state, params, markers, key)
         if i % max(_STEPS.value // 20, 1) == 0 or i == _STEPS.value - 1:
             losses.append(float(value))
     seconds = time.perf_counter() - began
-    sums = [test(trained, jax.random.fold_in(test_key, i)) for i in range(16)]
-    error, target = (np.sum(x, axis=0) for x in zip(*jax.device_get(sums), strict=True))
+    keys = (jax.random.fold_in(test_key, i) for i in range(_TEST_CLIPS))
+    sums = jax.device_get([programs.test(trained, params, markers, key) for key in keys])
+    error, target = (np.sum(x, axis=0) for x in zip(*sums, strict=True))
     by_lag = (error[1:] / target[1:]).tolist()
     return {"seed": seed, "error_by_lag": by_lag, "seconds": seconds, "losses": losses}
 
 
-def _init(cfg: ModelConfig, key):
-    make = lambda: GatedDelta(cfg, rngs=nnx.Rngs(key))
-    graph = nnx.split(nnx.eval_shape(make))[0]
-    return graph, jax.jit(lambda: nnx.to_pure_dict(nnx.split(make())[1]))()
+def _without_initial_values(delta: GatedDeltaConfig) -> GatedDeltaConfig:
+    """The settings that a compiled program depends on: starts that differ in values share one."""
+    named = ("rule", "decay", "beta_max", "read", "span")
+    return GatedDeltaConfig(**{name: getattr(delta, name) for name in named}, block_tokens=1)
+
+
+class Programs(NamedTuple):
+    """Compiled functions of a layer's training."""
+
+    optimizer: optax.GradientTransformation
+    step: Any
+    test: Any
+
+
+@functools.lru_cache
+def make_programs(cfg: ModelConfig) -> Programs:
+    """Makes the training step and the test, both jitted."""
+    graph = nnx.split(nnx.eval_shape(lambda: GatedDelta(cfg, rngs=nnx.Rngs(0))))[0]
+    optimizer = optax.adam(_RATE.value)
+
+    def read(trained, params, markers, key):
+        clip, target, asking = draw_clip(cfg, markers, key)
+        value, gate = nnx.merge(graph, params | trained).read_clip(clip, _BLOCKS.value, copies=1)
+        by_block = lambda x: x.reshape(_BLOCKS.value, -1, *x.shape[2:])
+        pick = lambda x: jnp.take_along_axis(by_block(x), asking[:, :, None, None], axis=1)
+        return gate * value, target, pick
+
+    def loss(trained, params, markers, key):
+        value, target, pick = read(trained, params, markers, key)
+        if _LOSS.value == "asking":
+            value, target = pick(value), pick(target)
+        return jnp.sum(jnp.square(value - target)) / jnp.sum(jnp.square(target))
+
+    @jax.jit
+    def step(trained, state, params, markers, key):
+        value, gradient = jax.value_and_grad(loss)(trained, params, markers, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(trained, updates), state, value
+
+    @jax.jit
+    def test(trained, params, markers, key):
+        value, target, pick = read(trained, params, markers, key)
+        square = lambda x: jnp.sum(jnp.square(x), axis=(1, 2, 3))
+        return square(pick(value - target)), square(pick(target))
+
+    return Programs(optimizer, step, test)
+
+
+def initial_params(cfg: ModelConfig, key) -> dict[str, jax.Array]:
+    """A fresh memory's parameters."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(GatedDelta(cfg, rngs=nnx.Rngs(key)))[1]))()
 
 
 class Markers(NamedTuple):
@@ -198,12 +225,13 @@ class Markers(NamedTuple):
     common: jax.Array  # in all keys and queries, [C]
 
 
-def _markers(cfg: ModelConfig, key) -> Markers:
+def draw_markers(cfg: ModelConfig, key) -> Markers:
+    """Draws the directions of one seed."""
     rows = jax.random.normal(key, (MARKED + 3, cfg.dim))
     return Markers(rows[:MARKED], *rows[MARKED:])
 
 
-def _clip(cfg: ModelConfig, markers: Markers, key):
+def draw_clip(cfg: ModelConfig, markers: Markers, key):
     """A clip of one video: projections, targets [1, T, H, D], and asking tokens [blocks, 8]."""
     blocks, n, dtype = _BLOCKS.value, _TOKENS.value, jnp.dtype(cfg.dtype)
     place_key, *noise_keys = jax.random.split(key, 5)
@@ -242,13 +270,13 @@ def _rope(cfg: ModelConfig) -> Rope:
 
 
 def _write(rows: dict[str, Any]) -> None:
-    shapes = {name: flags.FLAGS[name].value for name in
-              ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "correlation",
-               "rope")}  # fmt: skip
+    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "correlation",
+             "loss", "rope")  # fmt: skip
+    shapes = {name: flags.FLAGS[name].value for name in names}
     result = {
         "what": "relative squared error of what a layer's memory brings back, by lag in blocks",
         "timed": "wall time of the training steps, compilation apart",
-        "shapes": shapes | {"dtype": _config().dtype, "marked": MARKED, "test_clips": 16},
+        "shapes": shapes | {"dtype": _config().dtype, "marked": MARKED, "test_clips": _TEST_CLIPS},
         **describe_device(),
         "starts": rows,
     }
