@@ -105,7 +105,9 @@ class GatedDelta(nnx.Module):
         clean = p.first_of(copies)
         states = self._states(clean, self.init_state(len(clean.x)), blocks, np.s_[:-1])
         read, gate = self._read(p, states, copies)
-        return local + (gate * read).astype(local.dtype), _diagnostics(local, read, gate)
+        # The states have computed the writes already; the compiler merges equal operations.
+        logged = _diagnostics(local, read, gate, self.writes(clean), blocks)
+        return local + (gate * read).astype(local.dtype), logged
 
     def _read(self, p: Projections, states: Float[Array, "b m h k v"], copies: int):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
@@ -173,10 +175,18 @@ def _dt_bias(key: Array, heads: int) -> Array:
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def _diagnostics(local: Array, read: Array, gate: Array) -> dict[str, Array]:
-    """The published measures of how much a layer uses its memory."""
+def _diagnostics(
+    local: Array, read: Array, gate: Array, writes: Writes, blocks: int
+) -> dict[str, Array]:
+    """The published measures of how much a layer uses its memory, and what its writes leave of it.
+
+    The latter are means over heads: what the decay alone leaves after a block, exp(sum g); the
+    strength; and how often the writes of a block replace the whole state, n beta / D.
+    """
     rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-    local_rms = rms(local)
+    local_rms, beta = rms(local), jnp.mean(writes.beta)
+    batch, time, heads, width = writes.k.shape
+    g = writes.g.reshape(batch, blocks, time // blocks, heads)
     return {
         "local_rms": local_rms,
         "memory_rms": rms(read),
@@ -184,4 +194,7 @@ def _diagnostics(local: Array, read: Array, gate: Array) -> dict[str, Array]:
         "gate_mean": jnp.mean(gate),
         "gate_below_0.05": jnp.mean(gate < 0.05),
         "gate_above_0.95": jnp.mean(gate > 0.95),
+        "block_decay": jnp.mean(jnp.exp(jnp.sum(g, axis=2))),
+        "beta_mean": beta,
+        "write_load": time // blocks / width * beta,
     }
