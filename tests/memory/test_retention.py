@@ -121,6 +121,15 @@ def test_independent_keys_keep_what_the_closed_form_says(beta, g):
     np.testing.assert_allclose(found["load"], n * beta / width, rtol=1e-5)
 
 
+def test_bfloat16_keys_are_measured_as_well():
+    writes = make_writes(128, width=16)
+    half = writes._replace(k=writes.k.astype(jnp.bfloat16), v=writes.v.astype(jnp.bfloat16))
+    found, wanted = measure(half, 2), measure(writes, 2)
+    for name in ("retention", "best_kept", "survival_2", "tokens", "blocks"):
+        # Keys are off by 2^-9, in 64 tokens a block at random.
+        np.testing.assert_allclose(found[name], wanted[name], rtol=3e-2, err_msg=name)
+
+
 def test_without_writes_the_decay_is_all_there_is():
     writes = make_writes(32, beta=1e-9, g=-0.05)
     found = measure(writes, 4)
