@@ -83,7 +83,9 @@ def inspect_memory(
     check_writable(file.parent, remedy="name another file")
     params = load_params(path, cfg, jax.random.key(seed), precision="compute", entry=entry)
     measures = retention(params, cfg, clips)
-    write_whole(file, (json.dumps(measures, indent=1) + "\n").encode())
+    # One measure a line: the tables are long.
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in measures.items()]
+    write_whole(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     write_whole(file.with_suffix(".png"), retention_picture(measures))
     return measures
 

@@ -48,8 +48,8 @@ def retention_table(measures: dict[str, Any]) -> str:
       Lines of at most 80 columns.
     """
     heads = "".join(f"{heading:>19}" for _, heading in _COLUMNS)
-    names = f"{'median':>7}{'min':>6}{'max':>6}" * len(_COLUMNS)
-    lines = [f"{'':>4}{heads}", f"{'lay.':>4}{names}"]
+    names = f"{'med.':>7}{'min':>6}{'max':>6}" * len(_COLUMNS)
+    lines = [f"{'':>4}{heads}", f"layer{names[1:]}"]
     for i, layer in enumerate(measures["layers"]):
         cells = []
         for name, _ in _COLUMNS:
