@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from arl2_jax.generation.released import Picture
 
 
+_SAVE_MEMORY = (
+    "make the video shorter or smaller, use a model with more hybrid layers, or set --vae_tile"
+)
+
+
 def entry_flag() -> flags.FlagHolder:
     """Defines the flag that chooses between the models of a .pt file."""
     return flags.DEFINE_enum(
@@ -84,6 +89,51 @@ def encoder_flags() -> Callable[[], "Encoders"]:
     return make
 
 
+def layers_flag() -> Callable[[], tuple[int, ...] | None]:
+    """Defines the flag that names layers, such as 0-13,20; the result lists them, or is None."""
+    chosen = flags.DEFINE_list("hybrid_layers", None, "Layers to be converted, such as 0-13,20.")
+
+    def make() -> tuple[int, ...] | None:
+        return None if chosen.value is None else _layers(chosen.value)
+
+    return make
+
+
+def _layers(values: Sequence[str]) -> tuple[int, ...]:
+    layers = set()
+    try:
+        for value in values:
+            first, _, last = value.partition("-")
+            found = range(int(first), int(last or first) + 1)
+            if not found:
+                raise ValueError
+            layers.update(found)
+    except ValueError:
+        layers.clear()
+    if not layers:
+        raise ConfigError(
+            f"--hybrid_layers={','.join(values)} must be layers or rising ranges of them, such as "
+            "0-13,20"
+        )
+    return tuple(sorted(layers))
+
+
+def latent_shape_flag() -> Callable[[], tuple[int, int]]:
+    """Defines the flag of a latent frame's size; the result is (rows, columns)."""
+    size = flags.DEFINE_list("latent_shape", ["60", "104"], "Rows,columns of random latents.")
+
+    def make() -> tuple[int, int]:
+        try:
+            rows, columns = (int(value) for value in size.value)
+        except ValueError:
+            raise ConfigError(
+                f"--latent_shape={','.join(size.value)} must be two whole numbers, such as 60,104"
+            ) from None
+        return rows, columns
+
+    return make
+
+
 def _tile(values: Sequence[str]) -> tuple[int, int]:
     try:
         rows, columns = (int(value) for value in values)
@@ -96,13 +146,20 @@ def _tile(values: Sequence[str]) -> tuple[int, int]:
     return rows, columns
 
 
-def run(main: Callable[[], None], *, one_of: Sequence[str] = (), required: Sequence[str] = ()):
+def run(
+    main: Callable[[], None],
+    *,
+    one_of: Sequence[str] = (),
+    required: Sequence[str] = (),
+    save_memory: str = _SAVE_MEMORY,
+):
     """Parses the flags and calls `main`; whatever the user can mend is told in one line.
 
     Args:
       main: called without arguments once the flags have values.
       one_of: names of flags of which exactly one must be given.
       required: names of flags that must be given.
+      save_memory: what to do where the device is out of memory.
     """
 
     def parse(argv):
@@ -125,9 +182,6 @@ def run(main: Callable[[], None], *, one_of: Sequence[str] = (), required: Seque
         except RuntimeError as error:  # jax's own error is one, and jax need not be imported
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            sys.exit(
-                "error: the device is out of memory; make the video shorter or smaller, use a "
-                "model with more hybrid layers, or set --vae_tile"
-            )
+            sys.exit(f"error: the device is out of memory; {save_memory}")
 
     app.run(call, flags_parser=parse)

@@ -31,6 +31,7 @@ ARROWS = {
     },
     "arl2_jax.evaluation": {
         "config", "sharding", "storage", "models", "diffusion", "generation", "data", "training",
+        "weights",
     },
 }  # fmt: skip
 KERNELS = {"arl2_jax.nn", "arl2_jax.memory"}

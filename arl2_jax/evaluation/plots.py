@@ -88,6 +88,8 @@ def _panels(logged: dict[str, Records]) -> list[tuple[str, str, dict]]:
         ("stage1", "error", "Stage 1 error per layer", "relative squared error"),
         ("stage2", "gate_mean", "Stage 2 memory gate per layer", "mean gate"),
         ("stage2", "gated_memory_to_local", "Stage 2 use of memory per layer", "memory / local"),
+        ("stage2", "block_decay", "Stage 2 decay over a block per layer", "share left"),
+        ("stage2", "write_load", "Stage 2 write load per layer", "n beta / D"),
     )
     for phase, name, title, ylabel in per_layer:
         keys = sorted({k for r in logged.get(phase, []) for k in r if k.endswith(f"/{name}")})

@@ -93,8 +93,11 @@ class GatedDelta(nnx.Module):
         local = per_device(_attend_inside, (BY_BLOCK,) * 3, BY_BLOCK)(q, k, v).reshape(p.v.shape)
         if self.gate != "learned":
             return local, {}
-        read, gate = self.read_clip(p, blocks, copies)
-        return local + (gate * read).astype(local.dtype), _diagnostics(local, read, gate)
+        clean = p.first_of(copies)
+        writes, empty = self.writes(clean), self.init_state(len(clean.x))
+        read, gate = self._read(p, states_before(self.settings, writes, empty, blocks), copies)
+        logged = _diagnostics(local, read, gate, writes, blocks)
+        return local + (gate * read).astype(local.dtype), logged
 
     def read_clip(self, p: Projections, blocks: int, copies: int):
         """What every token of a clip reads of the past, [B, n, H, D] float32, and its gate.
@@ -176,10 +179,18 @@ def _unit(x: Array) -> Array:
     return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def _diagnostics(local: Array, read: Array, gate: Array) -> dict[str, Array]:
-    """The published measures of how much a layer uses its memory."""
+def _diagnostics(
+    local: Array, read: Array, gate: Array, writes: Writes, blocks: int
+) -> dict[str, Array]:
+    """The published measures of how much a layer uses its memory, and what its writes leave of it.
+
+    The latter are means over heads: what the decay alone leaves after a block, exp(sum g); the
+    strength; and how often the writes of a block replace the whole state, n beta / D.
+    """
     rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-    local_rms = rms(local)
+    local_rms, beta = rms(local), jnp.mean(writes.beta)
+    batch, time, heads, width = writes.k.shape
+    g = writes.g.reshape(batch, blocks, time // blocks, heads)
     return {
         "local_rms": local_rms,
         "memory_rms": rms(read),
@@ -187,4 +198,7 @@ def _diagnostics(local: Array, read: Array, gate: Array) -> dict[str, Array]:
         "gate_mean": jnp.mean(gate),
         "gate_below_0.05": jnp.mean(gate < 0.05),
         "gate_above_0.95": jnp.mean(gate > 0.95),
+        "block_decay": jnp.mean(jnp.exp(jnp.sum(g, axis=2))),
+        "beta_mean": beta,
+        "write_load": time // blocks / width * beta,
     }

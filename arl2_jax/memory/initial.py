@@ -79,7 +79,8 @@ def _by_block(cfg: ModelConfig, key: Array) -> InitialValues:
     blocks = short * (long / short) ** (parts / heads)
     steps = 1 / (blocks * settings.block_tokens)
     strength = initial_strength(settings.block_tokens, cfg.head_dim, settings.write_load)
-    share = strength / settings.beta_max
+    # Inside the range of a sigmoid, where it still has a slope.
+    share = min(strength / settings.beta_max, 0.95)
     bias = jnp.full(heads, math.log(share / (1 - share)))
     return InitialValues(jnp.zeros(heads), _inverse_softplus(steps), bias)
 

@@ -15,6 +15,7 @@ from arl2_jax.models import Params
 from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
+from arl2_jax.training.retention import record_retention
 from arl2_jax.weights import find_release, load_params
 from arl2_jax.weights.folder import load_params_folder, save_params
 
@@ -103,9 +104,11 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         delta, _ = split_params(params, "/delta/")
         params = merge_params(phase("teacher", models.without_delta(params)), delta)
     untrained, stages = params, {}
+    record_retention(config, untrained, data, folder, warn=True)
     for name in ("stage1", "stage2"):
         if name in config.phases:
             params = stages[name] = phase(name, params)
+            record_retention(config, params, data, folder / name)
     control = None
     if config.evaluation.control and "stage2" in config.phases:
         # A closed gate leaves stage 1 nothing to learn: all its gradients are zero.

@@ -63,6 +63,18 @@ def test_everything_is_there(converted, config):
     assert from_config_dict(stored) == config
 
 
+def test_retention_is_kept_before_and_after_each_stage(converted, config):
+    """Of the untrained model and of both stages; neither teacher nor control has one."""
+    folder = Path(config.train.workdir)
+    found = {path.parent.name for path in folder.rglob("retention.json")}
+    assert found == {folder.name, "stage1", "stage2"}
+    before, after = (
+        json.loads((folder / name / "retention.json").read_text()) for name in (".", "stage1")
+    )
+    assert before["layers"] == list(config.model.hybrid_layers)
+    assert before["retention"] != after["retention"]
+
+
 def test_stages_train_what_is_theirs(converted):
     """The softmax weights of every model are the trained teacher's, bit for bit."""
     first = changed(converted.untrained, converted.stage1)

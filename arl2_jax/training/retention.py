@@ -1,0 +1,200 @@
+"""How much of the past the hybrid layers of a model keep, and a warning where that is nothing."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from arl2_jax.config import Config, ModelConfig
+from arl2_jax.data import ClipData
+from arl2_jax.memory.retention import measure_memory
+from arl2_jax.models import Params, cast_params
+from arl2_jax.models.layer import Conditions
+from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
+from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
+from arl2_jax.storage import write_whole
+
+# A layer whose median head keeps less than this share of its state over a block has forgotten it.
+FORGOTTEN = 1e-2
+
+Measures = dict[str, Any]
+
+
+def retention(params: Params, cfg: ModelConfig, clips: Mapping[str, Any]) -> Measures:
+    """Measure what every hybrid layer keeps, at the model's own activations on clean clips.
+
+    Clips go through the network one by one and layer by layer, at timestep 0, as they do when they
+    are remembered. Two compilations serve all layers, one for each kind.
+
+    Args:
+      params, cfg: the model; on a mesh, devices share out the work as in training.
+      clips: "latents" [N, T, rows, columns, channels], T a multiple of cfg.frames_per_block, and
+        "text" [N, L, text_dim].
+
+    Returns:
+      Lists of numbers, ready for JSON: "layers", their indices; "tokens_per_block"; "head_dim";
+      "blocks_per_clip"; and per layer and head, [layers][heads], means over clips, all measures of
+      `arl2_jax.memory.retention.measure_writes` and "read_to_local". "survival" has such a table
+      for each lag, "1", "2", ..., in blocks. No layers where the memory is closed.
+    """
+    layers = cfg.hybrid_layers if cfg.memory_gate != "zero" else ()
+    _, frames, rows, columns, _ = clips["latents"].shape
+    tokens = cfg.frames_per_block * (rows // cfg.patch_size[1]) * (columns // cfg.patch_size[2])
+    facts: Measures = {
+        "layers": list(layers),
+        "tokens_per_block": tokens,
+        "head_dim": cfg.head_dim,
+        "blocks_per_clip": frames // cfg.frames_per_block,
+    }
+    if not layers:
+        return facts | {"survival": {}}
+    layout = jax.tree.leaves(params)[0].sharding if _on_devices(params) else None
+    mesh = layout.mesh if isinstance(layout, NamedSharding) else None
+    # Kernels look here for the devices that they are to share out their work to.
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
+        found = _by_layer(params, cfg, clips, mesh)
+    tables = {name: [[float(x) for x in row[name]] for row in found] for name in found[0]}
+    lags = [name for name in tables if name.startswith("survival_")]
+    survival = {name.removeprefix("survival_"): tables.pop(name) for name in lags}
+    return facts | tables | {"survival": survival}
+
+
+def _by_layer(
+    params: Params, cfg: ModelConfig, clips: Mapping[str, Any], mesh: Any
+) -> list[dict[str, Float[np.ndarray, "heads"]]]:
+    """Measures of each hybrid layer, means over the clips."""
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    put = lambda x: jnp.asarray(x) if everywhere is None else jax.device_put(x, everywhere)
+    stem = {name: node for name, node in params.items() if name != "blocks"}
+    blocks = clips["latents"].shape[1] // cfg.frames_per_block
+    passing = [
+        _embed(
+            stem, cfg, *(put(np.asarray(clips[name])[i : i + 1]) for name in ("latents", "text"))
+        )
+        for i in range(len(clips["latents"]))
+    ]
+    found = []
+    for layer in range(max(cfg.hybrid_layers) + 1):
+        # On their way to a device, weights in host memory stay there for one layer alone.
+        weights = jax.tree.map(jnp.asarray, params["blocks"][str(layer)])
+        kind, each = cfg.memory_of(layer), []
+        for i, clip in enumerate(passing):
+            x, measures = _apply(weights, cfg, kind, blocks, clip)
+            passing[i] = clip._replace(x=x)
+            each.append(measures)
+        if kind == "gated_delta":
+            pairs = jax.device_get(each)
+            mean = lambda *values: np.mean(np.concatenate(values), axis=0, dtype=np.float64)
+            found.append(jax.tree.map(mean, *pairs))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _embed(stem: Params, cfg: ModelConfig, latents, text) -> Clip:
+    """The clean copy of clips, embedded."""
+    zeros = jnp.zeros(latents.shape[:2], jnp.float32)
+    module = make_stem(cfg, cast_params(stem, cfg))
+    both = embed_clip(module, cfg, latents, latents, zeros, text)
+    clean = lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 0]
+    modulation = clean(both.conditions.modulation)
+    return both._replace(
+        x=_lay_out(clean(both.x)), conditions=Conditions(modulation, both.conditions.rope)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _apply(weights: Params, cfg: ModelConfig, kind: str, blocks: int, clip: Clip):
+    """A layer on clean clips: (tokens, measures of its memory, [B, H] each, if it is hybrid)."""
+    layer = make_layer(cfg, kind, cast_params(weights, cfg))
+    h = layer.attention_input(clip.x, clip.conditions)
+    p = layer.self_attn.project(h, clip.conditions.rope)
+    measures = measure_memory(layer.delta, p, blocks) if layer.hybrid else {}
+    attended, _ = layer.own_memory.attend_clip(p, blocks, copies=1)
+    context = layer.cross_attn.encode(clip.text)
+    x = layer.finish(clip.x, layer.self_attn.output(attended), clip.conditions, context)
+    # Small and needed by every process.
+    return _lay_out(x), {name: lay_out(y, PartitionSpec()) for name, y in measures.items()}
+
+
+def _lay_out(x: Array) -> Array:
+    """Tokens laid out alike before every layer, so that nothing is compiled twice."""
+    return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
+
+
+def _on_devices(params: Params) -> bool:
+    return isinstance(jax.tree.leaves(params)[0], jax.Array)
+
+
+def forgotten(measures: Measures) -> str | None:
+    """Tell in one line which layers forget a block, and the remedy; None if none does.
+
+    A layer does if the median of "retention" over its heads is below 0.01.
+    """
+    shares = dict(zip(measures["layers"], measures.get("retention", ()), strict=True))
+    lost = {layer: max(row) for layer, row in shares.items() if np.median(row) < FORGOTTEN}
+    if not lost:
+        return None
+    which = "layer" if len(lost) == 1 else "layers"
+    return (
+        f"hybrid {which} {in_ranges(list(lost))} forget what stands in the state within one block "
+        f"of {measures['tokens_per_block']} tokens: the median head keeps less than "
+        f"{FORGOTTEN:.0%} of it, the best {max(lost.values()):.1e}; convert with "
+        "model.memory_init=by_block"
+    )
+
+
+def in_ranges(numbers: list[int]) -> str:
+    """Rising numbers as ranges, such as "0-3,5"."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def warn_if_forgotten(measures: Measures) -> None:
+    """Log one line of warning if hybrid layers forget a block, see `forgotten`."""
+    if text := forgotten(measures):
+        logging.warning("%s", text)
+
+
+def record_retention(
+    config: Config, params: Params, data: ClipData, folder: epath.Path, *, warn: bool = False
+) -> None:
+    """Measure a run's model on one held-out clip and keep that in `folder/retention.json`.
+
+    Nothing is done where the file is there, where no layer has a memory to measure, or where none
+    is converted.
+
+    Args:
+      config: the run.
+      params: all parameters of its model.
+      data: its clips.
+      folder: of the run, or of one of its phases.
+      warn: whether to warn of layers that forget a block.
+    """
+    path = folder / "retention.json"
+    open_layers = config.model.hybrid_layers and config.model.memory_gate != "zero"
+    if not open_layers or not {"stage1", "stage2"} & {*config.phases} or path.exists():
+        return
+    measures = retention(params, config.model, data.held_out(1))
+    medians = [float(np.median(row)) for row in measures["retention"]]
+    logging.info(
+        "%s: a block leaves %.1e to %.1e of a random state (median head, by layer)",
+        folder.name, min(medians), max(medians),
+    )  # fmt: skip
+    if warn:
+        warn_if_forgotten(measures)
+    if jax.process_index() == 0:
+        write_whole(path, (json.dumps(measures) + "\n").encode())
