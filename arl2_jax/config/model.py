@@ -25,7 +25,9 @@ class ModelConfig:
         the softmax cache.
       frames_per_block: latent frames denoised together.
       lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN).
-      memory_gate: "learned" is ARL2; "zero" closes the memory branch (the ablation without memory).
+      memory_gate: "learned" is ARL2; "zero" closes the memory branch (the ablation without memory);
+        "local" closes it too, and lets its low-rank updates and projections act on the softmax
+        inside the block (an ablation without memory that trains as many parameters).
       dtype: compute type of activations; parameters and memory states stay float32.
       remat: what training keeps of a layer: "none" keeps everything, "dots" the results of the
         weight products, "layer" only the layer's input.
@@ -46,7 +48,7 @@ class ModelConfig:
     frames_per_block: int = 3
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    memory_gate: Literal["learned", "zero"] = "learned"
+    memory_gate: Literal["learned", "zero", "local"] = "learned"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "layer"] = "none"
 

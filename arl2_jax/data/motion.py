@@ -107,9 +107,7 @@ def _rest(
     return corners, lit
 
 
-def _resting_places(
-    columns: np.ndarray, occluders: np.ndarray, size: int
-) -> list[tuple[int, int]]:
+def _resting_places(columns: np.ndarray, occluders: np.ndarray, size: int) -> list[tuple[int, int]]:
     """(step of the path, occluder) of every passage, in order, from columns [F + 1]."""
     places = []
     for occluder, (_, left, _, right) in enumerate(occluders):

@@ -1,8 +1,8 @@
 """Procedural videos with known truth: sprites move, bounce, and pass behind occluders.
 
 What a sprite looks like cannot be told while it is hidden, and captions do not tell it: to draw it
-again when it comes out, a model must have remembered it. When it comes out can be told where sprites
-rest: their occluder is lit until they move on.
+again when it comes out, a model must have remembered it. Where sprites rest, their occluder is lit
+until they move on, which tells when they come out.
 """
 
 import dataclasses

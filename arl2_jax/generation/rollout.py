@@ -69,8 +69,16 @@ def start(
     return context, RolloutState(memory, jnp.int32(0), key)
 
 
-def write_block(context: RolloutContext, cfg: ModelConfig, state: RolloutState, block):
-    """Runs a clean block through the network at timestep 0 and remembers it."""
+def write_block(
+    context: RolloutContext, cfg: ModelConfig, state: RolloutState, block, *, read=None
+):
+    """Runs a clean block through the network at timestep 0 and remembers it.
+
+    Args:
+      context, cfg, state: the rollout.
+      block: clean latents [B, f, rows, columns, channels].
+      read: memories that the block sees instead of those of `state`, which it is written to.
+    """
     copies = context.text[0].k.shape[1] // block.shape[0]
     tiled = jnp.tile(block, (copies, 1, 1, 1, 1))
     _, memory = models.apply(
@@ -82,6 +90,7 @@ def write_block(context: RolloutContext, cfg: ModelConfig, state: RolloutState, 
         memory=state.memory,
         position=state.position,
         write=True,
+        read=read,
     )
     return state._replace(memory=memory, position=state.position + block.shape[1])
 

@@ -43,7 +43,8 @@ class GatedDelta(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dim, heads, dtype = cfg.dim, cfg.num_heads, jnp.dtype(cfg.dtype)
         self.heads, self.head_dim, self.eps, self.dtype = heads, cfg.head_dim, cfg.eps, dtype
-        self.closed = cfg.memory_gate == "zero"
+        self.closed = cfg.memory_gate != "learned"
+        self.local = cfg.memory_gate == "local"
         # Xavier-uniform with gain 2^-2.5, whose square is the scale of the variance.
         gentle = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
         make = lambda: nnx.Linear(
@@ -66,7 +67,7 @@ class GatedDelta(nnx.Module):
     def attend(self, p: Projections, state: State, position=0):
         """The block's own softmax plus what it reads from the state."""
         del position  # positions are in the rotation
-        local = attention(rotate(p.q, p.rope), rotate(p.k, p.rope), p.v)
+        local = attention(*self._local_heads(p))
         if self.closed:
             return local
         read, gate = self._read(p, state[:, None], copies=1)
@@ -80,7 +81,7 @@ class GatedDelta(nnx.Module):
     def attend_clip(self, p: Projections, blocks, copies):
         """All blocks at once: clean copies make the states, all copies read them."""
         split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
-        q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
+        q, k, v = map(split, self._local_heads(p))
         local = per_device(_attend_inside, (_BY_BLOCK,) * 3, _BY_BLOCK)(q, k, v).reshape(p.v.shape)
         if self.closed:
             return local, {}
@@ -88,6 +89,16 @@ class GatedDelta(nnx.Module):
         states = self._states(clean, self.init_state(len(clean.x)), blocks, np.s_[:-1])
         read, gate = self._read(p, states, copies)
         return local + (gate * read).astype(local.dtype), _diagnostics(local, read, gate)
+
+    def _local_heads(self, p: Projections) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the softmax inside the block, [B, n, H, D]."""
+        if not self.local:
+            return rotate(p.q, p.rope), rotate(p.k, p.rope), p.v
+        q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
+        k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
+        v = p.v.reshape(p.x.shape) + self.lora_v(p.x)
+        q, k = self._heads(q, self.phi_q), self._heads(k, self.phi_k)
+        return rotate(q, p.rope), rotate(k, p.rope), self._heads(v, self.phi_v)
 
     def _read(self, p: Projections, states: Float[Array, "b m h k v"], copies: int):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
