@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
@@ -19,10 +19,11 @@ from arl2_jax.evaluation.recall import (
     best_blind_answer,
     recall,
     recall_by_lag,
-    recall_test,
 )
 from arl2_jax.evaluation.recall_sheet import SHEET_PAIRS
 from arl2_jax.training.pipeline import Converted, control_name
+
+_PER_MODEL = ("recall", "recall_by_lag", "exchange")
 
 
 def models_of(config: Config, converted: Converted) -> dict[str, Model]:
@@ -92,50 +93,35 @@ def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key)
     }
 
 
-class Recalled(NamedTuple):
-    """The recall test of a run.
-
-    Attributes:
-      scores: a part of the report.
-      test: its clips; None if the run has no such test.
-      drawn: what each model has drawn.
-    """
-
-    scores: dict[str, Any]
-    test: RecallTest | None
-    drawn: dict[str, Drawings]
-
-
-def measure_recall(config: Config, data: ClipData, found: Mapping[str, Model], key) -> Recalled:
-    """Recall of hidden sprites, by lag, and whose memories it comes through.
-
-    Args:
-      config, data, found, key: as in `measure_gap`.
-    """
-    count, reason = config.evaluation.recall_clips, None
+def recall_reason(config: Config) -> str | None:
+    """Why a run has no recall test; None if it has one."""
     if config.data.source != "synthetic":
-        reason = f"nobody knows what is hidden in clips of data.source={config.data.source}"
-    elif count <= 0:
-        reason = f"evaluation.recall_clips={count} leaves it out"
-    if reason:
-        names = ("recall", "recall_by_lag", "exchange", "baseline")
-        return Recalled(dict.fromkeys(names) | {"recall_reason": reason}, None, {})
-    logging.info("report: recall of hidden sprites in %d clips", count)
+        return f"nobody knows what is hidden in clips of data.source={config.data.source}"
+    if config.evaluation.recall_clips <= 0:
+        return f"evaluation.recall_clips={config.evaluation.recall_clips} leaves it out"
+    return None
+
+
+def draw_recall(config: Config, data: ClipData, model: Model, test: RecallTest, key) -> Drawings:
+    """What a model draws in the recall test, with the frames that its picture shows."""
     codec = data.codec
     assert codec is not None  # clips that are made on the fly have one
-    test = recall_test(config, codec)
-    drawn = {
-        name: draw_test(config, codec, found[name], test, key, kept=2 * SHEET_PAIRS)
-        for name in SCORED
-        if name in found
-    }
-    return Recalled(recall_scores(config, test, drawn), test, drawn)
+    logging.info("report: %d clips drawn from memory", len(test.clips))
+    return draw_test(config, codec, model, test, key, kept=2 * SHEET_PAIRS)
 
 
 def recall_scores(
-    config: Config, test: RecallTest, drawn: Mapping[str, Drawings]
+    config: Config, test: RecallTest | None, drawn: Mapping[str, Drawings]
 ) -> dict[str, Any]:
-    """Scores of what models have drawn in a recall test: a part of the report."""
+    """Recall of hidden sprites, by lag, and through whose memory: a part of the report.
+
+    Args:
+      config: the run.
+      test: the clips; None if the run has no such test, whose scores are None then.
+      drawn: name of the model -> what it has drawn.
+    """
+    if test is None:
+        return dict.fromkeys((*_PER_MODEL, "baseline")) | {"recall_reason": recall_reason(config)}
     sprites, identities = config.data.sprites, test.identities
     scores: dict[str, Any] = {name: dict.fromkeys(SCORED) for name in _PER_MODEL}
     for name, drawings in drawn.items():
@@ -150,6 +136,3 @@ def recall_scores(
         "noises": config.evaluation.recall_noises,
     }
     return scores | {"baseline": best_blind_answer(identities), "recall_reason": None}
-
-
-_PER_MODEL = ("recall", "recall_by_lag", "exchange")

@@ -13,7 +13,10 @@ from arl2_jax.evaluation.recall import RecallTest
 
 # Pairs of twins that are shown, of each the first clip: the first pairs, not chosen ones.
 SHEET_PAIRS = 6
-_TITLE = "A hidden sprite comes out. Outlined: green its own, orange the twin's, red neither"
+_TITLE = (
+    "A hidden sprite comes out. Outlined: green its own, orange the twin's, red neither; "
+    "lag: frame blocks hidden"
+)
 # Rows of the student, whose memories are the question.
 _EXCHANGED = {
     "states": "hybrid, twin's states",
@@ -71,8 +74,7 @@ def _row(
 
 
 def _title(test: RecallTest, i: int) -> str:
-    """The sprite, for how long it is hidden, and the twin's sprite."""
+    """The sprite, for how many blocks it is hidden, and the twin's sprite."""
     name = lambda identity: f"{list(COLORS)[identity[0]]} {SHAPES[identity[1]]}"
     own, twin = test.identities[i], test.identities[i + 1]
-    lag = test.events[i].lag
-    return f"{name(own)}, hidden {lag} block{'s' if lag > 1 else ''}\ntwin: {name(twin)}"
+    return f"{name(own)}, lag {test.events[i].lag}\ntwin: {name(twin)}"

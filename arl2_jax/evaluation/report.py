@@ -26,9 +26,17 @@ from arl2_jax.evaluation.continuation import (
     continue_clips,
     write_continuations,
 )
-from arl2_jax.evaluation.labels import LABELS
-from arl2_jax.evaluation.measure import Recalled, measure_gap, measure_recall, models_of
+from arl2_jax.evaluation.exchange import Drawings
+from arl2_jax.evaluation.labels import LABELS, SCORED
+from arl2_jax.evaluation.measure import (
+    draw_recall,
+    measure_gap,
+    models_of,
+    recall_reason,
+    recall_scores,
+)
 from arl2_jax.evaluation.plots import curves, lag_curves
+from arl2_jax.evaluation.recall import RecallTest, recall_test
 from arl2_jax.evaluation.recall_sheet import recall_sheet
 from arl2_jax.models import Params
 from arl2_jax.storage import write_whole
@@ -57,18 +65,25 @@ def write_report(
     began, folder = time.perf_counter(), epath.Path(folder)
     found = models_of(config, converted)
     key = jax.random.key(config.train.seed)
+    codec = data.codec
+    test = recall_test(config, codec) if codec and not recall_reason(config) else None
 
     # On a CPU, compilation takes one core, and small products do not fill many.
     workers = 3 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
     layout = jax.tree.leaves(converted.untrained)[0].sharding
     with ThreadPoolExecutor(workers) as pool:
-        submit = lambda part: pool.submit(_on_mesh, layout, part, config, data, found, key)
-        gap, drawn, continued = map(submit, (measure_gap, measure_recall, continue_clips))
-        recalled, continued = drawn.result(), continued.result()
+        submit = functools.partial(pool.submit, _on_mesh, layout)
+        scored = [name for name in SCORED if name in found] if test else []
+        drawn = {name: submit(draw_recall, config, data, found[name], test, key) for name in scored}
+        gap = submit(measure_gap, config, data, found, key)
+        continued = submit(continue_clips, config, data, found, key).result()
+    drawn = {name: future.result() for name, future in drawn.items()}
+    scores = recall_scores(config, test, drawn)
     if jax.process_index() == 0:
         (folder / "report").mkdir(parents=True, exist_ok=True)
-        _write_pictures(config, folder, recalled, continued)
-    report = gap.result() | recalled.scores | _facts(config, converted)
+        _write_recall(config, folder, test, drawn, scores)
+        _write_pictures(config, folder, continued, sheet=test is None)
+    report = gap.result() | scores | _facts(config, converted)
     report |= {"seconds_report": time.perf_counter() - began, "config": to_config_dict(config)}
     report = _plain(report)
     if jax.process_index() == 0:
@@ -84,25 +99,38 @@ def _on_mesh(layout: Sharding, function: Callable[..., Any], *arguments) -> Any:
         return function(*arguments)
 
 
-def _write_pictures(
-    config: Config, folder: epath.Path, recalled: Recalled, continued: Continuations | None
+def _write_recall(
+    config: Config,
+    folder: epath.Path,
+    test: RecallTest | None,
+    drawn: dict[str, Drawings],
+    scores: dict[str, Any],
 ) -> None:
-    """Writes pictures and videos into `folder/report`, as far as there are any."""
-    controls = map(control_name, config.evaluation.controls)
-    pictures = {"curves": curves(folder, (*config.phases, *controls))}
-    if recalled.test is not None:
-        pictures["contact_sheet"] = recall_sheet(config, recalled.test, recalled.drawn)
-        pictures["recall_by_lag"] = lag_curves(
-            {LABELS[name]: lags for name, lags in recalled.scores["recall_by_lag"].items() if lags},
-            recalled.scores["baseline"],
-        )
-    elif continued is not None:
-        pictures["contact_sheet"] = continuation_sheet(continued)
+    """Writes the pictures of the recall test, if the run has one."""
+    if test is None:
+        return
+    by_lag = {LABELS[name]: lags for name, lags in scores["recall_by_lag"].items() if lags}
+    pictures = {
+        "contact_sheet": recall_sheet(config, test, drawn),
+        "recall_by_lag": lag_curves(by_lag, scores["baseline"]),
+    }
     for name, png in pictures.items():
-        if png is not None:
-            write_whole(folder / "report" / f"{name}.png", png)
-    if continued is not None:
-        write_continuations(continued, folder / "report", config.data.fps)
+        write_whole(folder / "report" / f"{name}.png", png)
+
+
+def _write_pictures(
+    config: Config, folder: epath.Path, continued: Continuations | None, *, sheet: bool
+) -> None:
+    """Writes the curves, and videos of the continuations with their `sheet` if it is wanted."""
+    controls = map(control_name, config.evaluation.controls)
+    png = curves(folder, (*config.phases, *controls))
+    if png is not None:
+        write_whole(folder / "report" / "curves.png", png)
+    if continued is None:
+        return
+    if sheet:
+        write_whole(folder / "report" / "contact_sheet.png", continuation_sheet(continued))
+    write_continuations(continued, folder / "report", config.data.fps)
 
 
 def _facts(config: Config, converted: Converted) -> dict[str, Any]:
