@@ -123,7 +123,7 @@ def _read(cfg: ModelConfig, memory: tuple, undisturbed: tuple, code: Int[Array, 
     """What is read: the clip's memory, its twin's undisturbed one, or zeros, by kind of memory."""
     seen = []
     for (start, _), own, theirs in zip(cfg.layer_runs(), memory, undisturbed, strict=True):
-        of_kind = code[0 if cfg.memory_of(start) == "gated_delta" else 1]
+        of_kind = code[1 if cfg.memory_of(start) == "softmax_cache" else 0]
         choose = lambda x, y, c=of_kind: jnp.where(
             c == _OWN, x, jnp.where(c == _TWIN, swap_twins(y, axis=1), 0)
         )
