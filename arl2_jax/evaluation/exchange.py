@@ -12,7 +12,7 @@ from arl2_jax.config import Config
 from arl2_jax.data.codec import Codec
 from arl2_jax.evaluation.gap import Model, micro_batches
 from arl2_jax.evaluation.recall import NOTHING, RecallTest, read_drawings, wilson
-from arl2_jax.generation.exchange import EXCHANGES, draw_exchanged, exchanges_of, swap_twins
+from arl2_jax.generation.exchange import EXCHANGES, draw_exchanged, exchanges_of
 
 # Clips that a device draws together, whole pairs.
 _CLIPS = 16
@@ -90,7 +90,8 @@ def outcomes(
       identities: colour and shape of its sprite; neighbours are twins.
     """
     own = (readings == identities).all(axis=-1)
-    twin = (readings == np.asarray(swap_twins(identities))).all(axis=-1)
+    of_twin = identities[np.arange(len(identities)) ^ 1]
+    twin = (readings == of_twin).all(axis=-1)
     nothing = (readings == NOTHING).all(axis=-1)
     return np.select([own, twin, nothing], [0, 1, 3], 2)
 

@@ -74,9 +74,8 @@ def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key)
 
     def gone(name: str) -> float | None:
         """Share of a model's error that the converted hybrid does not have."""
-        return (
-            1 - mean["stage2"] / mean[name] if mean[name] and mean["stage2"] is not None else None
-        )
+        converted, other = mean["stage2"], mean[name]
+        return 1 - converted / other if other and converted is not None else None
 
     return {
         "teacher_loss": loss["teacher"],

@@ -72,7 +72,7 @@ def write_report(
     workers = 3 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
     layout = jax.tree.leaves(converted.untrained)[0].sharding
     with ThreadPoolExecutor(workers) as pool:
-        submit = functools.partial(pool.submit, _on_mesh, layout)
+        submit = lambda part, *arguments: pool.submit(_on_mesh, layout, part, *arguments)
         scored = [name for name in SCORED if name in found] if test else []
         drawn = {name: submit(draw_recall, config, data, found[name], test, key) for name in scored}
         gap = submit(measure_gap, config, data, found, key)
