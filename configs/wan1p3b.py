@@ -67,7 +67,7 @@ def get_config(variant: str = "released") -> ml_collections.ConfigDict:
         ),
         train=TrainConfig(workdir="runs/wan1p3b", checkpoint_every=250),
         evaluation=EvaluationConfig(
-            clips=4, recall_clips=0, control=False, rollout_clips=1, rollout_length=4
+            clips=4, recall_clips=0, controls=(), rollout_clips=1, rollout_length=4
         ),
     )
     tree = ml_collections.ConfigDict(to_config_dict(config))

@@ -14,7 +14,10 @@ from arl2_jax import command_line
 _WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights, in any layout.")
 _RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
 _MODEL = flags.DEFINE_enum(
-    "model", "stage2", ["teacher", "stage1", "stage2", "control"], "Which of the run's models."
+    "model",
+    "stage2",
+    ["teacher", "stage1", "stage2", "control", "control_local"],
+    "Which of the run's models.",
 )
 _ENTRY = command_line.entry_flag()
 _LAYOUT = flags.DEFINE_enum("layout", "arl2", ["arl2", "wan", "diffusers"], "Layout to write.")

@@ -24,7 +24,10 @@ _WEIGHTS = flags.DEFINE_string("weights", None, "Released weights: a folder or a
 _ENTRY = command_line.entry_flag()
 _RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
 _MODEL = flags.DEFINE_enum(
-    "model", "stage2", ["teacher", "stage1", "stage2", "control"], "Which of the run's models."
+    "model",
+    "stage2",
+    ["teacher", "stage1", "stage2", "control", "control_local"],
+    "Which of the run's models.",
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Words that describe the video.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")

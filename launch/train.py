@@ -22,7 +22,8 @@ def main(argv):
         sys.exit(f"error: unknown argument {argv[1]}; fields are set as --config.NAME=VALUE")
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.config import ConfigError, from_config_dict
-    from arl2_jax.evaluation.report import summary_table, write_report
+    from arl2_jax.evaluation.report import write_report
+    from arl2_jax.evaluation.table import summary_table
     from arl2_jax.training.pipeline import convert, prepare
 
     logging.set_verbosity(logging.INFO)

@@ -122,7 +122,13 @@ BROKEN = [
     ("train.mesh.data", 0, "positive"),
     ("train.mesh.fsdp", -1, "at most once"),
     ("train.mesh.context", 0, "positive"),
-    ("evaluation.control", 1, "bool"),
+    ("data.sprites.pause", (3, 2), "rising"),
+    ("data.sprites.pause", (-1, 2), "rising"),
+    ("evaluation.controls", ("zero", "open"), "zero and local"),
+    ("evaluation.controls", ("zero", "zero"), "once"),
+    ("evaluation.controls", "zero", "sequence"),
+    ("evaluation.recall_clips", 7, "even"),
+    ("evaluation.recall_noises", 0, "positive"),
 ]
 
 

@@ -18,6 +18,8 @@ class SpriteConfig:
       vertical: whether sprites also move up and down; otherwise each keeps to its own lane.
       occluders: number of occluders.
       occluder_width: width of each in pixels.
+      pause: frames that a sprite rests each time it passes behind an occluder (drawn uniformly
+        from this inclusive range); while it rests, the occluder is drawn lighter.
     """
 
     count: tuple[int, int] = (2, 2)
@@ -28,6 +30,7 @@ class SpriteConfig:
     vertical: bool = False
     occluders: int = 1
     occluder_width: int = 14
+    pause: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
         require(
@@ -37,6 +40,10 @@ class SpriteConfig:
         require(
             0 < self.speed[0] <= self.speed[1],
             f"data.sprites.speed={self.speed} must be a rising range above 0",
+        )
+        require(
+            0 <= self.pause[0] <= self.pause[1],
+            f"data.sprites.pause={self.pause} must be a rising range from at least 0",
         )
         require(2 <= self.colors <= 8, f"data.sprites.colors={self.colors} must be in 2..8")
         require(1 <= self.shapes <= 5, f"data.sprites.shapes={self.shapes} must be in 1..5")

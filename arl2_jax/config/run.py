@@ -8,6 +8,7 @@ from arl2_jax.config.rules import require
 from arl2_jax.config.training import PhaseConfig, Stage2Config, TeacherConfig, TrainConfig
 
 PHASES = ("teacher", "stage1", "stage2")
+CONTROLS = ("zero", "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +17,20 @@ class EvaluationConfig:
 
     Attributes:
       clips: held-out clips for the losses and errors.
-      recall_clips: held-out synthetic clips for the recall test; 0 leaves it out.
-      control: also train the control whose memory gate is held at zero.
+      recall_clips: held-out synthetic clips for the recall test, in pairs of twins; 0 leaves it
+        out.
+      recall_noises: noises that each of them is drawn from.
+      controls: controls to train beside the student, without its memory: "zero" holds the memory
+        gate at zero, "local" lets what is trained act on the softmax inside the block (see
+        model.memory_gate); () trains none.
       rollout_clips: videos made of each model; 0 leaves them out.
       rollout_length: their length as a multiple of data.frames.
     """
 
     clips: int = 64
-    recall_clips: int = 128
-    control: bool = True
+    recall_clips: int = 512
+    recall_noises: int = 2
+    controls: tuple[str, ...] = CONTROLS
     rollout_clips: int = 2
     rollout_length: int = 4
 
@@ -33,6 +39,20 @@ class EvaluationConfig:
         for name in ("recall_clips", "rollout_clips", "rollout_length"):
             value = getattr(self, name)
             require(value >= 0, f"evaluation.{name}={value} must not be negative")
+        require(
+            self.recall_clips % 2 == 0,
+            f"evaluation.recall_clips={self.recall_clips} must be even: clips come in pairs",
+        )
+        require(
+            self.recall_noises > 0,
+            f"evaluation.recall_noises={self.recall_noises} must be positive; set "
+            "evaluation.recall_clips=0 to leave the recall test out",
+        )
+        known = len(set(self.controls)) == len(self.controls) and set(self.controls) <= {*CONTROLS}
+        require(
+            known,
+            f"evaluation.controls={self.controls} may have {' and '.join(CONTROLS)}, each once",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

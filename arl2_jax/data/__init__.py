@@ -4,14 +4,8 @@ from arl2_jax.data.codec import Codec, SpaceToDepth, make_codec
 from arl2_jax.data.latent_writer import LatentWriter
 from arl2_jax.data.latents import LatentSource
 from arl2_jax.data.loader import ClipData, open_data
-from arl2_jax.data.sprites import (
-    Reveal,
-    SpriteClip,
-    draw_sprite,
-    make_clip,
-    reveal_clips,
-    reveals,
-)
+from arl2_jax.data.reveals import Reveal, reveal_clips, reveals
+from arl2_jax.data.sprites import SpriteClip, draw_sprite, make_clip
 from arl2_jax.data.text import embed_caption
 from arl2_jax.data.videos import VideoClips
 

@@ -1,17 +1,21 @@
 """Procedural videos with known truth: sprites move, bounce, and pass behind occluders.
 
 What a sprite looks like cannot be told while it is hidden, and captions do not tell it: to draw it
-again when it comes out, a model must have remembered it.
+again when it comes out, a model must have remembered it. Where sprites rest, their occluder is lit
+until they move on, which tells when they come out.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from arl2_jax.config import Config, ConfigError, DataConfig, SpriteConfig
+from arl2_jax.data.motion import move, place_occluders
 
 COLORS = {
     "red": (255, 0, 0),
@@ -32,6 +36,8 @@ BACKGROUNDS = {
     "forest": (8, 36, 14),
 }
 OCCLUDER_COLOR = (128, 128, 128)
+# Of an occluder behind which a sprite rests.
+LIT_COLOR = (216, 216, 216)
 # Training seeds lie below, held-out seeds from here on.
 HELD_OUT_SEED = 2**62
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -51,6 +57,7 @@ class SpriteClip(NamedTuple):
       occluders: int64 [O, 4], boxes (top, left, bottom, right), the last two exclusive.
       caption: number of sprites and background; nothing that a model should remember.
       background: index of `BACKGROUNDS`.
+      lit: bool [F, O], whether a sprite rests behind an occluder, which is then drawn lighter.
     """
 
     video: np.ndarray
@@ -61,6 +68,7 @@ class SpriteClip(NamedTuple):
     occluders: np.ndarray
     caption: str
     background: int
+    lit: np.ndarray
 
 
 class SpriteClips:
@@ -86,14 +94,6 @@ class SpriteClips:
         return clip.video, clip.caption
 
 
-class Reveal(NamedTuple):
-    """A sprite comes out in frame block `block` and is fully seen again at pixel frame `frame`."""
-
-    block: int
-    sprite: int
-    frame: int
-
-
 def draw_sprite(shape: int, color: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws a sprite.
 
@@ -109,79 +109,43 @@ def draw_sprite(shape: int, color: int, size: int) -> tuple[np.ndarray, np.ndarr
     return mask[..., None] * _palette(0)[color], mask
 
 
-def make_clip(sprites: SpriteConfig, data: DataConfig, seed: int) -> SpriteClip:
+def make_clip(
+    sprites: SpriteConfig,
+    data: DataConfig,
+    seed: int,
+    identity: Sequence[tuple[int, int]] | None = None,
+) -> SpriteClip:
     """Makes one clip of `data.frames` pixel frames; a pure function of its arguments.
 
     Args:
       sprites: what moves.
       data: frames, height and width; nothing else is read.
       seed: not negative.
+      identity: colour and shape of every sprite instead of those that the seed draws; all else
+        stays as it is.
+
+    Raises:
+      ValueError: another number of identities than of sprites.
     """
     rng = np.random.default_rng(seed)
     count = int(rng.integers(sprites.count[0], sprites.count[1], endpoint=True))
     shapes = rng.integers(sprites.shapes, size=count)
     colors = rng.integers(sprites.colors, size=count)
+    if identity is not None:
+        if len(identity) != count:
+            raise ValueError(f"{len(identity)} identities are given to a clip of {count} sprites")
+        colors, shapes = np.array(identity, np.int64).reshape(count, 2).T
     background = int(rng.integers(len(BACKGROUNDS)))
-    occluders = _place_occluders(rng, sprites, data)
-    corners = _move(rng, sprites, data, count, occluders)
-    video, visible = _draw(corners, shapes, colors, occluders, background, sprites, data)
+    occluders = place_occluders(rng, sprites, data)
+    corners, lit = move(rng, sprites, data, count, occluders)
+    video, visible = _draw(corners, shapes, colors, occluders, lit, background, sprites, data)
     number = _NUMBERS[count - 1] if count <= len(_NUMBERS) else str(count)
     tone = list(BACKGROUNDS)[background]
     caption = f"{number} {'sprite' if count == 1 else 'sprites'} on a {tone} background"
     positions = corners.astype(np.float32)
-    return SpriteClip(video, positions, colors, shapes, visible, occluders, caption, background)
-
-
-def reveals(clip: SpriteClip, frames_per_block: int) -> list[Reveal]:
-    """Finds the moments at which a model must draw a sprite from memory.
-
-    A sprite is revealed in frame block b (at least 2) if nothing of it is seen in any frame of
-    block b - 1, its hidden stretch there is longer than a frame block, it was fully seen in some
-    frame before, and it is fully seen in the last frame of block b.
-
-    Returns:
-      Reveals in the order of their blocks, then of their sprites.
-    """
-    f = frames_per_block
-    frames, count = clip.visible.shape
-    found = []
-    for block, sprite in itertools.product(range(2, frames // f), range(count)):
-        visible = clip.visible[:, sprite]
-        start, stop, last = (block - 1) * f, block * f, (block + 1) * f - 1
-        if visible[start:stop].any() or visible[last] < 1:
-            continue
-        while start > 0 and visible[start - 1] == 0:
-            start -= 1
-        while visible[stop] == 0:
-            stop += 1
-        if stop - start > f and (visible[:start] == 1).any():
-            found.append(Reveal(block, sprite, last))
-    return found
-
-
-def reveal_clips(config: Config, count: int) -> tuple[list[SpriteClip], list[Reveal]]:
-    """Held-out clips with a reveal each: the first `count` that have one, and their first reveal.
-
-    Raises:
-      ConfigError: the sprites do not fit, or reveals are too rare to find that many.
-    """
-    check(config)
-    clips, events = [], []
-    tries = 200 * count
-    for index in range(tries):
-        if len(clips) == count:
-            break
-        clip = make_clip(config.data.sprites, config.data, HELD_OUT_SEED + index)
-        found = reveals(clip, config.model.frames_per_block)
-        if found:
-            clips.append(clip)
-            events.append(found[0])
-    if len(clips) < count:
-        raise ConfigError(
-            f"data.sprites gives {len(clips)} clips with a reveal in {tries}, fewer than "
-            f"{count}; raise data.sprites.speed or data.frames, or set evaluation.recall_clips=0"
-        )
-    return clips, events
+    return SpriteClip(
+        video, positions, colors, shapes, visible, occluders, caption, background, lit
+    )
 
 
 def check(config: Config) -> None:
@@ -209,6 +173,12 @@ def check(config: Config) -> None:
         )
     if sprites.occluders:
         _check_occluders(config)
+        _check_pause(config)
+    elif sprites.pause[1]:
+        raise ConfigError(
+            f"data.sprites.pause={sprites.pause} needs an occluder to rest behind, but "
+            "data.sprites.occluders=0; raise it or set the pause to (0, 0)"
+        )
 
 
 def _check_occluders(config: Config) -> None:
@@ -232,49 +202,20 @@ def _check_occluders(config: Config) -> None:
         )
 
 
-def _place_occluders(
-    rng: np.random.Generator, sprites: SpriteConfig, data: DataConfig
-) -> np.ndarray:
-    """Boxes [O, 4] of full height, with room for a sprite beside and between them."""
-    pitch = sprites.occluder_width + sprites.size
-    slack = data.width - sprites.occluders * pitch - sprites.size
-    left = np.sort(rng.integers(slack, size=sprites.occluders, endpoint=True))
-    left += sprites.size + pitch * np.arange(sprites.occluders)
-    boxes = np.zeros((sprites.occluders, 4), np.int64)
-    boxes[:, 1], boxes[:, 2], boxes[:, 3] = left, data.height, left + sprites.occluder_width
-    return boxes
-
-
-def _move(
-    rng: np.random.Generator,
-    sprites: SpriteConfig,
-    data: DataConfig,
-    count: int,
-    occluders: np.ndarray,
-) -> np.ndarray:
-    """Top left corners [F, S, 2] in whole pixels; every sprite starts beside the occluders."""
-    low, high = sprites.speed
-    if float(low).is_integer() and float(high).is_integer():
-        speed = rng.integers(int(low), int(high), size=count, endpoint=True).astype(float)
-    else:
-        speed = rng.uniform(low, high, count)
-    room = np.array([data.height, data.width]) - sprites.size
-    columns = np.arange(room[1] + 1)[:, None]
-    beside = (columns + sprites.size <= occluders[:, 1]) | (columns >= occluders[:, 3])
-    start = np.empty((count, 2), np.int64)
-    start[:, 1] = rng.choice(columns[beside.all(1), 0], count)
-    if sprites.vertical:
-        start[:, 0] = rng.integers(room[0], size=count, endpoint=True)
-        angle = rng.uniform(0, 2 * np.pi, count)
-        velocity = speed[:, None] * np.stack([np.sin(angle), np.cos(angle)], -1)
-    else:
-        lane = data.height // sprites.count[1]
-        lanes = rng.permutation(sprites.count[1])[:count]
-        start[:, 0] = lanes * lane + rng.integers(lane - sprites.size, size=count, endpoint=True)
-        velocity = speed[:, None] * np.stack([np.zeros(count), rng.choice((-1, 1), count)], -1)
-    path = start + velocity * np.arange(data.frames)[:, None, None]
-    # Bouncing folds the straight path into [0, room].
-    return np.rint(room - np.abs(path % np.maximum(2 * room, 1) - room)).astype(np.int64)
+def _check_pause(config: Config) -> None:
+    """Checks that the shortest pause leaves the fastest sprite time to come out again."""
+    data, sprites = config.data, config.data.sprites
+    if not sprites.pause[1]:
+        return
+    passing = math.ceil((sprites.occluder_width + sprites.size) / sprites.speed[1])
+    most, block = data.frames - 1 - passing, config.model.frames_per_block
+    if sprites.pause[0] > most:
+        needed = block * math.ceil((passing + sprites.pause[0] + 1) / block)
+        lower = f"lower it to at most {most} or " if most >= 0 else ""
+        raise ConfigError(
+            f"data.sprites.pause={sprites.pause} lets no sprite come out again within "
+            f"data.frames={data.frames}; {lower}raise data.frames to at least {needed}"
+        )
 
 
 def _draw(
@@ -282,6 +223,7 @@ def _draw(
     shapes: np.ndarray,
     colors: np.ndarray,
     occluders: np.ndarray,
+    lit: np.ndarray,
     background: int,
     sprites: SpriteConfig,
     data: DataConfig,
@@ -295,18 +237,18 @@ def _draw(
         place = (frames, corners[:, sprite, :1] + rows, corners[:, sprite, 1:] + columns)
         owner[place] = sprite
         pixels.append(place)
-    for top, left, bottom, right in occluders:
-        owner[:, top:bottom, left:right] = count + 1
+    for (top, left, bottom, right), light in zip(occluders, lit.T, strict=True):
+        owner[:, top:bottom, left:right] = count + 1 + light[:, None, None]
     visible = [(owner[place] == sprite).mean(1) for sprite, place in enumerate(pixels)]
     palette = _palette(background)
-    tones = palette[np.append(colors, (len(COLORS), len(COLORS) + 1))]
+    tones = palette[np.append(colors, len(COLORS) + np.arange(3))]
     return tones[owner], np.stack(visible, 1).astype(np.float32)
 
 
 @functools.cache
 def _palette(background: int) -> np.ndarray:
-    """uint8 [8 + 2, 3]: the sprites' colours, the background, the occluder."""
-    tones = [*COLORS.values(), list(BACKGROUNDS.values())[background], OCCLUDER_COLOR]
+    """uint8 [8 + 3, 3]: the sprites' colours, the background, the occluder, and a lit one."""
+    tones = [*COLORS.values(), list(BACKGROUNDS.values())[background], OCCLUDER_COLOR, LIT_COLOR]
     return np.array(tones, np.uint8)
 
 

@@ -23,6 +23,13 @@ Batch = Mapping[str, np.ndarray]
 MICRO_BATCH = 8
 
 
+class Model(NamedTuple):
+    """Parameters and what they are parameters of."""
+
+    params: Params
+    cfg: ModelConfig
+
+
 class TeacherError(NamedTuple):
     """Relative squared error of a student's x0 against its teacher's.
 
@@ -74,26 +81,27 @@ def teacher_error(
       sampler: names the noise levels.
       key: random key of the noise.
     """
-    return teacher_errors({"": student}, cfg, teacher, clips, sampler, key)[""]
+    original = Model(teacher, cfg.teacher())
+    return teacher_errors({"": Model(student, cfg)}, original, clips, sampler, key)[""]
 
 
 def teacher_errors(
-    students: Mapping[str, Params],
-    cfg: ModelConfig,
-    teacher: Params,
+    students: Mapping[str, Model],
+    teacher: Model,
     clips: Batch,
     sampler: SamplerConfig,
     key: Array,
 ) -> dict[str, TeacherError]:
-    """`teacher_error` of several students of one shape; the teacher is computed once."""
-    levels, first = noise_levels(sampler), cfg.frames_per_block
+    """`teacher_error` of several students; the teacher is computed once."""
+    levels, first = noise_levels(sampler), teacher.cfg.frames_per_block
     sums = {name: [] for name in students}
-    for micro, new in micro_batches(teacher, _noise(key, clips, cfg, sampler.shift)):
+    noised = _noise(key, clips, teacher.cfg, sampler.shift)
+    for micro, new in micro_batches(teacher.params, noised):
         for level in levels:
             noisy = _at_level(micro, level)
-            target = _flow(teacher, cfg.teacher(), noisy)
-            for name, params in students.items():
-                flow = _flow(params, cfg, noisy)
+            target = _flow(*teacher, noisy)
+            for name, student in students.items():
+                flow = _flow(*student, noisy)
                 sums[name].append(_error_sums(flow, target, noisy, new, first))
     return {name: _relative(jax.device_get(pairs), len(levels)) for name, pairs in sums.items()}
 
@@ -108,15 +116,21 @@ def place_beside(params: Params, batch: Any) -> Any:
     return jax.device_put(batch, NamedSharding(layout.mesh, spec))
 
 
-def micro_batches(params: Params, batch: Any) -> Iterator[tuple[Any, int]]:
+def micro_batches(params: Params, batch: Any, size: int | None = None) -> Iterator[tuple[Any, int]]:
     """Splits a batch into parts of equal size, so that one compilation serves all.
+
+    Args:
+      params: parameters beside which the parts are placed.
+      batch: arrays of one length.
+      size: clips of a part on each device that shares out the batch; by default `MICRO_BATCH`, or
+        fewer if the whole batch is one part.
 
     Yields:
       A part, placed beside the parameters, and how many of its clips are new: the last part is
       filled up with clips that were seen before.
     """
     count = len(jax.tree.leaves(batch)[0])
-    size = min(MICRO_BATCH * _shares(params), count)
+    size = size * _shares(params) if size else min(MICRO_BATCH * _shares(params), count)
     for start in range(0, count, size):
         places = np.arange(start, start + size) % count
         part = jax.tree.map(lambda x, places=places: x[places], batch)

@@ -3,8 +3,8 @@
 import io
 import json
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -17,18 +17,29 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from arl2_jax.evaluation.labels import LABELS
 from arl2_jax.generation.video import enlarge
 
 Records = list[dict[str, float | None]]
 Box = tuple[int, int, int, int]
 
-_COLORS = {"teacher": "#3b6fd4", "stage1": "#2a9d6f", "stage2": "#d4603b", "control": "#8a8a8a"}
+_COLORS = {
+    "teacher": "#3b6fd4",
+    "stage1": "#2a9d6f",
+    "stage2": "#d4603b",
+    "converted": "#d4603b",
+    LABELS["student"]: "#d4603b",
+    LABELS["control"]: "#8a8a8a",
+    LABELS["control_local"]: "#a67c2d",
+}
 _TITLES = {
     "teacher": "Teacher",
     "stage1": "Stage 1: layers alone",
     "stage2": "Stage 2: end to end",
 }
-_RIGHT, _WRONG = "#1f9d55", "#d43b3b"
+# Outlines of what is drawn: the clip's own sprite, its twin's; anything else is wrong.
+_OUTLINES = {"own": "#1f9d55", "twin": "#f08c00"}
+_WRONG = "#d43b3b"
 
 
 class Row(NamedTuple):
@@ -37,13 +48,13 @@ class Row(NamedTuple):
     Attributes:
       label: its name.
       frames: uint8 [H, W, 3] each, or None where there is nothing to show.
-      right: per frame, whether what it shows is right; None if that is not asked.
+      marks: per frame, what it shows: "own", "twin" or else; None if that is not asked.
       opens: whether the row begins a new group.
     """
 
     label: str
     frames: Sequence[UInt8[np.ndarray, "h w 3"] | None]
-    right: Sequence[bool] | None = None
+    marks: Sequence[str] | None = None
     opens: bool = False
 
 
@@ -52,8 +63,8 @@ def curves(folder: epath.PathLike, phases: Sequence[str]) -> bytes | None:
 
     Args:
       folder: the run; `folder/<phase>/metrics.jsonl` is read.
-      phases: in the order they are shown, "control" among them if there is one; phases without
-        metrics are left out.
+      phases: in the order they are shown, the controls among them; phases without metrics are
+        left out.
 
     Returns:
       A PNG file; None if no phase has metrics.
@@ -80,9 +91,10 @@ def _panels(logged: dict[str, Records]) -> list[tuple[str, str, dict]]:
     for phase in ("teacher", "stage1", "stage2"):
         if phase in logged:
             lines = {phase: (logged[phase], "loss")}
-            if phase == "stage2" and "control" in logged:
+            controls = [name for name in ("control", "control_local") if name in logged]
+            if phase == "stage2" and controls:
                 lines = {"converted": lines.pop(phase)}
-                lines["control (memory closed)"] = (logged["control"], "loss")
+                lines |= {LABELS[name]: (logged[name], "loss") for name in controls}
             panels.append((_TITLES[phase], "loss", lines))
     per_layer = (
         ("stage1", "error", "Stage 1 error per layer", "relative squared error"),
@@ -138,8 +150,6 @@ def _line_colors(names: list[str]) -> list:
     """Layers run through a colour map, phases have colours of their own."""
     if names[0].startswith("layer"):
         return list(colormaps["viridis"](np.linspace(0, 0.9, len(names))))
-    if len(names) == 2:
-        return [_COLORS["stage2"], _COLORS["control"]]
     return [_COLORS[name] for name in names]
 
 
@@ -147,6 +157,38 @@ def _records(path: epath.Path) -> Records:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def lag_curves(by_model: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: float) -> bytes:
+    """Draws recall over the number of blocks for which a sprite was hidden.
+
+    Args:
+      by_model: label of the model -> lag -> "recall" and its "interval" [low, high].
+      baseline: recall of the best blind answer, dashed.
+
+    Returns:
+      A PNG file.
+    """
+    figure = Figure(figsize=(6.4, 4.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for label, scores in by_model.items():
+        lags = sorted(scores)
+        low, high = np.array([scores[lag]["interval"] for lag in lags]).T * 100
+        shares = [100 * scores[lag]["recall"] for lag in lags]
+        axes.fill_between(lags, low, high, color=_COLORS[label], alpha=0.15, linewidth=0)
+        axes.plot(lags, shares, color=_COLORS[label], marker="o", markersize=4, label=label)
+    axes.axhline(100 * baseline, color="#333333", linestyle="--", linewidth=1)
+    place = (axes.get_xlim()[1], 100 * baseline + 1)
+    axes.text(*place, "best blind answer", fontsize=8, ha="right", va="bottom", color="#333333")
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("frame blocks for which the sprite was hidden")
+    axes.set_ylabel("drawn right, %")
+    axes.set_title("Recall by lag, with 95 % intervals", fontsize=11, loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=True, framealpha=0.7, edgecolor="none")
+    return _png(figure)
 
 
 def contact_sheet(
@@ -163,8 +205,8 @@ def contact_sheet(
       rows: its rows, each with one frame a column; frames are all of one size.
       columns: titles of the columns.
       title: what is seen, over the whole.
-      boxes: per column, (top, left, bottom, right) in pixels of what `Row.right` speaks of;
-        outlined in the rows that have it, in green if right and in red if wrong.
+      boxes: per column, (top, left, bottom, right) in pixels of what `Row.marks` speaks of;
+        outlined in the rows that have it: "own" green, "twin" orange, all else red.
       width: least number of columns of pixels that a frame is enlarged to.
 
     Returns:
@@ -188,19 +230,20 @@ def contact_sheet(
                 continue
             axes = sheet.cell(i, column)
             axes.imshow(enlarge(frame[None], size[1] * scale)[0], interpolation="nearest")
-            if row.right is not None:
-                _draw_box(axes, boxes[column], scale, row.right[column])
+            if row.marks is not None:
+                color = _OUTLINES.get(row.marks[column], _WRONG)
+                _draw_box(axes, boxes[column], scale, color)
     return _png(figure)
 
 
-def _draw_box(axes: Axes, box: Box, scale: int, right: bool) -> None:
+def _draw_box(axes: Axes, box: Box, scale: int, outline: str) -> None:
     top, left, bottom, end = (scale * edge for edge in box)
-    for color, width in (("white", 4.5), (_RIGHT if right else _WRONG, 2.5)):
+    for color, width in (("white", 4.5), (outline, 2.5)):
         corner, size = (left - 4, top - 4), (end - left + 7, bottom - top + 7)
-        outline = Rectangle(
+        frame = Rectangle(
             corner, *size, fill=False, edgecolor=color, linewidth=width, clip_on=False
         )
-        axes.add_patch(outline)
+        axes.add_patch(frame)
 
 
 class _Sheet:

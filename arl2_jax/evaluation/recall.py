@@ -1,84 +1,162 @@
 """The recall test: is a sprite that was hidden drawn again as it was?"""
 
+import functools
 import itertools
-from collections.abc import Callable
+from typing import NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from arl2_jax.config import Config
+from arl2_jax.config import Config, SpriteConfig
 from arl2_jax.data.codec import Codec
-from arl2_jax.data.sprites import (
-    BACKGROUNDS,
-    Reveal,
-    SpriteClip,
-    draw_sprite,
-    reveal_clips,
-)
+from arl2_jax.data.reveals import Reveal, reveal_clips
+from arl2_jax.data.sprites import BACKGROUNDS, SpriteClip, draw_sprite
 from arl2_jax.data.text import embed_caption
 
-Generate = Callable[[jax.Array, jax.Array], jax.Array]
+# The colour and the shape of a drawing that is nearer to the bare background than to any sprite.
+NOTHING = -1
+# Of the standard normal distribution, for intervals of 95 %.
+_QUANTILE = 1.959964
 
 
-def read_sprite(
-    crop: np.ndarray, background: int, colors: int, shapes: int
-) -> tuple[int, int] | None:
-    """The (color, shape) whose drawing is nearest to a crop; None if the bare background is.
+class RecallTest(NamedTuple):
+    """What is asked: held-out clips in which a hidden sprite comes out again.
 
-    Args:
-      crop: float [size, size, 3] in [-1, 1], the bounding box of a sprite.
-      background: index of the clip's background.
-      colors, shapes: how many of each there are to choose from.
+    Attributes:
+      clips: N clips; neighbours are twins, equal but for the identity of the revealed sprite.
+      events: the reveal of each.
+      batch: what a model is given of them, "latents" and "text".
     """
-    size = crop.shape[0]
-    tone = np.array(list(BACKGROUNDS.values())[background])
-    distance = lambda drawing: np.mean((crop - (drawing / 127.5 - 1)) ** 2)
-    # Nothing is one of the readings, so that a faint smear is not taken for the smallest sprite.
-    nearest, found = distance(tone), None
-    for color, shape in itertools.product(range(colors), range(shapes)):
-        rgb, mask = draw_sprite(shape, color, size)
-        error = distance(np.where(mask[..., None], rgb, tone))
-        if error < nearest:
-            nearest, found = error, (color, shape)
-    return found
+
+    clips: list[SpriteClip]
+    events: list[Reveal]
+    batch: dict[str, np.ndarray]
+
+    @property
+    def identities(self) -> Int[np.ndarray, "n 2"]:
+        """Colour and shape of every revealed sprite."""
+        pairs = zip(self.clips, self.events, strict=True)
+        return np.array([(c.colors[e.sprite], c.shapes[e.sprite]) for c, e in pairs])
+
+    @property
+    def lags(self) -> Int[np.ndarray, "n"]:
+        """Frame blocks for which each sprite was hidden."""
+        return np.array([event.lag for event in self.events])
 
 
-def recall_clips(config: Config, codec: Codec) -> tuple[list[SpriteClip], list[Reveal], dict]:
-    """Held-out clips with a reveal each, and the batch that a model is given of them."""
+def recall_test(config: Config, codec: Codec) -> RecallTest:
+    """Makes the clips of the recall test.
+
+    Raises:
+      ConfigError: reveals are too rare for config.evaluation.recall_clips.
+    """
     clips, events = reveal_clips(config, config.evaluation.recall_clips)
     pixels = np.stack([clip.video for clip in clips]).astype(np.float32) / 127.5 - 1
     model = config.model
     text = [embed_caption(clip.caption, model.text_len, model.text_dim) for clip in clips]
-    return clips, events, {"latents": codec.encode(pixels), "text": np.stack(text)}
+    return RecallTest(clips, events, {"latents": codec.encode(pixels), "text": np.stack(text)})
 
 
-def recall(
-    generated: np.ndarray, clips: list[SpriteClip], events: list[Reveal], config: Config
-) -> dict[str, float]:
-    """Shares of revealed sprites that were drawn right.
+def read_drawings(
+    pixels: Float[np.ndarray, "*k n f h w 3"], test: RecallTest, config: Config
+) -> Int[np.ndarray, "*k n 2"]:
+    """Reads the sprite in drawings of the frame block in which each clip's sprite comes out.
 
     Args:
-      generated: pixels [B, F, H, W, 3] in [-1, 1]; every block made from noise after its clean
-        past.
-      clips, events: the clips and the reveal to read in each.
+      pixels: the drawn block of every clip, in [-1, 1]; leading axes are kept.
+      test: the clips.
       config: the run; its sprites say what there is to choose from.
 
     Returns:
-      "recall" (colour and shape both right), "color", "shape", and "chance": the recall of drawing
-      any of the sprites at random.
+      Colour and shape of what is nearest to each drawing, or `NOTHING` for both.
     """
-    sprites = config.data.sprites
-    right = []
-    for video, clip, event in zip(generated, clips, events, strict=True):
+    sprites, size = config.data.sprites, config.data.sprites.size
+    found = []
+    for i, (clip, event) in enumerate(zip(test.clips, test.events, strict=True)):
         row, column = clip.positions[event.frame, event.sprite].astype(int)
-        crop = video[event.frame, row : row + sprites.size, column : column + sprites.size]
-        found = read_sprite(crop, clip.background, sprites.colors, sprites.shapes)
-        color, shape = found or (None, None)
-        right.append((color == clip.colors[event.sprite], shape == clip.shapes[event.sprite]))
-    both = np.array(right)
+        frame = event.frame - event.block * config.model.frames_per_block
+        crops = pixels[..., i, frame, row : row + size, column : column + size, :]
+        found.append(read_sprites(crops, clip.background, sprites))
+    return np.stack(found, axis=-2)
+
+
+def read_sprites(
+    crops: Float[np.ndarray, "*k size size 3"], background: int, sprites: SpriteConfig
+) -> Int[np.ndarray, "*k 2"]:
+    """Colour and shape whose drawing is nearest to each crop; `NOTHING` if the background is.
+
+    Args:
+      crops: bounding boxes of a sprite, in [-1, 1].
+      background: index of the clip's background.
+      sprites: how many colours and shapes there are to choose from, and their size.
+    """
+    templates, identities = _templates(background, sprites.colors, sprites.shapes, sprites.size)
+    distances = [np.mean((crops - drawing) ** 2, axis=(-3, -2, -1)) for drawing in templates]
+    return identities[np.argmin(distances, axis=0)]
+
+
+@functools.cache
+def _templates(background: int, colors: int, shapes: int, size: int):
+    """Drawings [1 + colors x shapes, size, size, 3] and what they show; the first shows nothing.
+
+    Nothing is one of the readings, so that a faint smear is not taken for the smallest sprite.
+    """
+    tone = np.array(list(BACKGROUNDS.values())[background])
+    drawings, identities = [np.broadcast_to(tone, (size, size, 3))], [(NOTHING, NOTHING)]
+    for color, shape in itertools.product(range(colors), range(shapes)):
+        rgb, mask = draw_sprite(shape, color, size)
+        drawings.append(np.where(mask[..., None], rgb, tone))
+        identities.append((color, shape))
+    return np.stack(drawings) / 127.5 - 1, np.array(identities)
+
+
+def recall(
+    readings: Int[np.ndarray, "k n 2"], identities: Int[np.ndarray, "n 2"]
+) -> dict[str, float | list[float]]:
+    """Shares of revealed sprites that were drawn right, as means over K drawings of each clip.
+
+    Returns:
+      "recall" (colour and shape both right), "color", "shape", and the "interval" of recall.
+    """
+    right = readings == identities
+    both = right.all(axis=-1)
     return {
-        "recall": float(both.all(axis=1).mean()),
-        "color": float(both[:, 0].mean()),
-        "shape": float(both[:, 1].mean()),
-        "chance": 1 / (sprites.colors * sprites.shapes),
+        "recall": float(both.mean()),
+        "color": float(right[..., 0].mean()),
+        "shape": float(right[..., 1].mean()),
+        "interval": wilson(float(both.mean()), both.shape[-1]),
     }
+
+
+def recall_by_lag(
+    right: Bool[np.ndarray, "k n"], lags: Int[np.ndarray, "n"]
+) -> dict[int, dict[str, float | int | list[float]]]:
+    """Recall of the clips of every lag: lag -> "recall", its "interval", and "clips"."""
+    found = {}
+    for lag in np.unique(lags).tolist():
+        own = right[:, lags == lag]
+        share = float(own.mean())
+        found[lag] = {
+            "recall": share,
+            "interval": wilson(share, own.shape[1]),
+            "clips": own.shape[1],
+        }
+    return found
+
+
+def best_blind_answer(identities: Int[np.ndarray, "n 2"]) -> float:
+    """The largest recall of any constant answer on these clips."""
+    return float(np.unique(identities, axis=0, return_counts=True)[1].max() / len(identities))
+
+
+def wilson(share: float, clips: int) -> list[float]:
+    """Wilson's 95 % interval of a share: [low, high].
+
+    Args:
+      share: in [0, 1]; the mean over the drawings of each clip, if there are several.
+      clips: number of clips, not of drawings: two drawings of one clip are not independent.
+    """
+    z2 = _QUANTILE**2 / clips
+    middle = (share + z2 / 2) / (1 + z2)
+    half = np.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
+    return [max(float(middle - half), 0.0), min(float(middle + half), 1.0)]

@@ -11,7 +11,7 @@ from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.make_video import Text, VideoModel, make_video, read_past
 from arl2_jax.weights.folder import load_params_folder
 
-MODELS = ("teacher", "stage1", "stage2", "control")
+MODELS = ("teacher", "stage1", "stage2", "control", "control_local")
 
 
 def write_from_run(
@@ -74,7 +74,11 @@ def _find(run: epath.Path, model: str, config: Config, encoders: Encoders) -> Vi
         raise ConfigError(
             f"{run} has no finished model {model!r}; it has {', '.join(trained) or 'none'}"
         )
-    changes = {"teacher": {"hybrid_layers": ()}, "control": {"memory_gate": "zero"}}
+    changes = {
+        "teacher": {"hybrid_layers": ()},
+        "control": {"memory_gate": "zero"},
+        "control_local": {"memory_gate": "local"},
+    }
     codec = (
         encoders.codec(config.data.vae) if config.data.codec == "wan_vae" else make_codec(config)
     )

@@ -69,8 +69,16 @@ def start(
     return context, RolloutState(memory, jnp.int32(0), key)
 
 
-def write_block(context: RolloutContext, cfg: ModelConfig, state: RolloutState, block):
-    """Runs a clean block through the network at timestep 0 and remembers it."""
+def write_block(
+    context: RolloutContext, cfg: ModelConfig, state: RolloutState, block, *, read=None
+):
+    """Runs a clean block through the network at timestep 0 and remembers it.
+
+    Args:
+      context, cfg, state: the rollout.
+      block: clean latents [B, f, rows, columns, channels].
+      read: memories that the block sees instead of those of `state`, which it is written to.
+    """
     copies = context.text[0].k.shape[1] // block.shape[0]
     tiled = jnp.tile(block, (copies, 1, 1, 1, 1))
     _, memory = models.apply(
@@ -82,6 +90,7 @@ def write_block(context: RolloutContext, cfg: ModelConfig, state: RolloutState, 
         memory=state.memory,
         position=state.position,
         write=True,
+        read=read,
     )
     return state._replace(memory=memory, position=state.position + block.shape[1])
 
@@ -168,36 +177,4 @@ def rollout(
     block_shape = (text.shape[0], f, *shape)
     generate = lambda state, _: generate_block(context, cfg, sampler, state, block_shape)
     _, video = jax.lax.scan(generate, state, length=blocks)
-    return rearrange(video, "m b f ... -> b (m f) ...")
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "sampler"))
-def generate_from_clean_past(
-    params,
-    cfg: ModelConfig,
-    sampler: SamplerConfig,
-    text: Float[Array, "b l text_dim"],
-    key: Array,
-    clip: Float[Array, "b t rows columns channels"],
-) -> Float[Array, "b t rows columns channels"]:
-    """Generates every block of a clip from pure noise, given the clip's own earlier blocks.
-
-    Args:
-      params, cfg, sampler, text, key: as in `rollout`.
-      clip: clean latents, whole blocks.
-
-    Returns:
-      Generated latents like clip; block i has seen clean blocks before i only.
-    """
-    tokens = clip.shape[2] * clip.shape[3] // (cfg.patch_size[1] * cfg.patch_size[2])
-    context, state = start(
-        params, cfg, sampler, text, key, frames=clip.shape[1], tokens_per_frame=tokens
-    )
-    blocks = rearrange(clip, "b (m f) ... -> m b f ...", f=cfg.frames_per_block)
-
-    def step(state, clean):
-        after, generated = denoise_block(context, cfg, sampler, state, clean.shape)
-        return write_block(context, cfg, after, clean), generated
-
-    _, video = jax.lax.scan(step, state, blocks)
     return rearrange(video, "m b f ... -> b (m f) ...")

@@ -59,7 +59,8 @@ class GatedDelta(nnx.Module):
             self.beta_bias = nnx.Param(start.beta_bias)
         identity = jnp.tile(jnp.eye(cfg.head_dim), (heads, 1, 1))
         self.phi_q, self.phi_k = nnx.Param(identity), nnx.Param(identity)
-        self.phi_v = nnx.Param(initial.value_scale(cfg) * identity)
+        self.value_scale = initial.value_scale(cfg)
+        self.phi_v = nnx.Param(self.value_scale * identity)
         lora = lambda: LowRank(
             dim, dim, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
         )
@@ -147,8 +148,11 @@ class GatedDelta(nnx.Module):
 
     def _local(self, p: Projections):
         """Rotated queries and keys, and values, of the softmax inside the block."""
-        q, k, v = self._memory_heads(p) if self.gate == "local" else (p.q, p.k, p.v)
-        return rotate(q, p.rope), rotate(k, p.rope), v
+        if self.gate != "local":
+            return rotate(p.q, p.rope), rotate(p.k, p.rope), p.v
+        q, k, v = self._memory_heads(p)
+        # As large as the values of the softmax, whatever the read starts with.
+        return rotate(q, p.rope), rotate(k, p.rope), v / self.value_scale
 
     def _memory_heads(self, p: Projections):
         """Queries, keys and values of the memory, [B, n, H, D], neither rotated nor scaled."""

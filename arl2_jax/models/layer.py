@@ -97,11 +97,25 @@ class TransformerLayer(nnx.Module):
         attended, diagnostics = self.attend_clip(h, conditions, blocks, copies)
         return self.finish(x, attended, conditions, text), diagnostics
 
-    def block(self, x, conditions: Conditions, text: TextContext, state, position, write: bool):
-        """The layer on one block: (tokens, state); the state is new only if `write`."""
+    def block(
+        self,
+        x,
+        conditions: Conditions,
+        text: TextContext,
+        state,
+        position,
+        *,
+        write: bool,
+        read=None,
+    ):
+        """The layer on one block: (tokens, state); the state is new only if `write`.
+
+        `read` is the state to attend to, by default `state`, which is the one written to.
+        """
         h = self.attention_input(x, conditions)
         p = self.self_attn.project(h, conditions.rope)
-        attended = self.self_attn.output(self.own_memory.attend(p, state, position))
+        seen = state if read is None else read
+        attended = self.self_attn.output(self.own_memory.attend(p, seen, position))
         if write:
             state = self.own_memory.write(p, state, position)
         return self.finish(x, attended, conditions, text), state

@@ -184,6 +184,7 @@ def apply(
     memory: tuple,
     position: int | Int[Array, ""] = 0,
     write: bool = False,
+    read: tuple | None = None,
 ) -> tuple[Float[Array, "b f rows columns channels"], tuple]:
     """The network on one frame block.
 
@@ -196,6 +197,7 @@ def apply(
       memory: memories of all layers, from `init_memory` or an earlier call.
       position: index of the block's first latent frame, may be traced.
       write: whether the block is clean and to be remembered.
+      read: memories that the block sees instead of `memory`, which is still the one written to.
 
     Returns:
       The flow (float32, like latents), and the memory, which is new only if `write`.
@@ -214,16 +216,17 @@ def apply(
     first_token = position * rows * columns
 
     new_memory = []
-    for run, weights, context, state in zip(
-        cfg.layer_runs(), stacked.runs, contexts, memory, strict=True
+    seen = (None,) * len(memory) if read is None else read
+    for run, weights, context, state, own_read in zip(
+        cfg.layer_runs(), stacked.runs, contexts, memory, seen, strict=True
     ):
 
         def step(x, layer, kind=cfg.memory_of(run[0])):
-            weights, context, state = layer
+            weights, context, state, read = layer
             module = make_layer(cfg, kind, weights)
-            return module.block(x, conditions, context, state, first_token, write)
+            return module.block(x, conditions, context, state, first_token, write=write, read=read)
 
-        x, state = jax.lax.scan(step, x, (weights, context, state))
+        x, state = jax.lax.scan(step, x, (weights, context, state, own_read))
         new_memory.append(state)
     flow = stem.predict_flow(x, time, latents.shape[2], latents.shape[3])
     return flow, tuple(new_memory) if write else memory

@@ -1,4 +1,4 @@
-"""The whole run: phases in order, the control, and what the report needs of them."""
+"""The whole run: phases in order, the controls, and what the report needs of them."""
 
 import dataclasses
 import json
@@ -33,6 +33,7 @@ class Converted:
       untrained: the hybrid before conversion; its softmax weights are the teacher's.
       stage1, stage2: the hybrid after each stage; None if the run leaves the stage out.
       control: the hybrid with its memory gate at zero, trained like the student; or None.
+      control_local: the same with what is trained acting on the softmax inside the block; or None.
       seconds, compile_seconds: wall time per phase, compilation apart.
     """
 
@@ -40,6 +41,7 @@ class Converted:
     stage1: Params | None
     stage2: Params | None
     control: Params | None
+    control_local: Params | None
     seconds: dict[str, float]
     compile_seconds: dict[str, float]
 
@@ -109,17 +111,31 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         if name in config.phases:
             params = stages[name] = phase(name, params)
             record_retention(config, params, data, folder / name)
-    control = None
-    if config.evaluation.control and "stage2" in config.phases:
-        # A closed gate leaves stage 1 nothing to learn: all its gradients are zero.
-        closed = dataclasses.replace(config.model, memory_gate="zero")
-        closed_config = dataclasses.replace(
-            config, model=closed, stage2=dataclasses.replace(config.stage2, layer_loss=0.0)
+    controls = {}
+    for gate in config.evaluation.controls if "stage2" in config.phases else ():
+        title = control_name(gate)
+        # A closed gate leaves stage 1 nothing to learn: all its gradients are zero. The local
+        # control is trained by the same recipe.
+        closed = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, memory_gate=gate),
+            stage2=dataclasses.replace(config.stage2, layer_loss=0.0),
         )
-        control = phase("stage2", untrained, config=closed_config, title="control")
+        controls[title] = phase("stage2", untrained, config=closed, title=title)
     return Converted(
-        untrained, stages.get("stage1"), stages.get("stage2"), control, seconds, compile_seconds
+        untrained,
+        stages.get("stage1"),
+        stages.get("stage2"),
+        controls.get("control"),
+        controls.get("control_local"),
+        seconds,
+        compile_seconds,
     )
+
+
+def control_name(memory_gate: str) -> str:
+    """Name of a control, in `Converted` and of its folder, by its model.memory_gate."""
+    return "control" if memory_gate == "zero" else f"control_{memory_gate}"
 
 
 def _initial_params(config: Config, mesh: jax.sharding.Mesh) -> Params:

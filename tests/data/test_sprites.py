@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import itertools
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from data_sizes import make_data, make_sprites, tiny_model
 
 from arl2_jax.config import Config, ConfigError
-from arl2_jax.data import SpriteClip, draw_sprite, make_clip, reveal_clips, reveals
+from arl2_jax.data import draw_sprite, make_clip
 from arl2_jax.data.sprites import BACKGROUNDS, COLORS, HELD_OUT_SEED, OCCLUDER_COLOR, SHAPES, check
 
 LANES = make_sprites()
@@ -124,69 +125,6 @@ def test_template_can_be_changed_without_changing_later_clips():
     assert draw_sprite(0, 1, 7)[1].all()
 
 
-def brute_force_reveals(visible, f):
-    """The definition, spelt out frame by frame."""
-    frames, count = visible.shape
-    found = []
-    for block in range(2, frames // f):
-        for sprite in range(count):
-            v = visible[:, sprite]
-            before = range((block - 1) * f, block * f)
-            last = block * f + f - 1
-            hidden_runs = [
-                range(a, b)
-                for a in range(frames)
-                for b in range(a + f + 1, frames + 1)
-                if not v[a:b].any() and set(before) <= set(range(a, b))
-            ]
-            seen = any(v[t] == 1 for t in range(before[0]))
-            if hidden_runs and seen and v[last] == 1:
-                found.append((block, sprite, last))
-    return found
-
-
-@pytest.mark.parametrize("f", [1, 2, 3, 4])
-def test_reveals_follow_their_definition(f):
-    rng = np.random.default_rng(f)
-    total = 0
-    for _ in range(60):
-        runs = rng.choice([0, 0.5, 1], 12, p=[0.45, 0.1, 0.45]).repeat(rng.integers(1, 5, 12))[:24]
-        visible = np.stack([runs, rng.permutation(runs)], 1)[: len(runs) // f * f]
-        clip = make_clip(LANES, DATA, 0)._replace(visible=visible)
-        found = reveals(clip, f)
-        assert [tuple(reveal) for reveal in found] == brute_force_reveals(visible, f)
-        total += len(found)
-    assert total > 5
-
-
-def test_reveal_needs_more_than_a_hidden_block():
-    visible = np.array([[1, 1, 0, 0, 1, 1, 1, 1]], float).T
-    clip = make_clip(LANES, DATA, 0)
-    assert reveals(clip._replace(visible=visible), 2) == []
-    visible[1] = 0
-    assert reveals(clip._replace(visible=visible), 2) == [(2, 0, 5)]
-
-
-def test_reveal_clips_are_held_out_and_hold_their_event():
-    config = make_config()
-    found, events = reveal_clips(config, 12)
-    assert len(found) == len(events) == 12
-    for clip, event in zip(found, events, strict=True):
-        assert isinstance(clip, SpriteClip) and event in reveals(clip, 2)
-        rgb, mask = draw_sprite(clip.shapes[event.sprite], clip.colors[event.sprite], 7)
-        row, column = clip.positions[event.frame, event.sprite].astype(int)
-        shown = clip.video[event.frame, row : row + 7, column : column + 7]
-        np.testing.assert_array_equal(shown[mask], rgb[mask])
-    fewer, _ = reveal_clips(config, 5)
-    np.testing.assert_array_equal([c.video for c in fewer], [c.video for c in found[:5]])
-
-
-def test_no_reveals_is_an_error():
-    config = make_config(occluders=0)
-    with pytest.raises(ConfigError, match=r"evaluation\.recall_clips=0"):
-        reveal_clips(config, 1)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -198,6 +136,8 @@ def test_no_reveals_is_an_error():
         (dict(occluders=2), r"data\.sprites\.occluders"),
         (dict(occluder_width=17), r"for 2 frames.*frames_per_block=2; raise it to at least 18"),
         (dict(speed=(3.0, 9.0)), r"for 1 frames"),
+        (dict(pause=(5, 6)), r"pause=\(5, 6\) .*data\.frames=12; lower it to at most 4 .*least 14"),
+        (dict(occluders=0, pause=(0, 2)), r"pause=\(0, 2\) needs an occluder"),
     ],
 )
 def test_what_cannot_fit_or_hide_is_refused(changes, message):
@@ -213,3 +153,38 @@ def test_occluders_hide_for_longer_than_a_block_at_the_smallest_width_allowed():
         for visible in clip.visible.T:
             hidden = "".join("0" if v == 0 else " " for v in visible[:-4]).split()
             assert all(len(run) > 2 for run in hidden[:-1])
+
+
+@pytest.mark.parametrize(
+    ("sprites", "digest"),
+    [(LANES, "2f85a6913f340afb"), (FREE, "112daf6c988aebaf"), (MANY, "a5154afa4d02fb88")],
+    ids=["lanes", "free", "many"],
+)
+def test_clips_without_a_pause_stay_what_they_were(sprites, digest):
+    """Digests of clips as the program made them before sprites could rest."""
+    found = hashlib.sha256()
+    for seed in (*range(20), HELD_OUT_SEED + 5):
+        clip = make_clip(sprites, DATA, seed)
+        for array in clip[:6]:
+            found.update(np.ascontiguousarray(array).tobytes())
+        found.update(f"{clip.caption} {clip.background}".encode())
+        assert not clip.lit.any()
+    assert found.hexdigest()[:16] == digest
+
+
+@CONFIGS
+def test_a_twin_differs_in_the_given_identity_alone(sprites):
+    for seed in range(20):
+        clip = make_clip(sprites, DATA, seed)
+        identity = [(int(c), int(s)) for c, s in zip(clip.colors, clip.shapes, strict=True)]
+        same = make_clip(sprites, DATA, seed, identity)
+        np.testing.assert_array_equal(same.video, clip.video)
+        color = (clip.colors[0] + 1) % sprites.colors
+        twin = make_clip(sprites, DATA, seed, [(color, clip.shapes[0]), *identity[1:]])
+        changed = (twin.video != clip.video).any(-1)
+        own = (clip.video == list(COLORS.values())[clip.colors[0]]).all(-1)
+        assert not (changed & ~own).any()
+        for name in ("positions", "occluders", "visible", "lit", "background", "caption"):
+            np.testing.assert_array_equal(getattr(twin, name), getattr(clip, name))
+    with pytest.raises(ValueError, match="identities"):
+        make_clip(sprites, DATA, 0, [])

@@ -1,5 +1,6 @@
 """Losses and errors on held-out clips equal their definitions, clip by clip."""
 
+import dataclasses
 import functools
 
 import jax
@@ -88,12 +89,18 @@ def test_students_share_a_teacher(params, clips):
     teacher = without_delta(params)
     other = jax.tree.map(lambda x: x, params)
     other["blocks"]["1"]["delta"] = jax.tree.map(jnp.zeros_like, params["blocks"]["1"]["delta"])
-    students = {"one": params, "other": other}
-    found = gap.teacher_errors(students, CFG, teacher, clips, SAMPLER, KEY)
+    closed = dataclasses.replace(CFG, memory_gate="local")
+    students = {
+        "one": gap.Model(params, CFG),
+        "other": gap.Model(other, CFG),
+        "closed": gap.Model(params, closed),
+    }
+    original = gap.Model(teacher, CFG.teacher())
+    found = gap.teacher_errors(students, original, clips, SAMPLER, KEY)
     for name, student in students.items():
-        alone = gap.teacher_error(student, CFG, teacher, clips, SAMPLER, KEY)
+        alone = gap.teacher_error(*student, teacher, clips, SAMPLER, KEY)
         np.testing.assert_array_equal(found[name].by_timestep, alone.by_timestep)
-    assert found["one"].mean != found["other"].mean
+    assert len({error.mean for error in found.values()}) == 3
 
 
 def test_the_teacher_is_no_distance_from_itself(params, clips):
@@ -114,6 +121,8 @@ def test_every_clip_is_seen_once_and_parts_are_of_one_size():
     assert np.concatenate([x[:new] for x, new in parts]).tolist() == list(range(CLIPS))
     (few,) = gap.micro_batches({"w": jnp.zeros(3)}, {"x": np.arange(2)})
     assert few[0]["x"].tolist() == [0, 1] and few[1] == 2
+    (full,) = gap.micro_batches({"w": jnp.zeros(3)}, {"x": np.arange(2)}, size=6)
+    assert full[0]["x"].tolist() == [0, 1] * 3 and full[1] == 2
 
 
 def test_batches_go_where_the_parameters_are(params, clips):

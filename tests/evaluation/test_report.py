@@ -22,8 +22,9 @@ from arl2_jax.config import (
     to_config_dict,
 )
 from arl2_jax.data import open_data
-from arl2_jax.evaluation import plots, report
-from arl2_jax.evaluation.report import summary_table, write_report
+from arl2_jax.evaluation import continuation, plots, report
+from arl2_jax.evaluation.report import write_report
+from arl2_jax.evaluation.table import summary_table
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import init_memory, param_shapes
 from arl2_jax.training.pipeline import Converted
@@ -44,7 +45,10 @@ CONFIG = Config(
     ),
     evaluation=EvaluationConfig(clips=8, recall_clips=8, rollout_length=3),
 )  # fmt: skip
-SECONDS = {"teacher": 3.0, "stage1": 1.0, "stage2": 2.0, "control": 2.0}
+SECONDS = {"teacher": 3.0, "stage1": 1.0, "stage2": 2.0, "control": 2.0, "control_local": 2.0}
+
+
+MODELS = ("teacher", "student", "control", "control_local")
 
 
 def write_metrics(folder):
@@ -61,10 +65,10 @@ def write_metrics(folder):
 
 @pytest.fixture(scope="module")
 def params():
-    """Four random models: at its initial values the network predicts zeros."""
+    """Five random models: at its initial values the network predicts zeros."""
     rng, shapes = np.random.default_rng(0), param_shapes(CONFIG.model)
     draw = functools.partial(rng.normal, 0.1, 0.2)
-    return [jax.tree.map(lambda x: jnp.float32(draw(x.shape)), shapes) for _ in range(4)]
+    return [jax.tree.map(lambda x: jnp.float32(draw(x.shape)), shapes) for _ in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +101,15 @@ def read(path):
 def test_report_of_a_whole_run(full):
     found, folder = full
     assert_clean(found, folder)
-    for name in ("teacher_loss", "student_loss", "error_untrained", "error_stage1", "error_stage2"):
+    stages = ("untrained", "stage1", "stage2", "control", "control_local")
+    for name in ("teacher_loss", "student_loss", *(f"error_{stage}" for stage in stages)):
         assert found[name] > 0
+    assert found["memory_gap"] == 1 - found["error_stage2"] / found["error_control"]
+    assert found["memory_gap_local"] == 1 - found["error_stage2"] / found["error_control_local"]
     assert found["gap_closed"] == 1 - found["error_stage2"] / found["error_untrained"]
     by_timestep = found["errors_by_timestep"]
     assert len(by_timestep.pop("timesteps")) == 2 and by_timestep.keys() == {
-        "untrained", "stage1", "stage2",
+        "untrained", "stage1", "stage2", "control", "control_local",
     }  # fmt: skip
     for stage, errors in by_timestep.items():
         np.testing.assert_allclose(np.mean(errors), found[f"error_{stage}"], rtol=1e-6)
@@ -112,11 +119,51 @@ def test_report_of_a_whole_run(full):
 
 
 def test_report_scores_recall(full):
-    recall = full[0]["recall"]
-    assert recall["clips"] == 8 and recall["chance"] == 1 / 12 and full[0]["recall_reason"] is None
-    for model in ("teacher", "student", "control"):
-        assert recall[model].keys() == {"recall", "color", "shape"}
-        assert all(0 <= share <= 1 for share in recall[model].values())
+    found = full[0]
+    recall = found["recall"]
+    assert recall["clips"] == 8 and recall["chance"] == 1 / 12 and found["recall_reason"] is None
+    assert found["baseline"] >= 1 / 12
+    for model in MODELS:
+        assert recall[model].keys() == {"recall", "color", "shape", "interval"}
+        low, high = recall[model].pop("interval")
+        assert 0 <= low <= recall[model]["recall"] <= high <= 1
+        by_lag = found["recall_by_lag"][model]
+        assert sum(lag["clips"] for lag in by_lag.values()) == 8
+        mean = sum(lag["clips"] * lag["recall"] for lag in by_lag.values()) / 8
+        np.testing.assert_allclose(mean, recall[model]["recall"], rtol=1e-12)
+
+
+def test_report_exchanges_the_memories_that_a_model_has(full):
+    """Both layers are hybrid: the student has no cache, and a control no memory at all."""
+    has = {
+        "teacher": {"none", "caches"},
+        "student": {"none", "states", "zeroed"},
+        "control": {"none"},
+        "control_local": {"none"},
+    }
+    for model in MODELS:
+        scores = full[0]["exchange"][model]
+        carried = scores.pop("carried")
+        assert carried.keys() == {"states", "caches"}
+        assert {name for name, shares in scores.items() if shares} == has[model]
+        assert set(scores) == {"none", "states", "caches", "zeroed"}
+        for shares in filter(None, scores.values()):
+            parts = [shares[name] for name in ("own", "twin", "other", "nothing")]
+            np.testing.assert_allclose(sum(parts), 1, rtol=1e-12)
+        assert scores["none"]["own"] == full[0]["recall"][model]["recall"]
+
+
+def test_table_tells_what_was_exchanged(full):
+    text = (full[1] / "report.json").read_text()
+    table = summary_table(json.loads(text))
+    for part in (
+        "twin's states",
+        "recall % by lag",
+        "best blind answer",
+        "memory gap",
+        "control, local",
+    ):
+        assert part in table
 
 
 def test_report_tells_sizes_and_surroundings(full, params):
@@ -145,7 +192,7 @@ def test_videos_are_as_long_as_asked(full):
 
 
 def test_pictures_open(full):
-    for name in ("curves.png", "contact_sheet.png"):
+    for name in ("curves.png", "contact_sheet.png", "recall_by_lag.png"):
         with Image.open(full[1] / name) as image:
             image.load()
             assert image.width > 600 and image.height > 400
@@ -154,20 +201,20 @@ def test_pictures_open(full):
 
 def test_true_continuations_of_sprites_begin_with_the_clip():
     latents = open_data(CONFIG).held_out(2)["latents"]
-    truth = report._truth(CONFIG, open_data(CONFIG).codec, latents, 36)
+    truth = continuation.truth(CONFIG, open_data(CONFIG).codec, latents, 36)
     assert truth.shape == (2, 36, 12, 32, 3)
     decoded = open_data(CONFIG).codec.decode(latents)
-    np.testing.assert_array_equal(truth[:, :12], report._to_uint8(decoded))
+    np.testing.assert_array_equal(truth[:, :12], continuation.to_uint8(decoded))
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2])
 def test_missing_stages_are_null(params, tmp_path, stages):
     phases = ("teacher", "stage1", "stage2")[: stages + 1]
-    changes = {"recall_clips": 0, "control": False, "rollout_clips": 0 if stages == 1 else 2}
+    changes = {"recall_clips": 0, "controls": (), "rollout_clips": 0 if stages == 1 else 2}
     config = dataclasses.replace(
         CONFIG, phases=phases, evaluation=dataclasses.replace(CONFIG.evaluation, **changes)
     )
-    trained = [*params[1 : 1 + stages], None, None, None][:3]
+    trained = [*params[1 : 1 + stages], None, None, None, None][:4]
     found = write_report(
         config, tmp_path, open_data(config), Converted(params[0], *trained, {}, {})
     )
@@ -176,7 +223,8 @@ def test_missing_stages_are_null(params, tmp_path, stages):
     given = [found[name] is not None for name in ("student_loss", "error_stage1", "error_stage2")]
     assert given == [stages > 0, stages > 0, stages > 1]
     assert (found["gap_closed"] is None) == (stages < 2)
-    assert found["recall"] is None and "recall_clips=0" in found["recall_reason"]
+    assert found["recall"] is found["exchange"] is found["baseline"] is None
+    assert found["memory_gap"] is None and "recall_clips=0" in found["recall_reason"]
     files = {path.name for path in (tmp_path / "report").iterdir()}
     videos = {"contact_sheet.png", "continued_00.mp4", "continued_01.mp4"} if stages != 1 else set()
     assert files == {"report.json"} | videos
@@ -188,7 +236,7 @@ def test_a_teacher_without_hybrid_layers(params, tmp_path):
         CONFIG, model=CONFIG.model.teacher(), phases=("teacher",), evaluation=evaluation
     )
     teacher = report.models.without_delta(params[0])
-    converted = Converted(teacher, None, None, None, {}, {})
+    converted = Converted(teacher, None, None, None, None, {}, {})
     found = write_report(config, tmp_path, open_data(config), converted)
     assert_clean(found, tmp_path / "report")
     assert found["recall"]["teacher"] and found["recall"]["student"] is None
@@ -203,7 +251,7 @@ def test_report_on_video_files(params, tmp_path):
     write_video(tmp_path / "clips" / "noise.mp4", frames, 8)
     data = dataclasses.replace(CONFIG.data, source="video", path=str(tmp_path / "clips"))
     config = dataclasses.replace(CONFIG, data=data)
-    converted = Converted(*params[:3], None, {}, {})
+    converted = Converted(*params[:3], None, None, {}, {})
     found = write_report(config, tmp_path, open_data(config), converted)
     assert_clean(found, tmp_path / "report")
     assert found["recall"] is None and "data.source=video" in found["recall_reason"]
@@ -234,7 +282,7 @@ def test_curves_of_many_layers_and_of_none(tmp_path):
 
 def test_contact_sheet_shows_frames_pixel_by_pixel():
     frames = np.random.default_rng(0).integers(256, size=(2, 5, 7, 3), dtype=np.uint8)
-    rows = [plots.Row("a", frames), plots.Row("b", [None, frames[0]], [True, False], opens=True)]
+    rows = [plots.Row("a", frames), plots.Row("b", [None, frames[0]], ["own", "twin"], opens=True)]
     boxes = [(0, 0, 2, 2), (1, 1, 3, 3)]
     png = plots.contact_sheet(rows, ["x", "y"], title="t", boxes=boxes, width=70)
     with Image.open(io.BytesIO(png)) as image:
@@ -242,3 +290,6 @@ def test_contact_sheet_shows_frames_pixel_by_pixel():
     large = frames[1].repeat(10, axis=0).repeat(10, axis=1)
     starts = np.argwhere((picture == large[0, 0]).all(-1))
     assert any(np.array_equal(picture[y : y + 50, x : x + 70], large) for y, x in starts)
+    for color, there in (("#1f9d55", False), ("#f08c00", True), ("#d43b3b", False)):
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (picture == rgb).all(-1).any() == there, "the first frame of row b is not drawn"

@@ -78,6 +78,7 @@ def test_condition_comes_first_and_is_continued(run, tmp_path):
     [
         ({"run": "missing"}, "config.json is missing"),
         ({"model": "control"}, "no finished model 'control'; it has teacher, stage2"),
+        ({"model": "control_local"}, "no finished model 'control_local'; it has teacher"),
         ({"frames": 7}, "frames=7 must be whole blocks: 6 or 8"),
         ({"frames": 0}, "frames=0 must be whole blocks: 2"),
         ({"out": "."}, "it is a folder|Is a directory"),

@@ -12,7 +12,7 @@ from arl2_jax import models
 from arl2_jax.config import SamplerConfig
 from arl2_jax.diffusion import sample
 from arl2_jax.generation import rollout as rollouts
-from arl2_jax.generation.rollout import generate_from_clean_past, rollout
+from arl2_jax.generation.rollout import rollout
 
 FRAME = (4, 6, 4)
 SAMPLERS = {
@@ -23,7 +23,7 @@ SAMPLERS = {
 KEY = jax.random.key(7)
 
 
-def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None, clip=None):
+def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None):
     """Blocks made one by one; without text in a memory of its own if guided."""
     f, batch = cfg.frames_per_block, text.shape[0]
     given = 0 if past is None else past.shape[1]
@@ -55,7 +55,7 @@ def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None, clip=None):
 
         key, own = jax.random.split(key)
         made.append(sample(flow, own, (batch, f, *FRAME), sampler))
-        memories = write(made[-1] if clip is None else clip[:, i * f : (i + 1) * f], position)
+        memories = write(made[-1], position)
     return jnp.concatenate(made, axis=1)
 
 
@@ -86,21 +86,6 @@ def test_past_has_its_influence(params, cfg, clip):
     one, same, other = (run(past=clip.clean[:, :2] + shift) for shift in (0.0, 0.0, 0.5))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
-
-
-def test_clean_past_is_the_loop_over_a_clip(params, cfg, clip, apply, error):
-    arguments = (params, cfg, SAMPLERS["few_step"], clip.text)
-    found = generate_from_clean_past(*arguments, KEY, clip.clean)
-    assert error(found, by_hand(apply, *arguments, blocks=3, clip=clip.clean)) < 2e-5
-
-
-def test_clean_past_of_a_block_is_before_it(params, cfg, clip):
-    run = functools.partial(
-        generate_from_clean_past, params, cfg, SAMPLERS["few_step"], clip.text, KEY
-    )
-    found, other = run(clip.clean), run(clip.clean.at[:, 2:4].add(1.0))
-    np.testing.assert_array_equal(found[:, :4], other[:, :4])
-    assert np.abs(found[:, 4:] - other[:, 4:]).max() > 0.01
 
 
 def test_memory_grows_with_softmax_layers_alone(cfg, clip):

@@ -268,7 +268,7 @@ def make_config(stored, vae, workdir):
         stage1=PhaseConfig(**phase),
         stage2=Stage2Config(**phase),
         train=TrainConfig(workdir=str(workdir)),
-        evaluation=EvaluationConfig(clips=2, recall_clips=0, control=False, rollout_clips=1),
+        evaluation=EvaluationConfig(clips=2, recall_clips=0, controls=(), rollout_clips=1),
     )  # fmt: skip
 
 
@@ -354,7 +354,7 @@ def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
             for field in ("steps", "batch_size")
         ),
         "--config.evaluation.clips=2",
-        "--config.evaluation.control=False",
+        "--config.evaluation.controls=()",
     )
     output, errors = trained.communicate()
     assert trained.returncode == 0, errors

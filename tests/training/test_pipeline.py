@@ -15,7 +15,7 @@ from arl2_jax.training import pipeline
 from arl2_jax.training.pipeline import convert, prepare
 from arl2_jax.weights import load_params
 
-PHASES = ("teacher", "stage1", "stage2", "control")
+PHASES = ("teacher", "stage1", "stage2", "control", "control_local")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,14 @@ def test_control_trains_only_what_its_closed_gate_leaves(converted):
         assert f"blocks/0/delta/{path}" not in moved
 
 
+def test_local_control_trains_what_acts_inside_the_block(converted):
+    moved = changed(converted.untrained, converted.control_local)
+    for path in ("lora_q/b", "lora_k/b", "lora_v/b", "lora_fc1/b", "phi_q", "phi_v"):
+        assert f"blocks/0/delta/{path}" in moved
+    # The memory itself has no gradient.
+    assert not {f"blocks/0/delta/{path}" for path in ("A_log", "dt_bias")} & moved
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_saved_weights_load(converted, config, phase):
     model = config.model.teacher() if phase == "teacher" else config.model
@@ -112,7 +120,7 @@ def test_finished_run_is_read_not_trained(converted, config, monkeypatch, mesh):
     again = dataclasses.replace(config, train=train)
     found = convert(again, *prepare(again))
     assert found.seconds == converted.seconds
-    for name in ("untrained", "stage1", "stage2", "control"):
+    for name in ("untrained", "stage1", "stage2", "control", "control_local"):
         assert_equal(getattr(found, name), getattr(converted, name))
 
 

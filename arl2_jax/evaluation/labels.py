@@ -1,0 +1,12 @@
+"""How the report names its models, in pictures and tables."""
+
+LABELS = {
+    "truth": "held-out truth",
+    "teacher": "teacher",
+    "untrained": "untrained hybrid",
+    "student": "converted hybrid",
+    "control": "control, gate at 0",
+    "control_local": "control, local",
+}
+# The models that the recall test scores, in the order they are shown.
+SCORED = ("teacher", "student", "control", "control_local")
