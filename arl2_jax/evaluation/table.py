@@ -105,9 +105,11 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = ["loss: flow matching; error: x0 against the teacher's; frames: size of the memory"]
     if recalled := report["recall"]:
         notes += [
-            "recall: hidden sprites drawn again in the right colour and shape; (95 % interval)",
-            f"{recalled['clips']} clips in pairs of twins that differ in colour and shape of the "
-            "hidden sprite alone; lag: frame blocks for which it was hidden",
+            "recall: hidden sprites drawn again in the right colour and shape, in "
+            f"{recalled['clips']} clips drawn from {recalled['noises']} noises each",
+            "twin: the same clip with another colour and shape of the hidden sprite",
+            "lag: frame blocks for which it was hidden; in brackets 95 % intervals (Wilson), which "
+            "count clips, not drawings",
         ]
         notes += [f"{LABELS[name]}: {line}" for name in SCORED if (line := _carried(report, name))]
     if report["gap_closed"] is not None:
