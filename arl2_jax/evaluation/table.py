@@ -24,7 +24,7 @@ _EXCHANGES = {
     "caches": "twin's caches",
     "zeroed": "states zeroed",
 }
-_LAGS_A_LINE = 6
+_LAGS_A_LINE = 5
 
 
 def summary_table(report: dict[str, Any]) -> str:
@@ -81,7 +81,7 @@ def _lags(report: dict[str, Any]) -> list[str]:
         rows = [["recall % by lag", *(f"{lag}" for lag in own)]]
         for name, found in by_model.items():
             rows.append([LABELS[name], *(_with_interval(found.get(lag)) for lag in own)])
-        tables.append(_lines(rows, (_LABEL, *[10] * len(own))))
+        tables.append(_lines(rows, (_LABEL, *[12] * len(own))))
     return tables
 
 
