@@ -57,7 +57,7 @@ def recall_sheet(config: Config, test: RecallTest, drawn: Mapping[str, Drawings]
     for name in SCORED:
         if name not in drawn:
             continue
-        opens = name in ("teacher", "student", "control")
+        opens = name != "control_local" or "control" not in drawn
         rows.append(_row(LABELS[name], drawn[name], "none", test, shown, opens=opens))
         if name == "student":
             made = [exchange for exchange in _EXCHANGED if exchange in drawn[name].frames]

@@ -24,7 +24,7 @@ _EXCHANGES = {
     "caches": "twin's caches",
     "zeroed": "states zeroed",
 }
-_LAGS_A_LINE = 6
+_LAGS_A_LINE = 5
 
 
 def summary_table(report: dict[str, Any]) -> str:
@@ -81,7 +81,7 @@ def _lags(report: dict[str, Any]) -> list[str]:
         rows = [["recall % by lag", *(f"{lag}" for lag in own)]]
         for name, found in by_model.items():
             rows.append([LABELS[name], *(_with_interval(found.get(lag)) for lag in own)])
-        tables.append(_lines(rows, (_LABEL, *[10] * len(own))))
+        tables.append(_lines(rows, (_LABEL, *[12] * len(own))))
     return tables
 
 
@@ -105,9 +105,11 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = ["loss: flow matching; error: x0 against the teacher's; frames: size of the memory"]
     if recalled := report["recall"]:
         notes += [
-            "recall: hidden sprites drawn again in the right colour and shape; (95 % interval)",
-            f"{recalled['clips']} clips in pairs of twins that differ in colour and shape of the "
-            "hidden sprite alone; lag: frame blocks for which it was hidden",
+            "recall: hidden sprites drawn again in the right colour and shape, in "
+            f"{recalled['clips']} clips drawn from {recalled['noises']} noises each",
+            "twin: the same clip with another colour and shape of the hidden sprite",
+            "lag: frame blocks for which it was hidden; in brackets 95 % intervals (Wilson), which "
+            "count clips, not drawings",
         ]
         notes += [f"{LABELS[name]}: {line}" for name in SCORED if (line := _carried(report, name))]
     if report["gap_closed"] is not None:
