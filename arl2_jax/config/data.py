@@ -19,7 +19,10 @@ class SpriteConfig:
       occluders: number of occluders.
       occluder_width: width of each in pixels.
       pause: frames that a sprite rests each time it passes behind an occluder (drawn uniformly
-        from this inclusive range); while it rests, the occluder is drawn lighter.
+        from this inclusive range).
+      lamp: frames before a hidden sprite is seen again in which a lamp on the occluder shows where;
+        0 is no lamp. With one, when and where a sprite comes out can be seen, and what it looks
+        like must be remembered.
     """
 
     count: tuple[int, int] = (2, 2)
@@ -31,6 +34,7 @@ class SpriteConfig:
     occluders: int = 1
     occluder_width: int = 14
     pause: tuple[int, int] = (0, 0)
+    lamp: int = 0
 
     def __post_init__(self):
         require(
@@ -45,6 +49,7 @@ class SpriteConfig:
             0 <= self.pause[0] <= self.pause[1],
             f"data.sprites.pause={self.pause} must be a rising range from at least 0",
         )
+        require(self.lamp >= 0, f"data.sprites.lamp={self.lamp} must not be negative")
         require(2 <= self.colors <= 8, f"data.sprites.colors={self.colors} must be in 2..8")
         require(1 <= self.shapes <= 5, f"data.sprites.shapes={self.shapes} must be in 1..5")
         require(self.size >= 3, f"data.sprites.size={self.size} must be at least 3 pixels")

@@ -1,8 +1,11 @@
-"""Where occluders stand, and how sprites move past them and rest behind them."""
+"""Where occluders stand, how sprites move past and rest behind them, and when a lamp burns."""
 
 import numpy as np
 
 from arl2_jax.config import DataConfig, SpriteConfig
+
+# Columns of a lamp.
+LAMP_WIDTH = 2
 
 
 def place_occluders(
@@ -32,16 +35,19 @@ def move(
     """Moves `count` sprites, each of which starts beside the occluders.
 
     Returns:
-      Top left corners int64 [F, S, 2] in whole pixels, and bool [F, O]: whether a sprite rests
-      behind an occluder, that is, stands where it stood in the frame before.
+      Top left corners int64 [F, S, 2] in whole pixels, and boxes int64 [F, S, 4] of the lamps that
+      burn, (top, left, bottom, right), the last two exclusive; zeros where none does.
     """
-    path = _path(rng, sprites, data, count, occluders)
-    # Drawn last, so that nothing else depends on them; passage by passage, so that the beginning
-    # of a clip does not depend on its length.
-    pauses = rng.integers(*sprites.pause, size=(data.frames, count), endpoint=True)
-    if not sprites.pause[1]:
-        return path[:-1], np.zeros((data.frames, len(occluders)), bool)
-    return _rest(path, pauses, occluders, sprites.size)
+    # Lamps tell what comes after a frame.
+    frames = data.frames + sprites.lamp
+    path = _path(rng, sprites, data, count, occluders, frames)
+    if sprites.pause[1]:
+        # Drawn last, so that nothing else depends on them; passage by passage, so that the
+        # beginning of a clip does not depend on its length.
+        pauses = rng.integers(*sprites.pause, size=(frames, count), endpoint=True)
+        path = _rest(path, pauses, occluders, sprites.size)
+    lamps = _lamps(path[:frames], occluders, sprites)
+    return path[: data.frames], lamps[: data.frames]
 
 
 def _path(
@@ -50,8 +56,9 @@ def _path(
     data: DataConfig,
     count: int,
     occluders: np.ndarray,
+    frames: int,
 ) -> np.ndarray:
-    """Corners [F + 1, S, 2] of sprites that never rest."""
+    """Corners [frames + 1, S, 2] of sprites that never rest."""
     low, high = sprites.speed
     if float(low).is_integer() and float(high).is_integer():
         speed = rng.integers(int(low), int(high), size=count, endpoint=True).astype(float)
@@ -71,15 +78,13 @@ def _path(
         lanes = rng.permutation(sprites.count[1])[:count]
         start[:, 0] = lanes * lane + rng.integers(lane - sprites.size, size=count, endpoint=True)
         velocity = speed[:, None] * np.stack([np.zeros(count), rng.choice((-1, 1), count)], -1)
-    path = start + velocity * np.arange(data.frames + 1)[:, None, None]
+    path = start + velocity * np.arange(frames + 1)[:, None, None]
     # Bouncing folds the straight path into [0, room].
     return np.rint(room - np.abs(path % np.maximum(2 * room, 1) - room)).astype(np.int64)
 
 
-def _rest(
-    path: np.ndarray, pauses: np.ndarray, occluders: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lets sprites rest on their paths: (corners [F, S, 2], lit [F, O]).
+def _rest(path: np.ndarray, pauses: np.ndarray, occluders: np.ndarray, size: int) -> np.ndarray:
+    """Lets sprites rest on their paths: corners [F, S, 2].
 
     A sprite rests once in every passage: where it is wholly hidden and the next step would take it
     farther from the occluder's middle. Of two places equally near it takes the later one, which
@@ -92,29 +97,47 @@ def _rest(
       size: side of a sprite's bounding box.
     """
     frames, count = pauses.shape
-    corners, lit = np.empty((frames, count, 2), np.int64), np.zeros((frames, len(occluders)), bool)
+    corners = np.empty((frames, count, 2), np.int64)
     for sprite in range(count):
-        columns = path[:, sprite, 1]
-        waits, behind = np.zeros(frames, np.int64), np.zeros(frames, np.int64)
-        places = _resting_places(columns, occluders, size)
-        for (step, occluder), pause in zip(places, pauses[:, sprite], strict=False):
-            waits[step], behind[step] = pause, occluder
+        waits = np.zeros(frames, np.int64)
+        places = _resting_places(path[:, sprite, 1], occluders, size)
+        for step, pause in zip(places, pauses[:, sprite], strict=False):
+            waits[step] = pause
         # Step of the path that is seen in each frame.
         steps = np.repeat(np.arange(frames), 1 + waits)[:frames]
         corners[:, sprite] = path[steps, sprite]
-        resting = 1 + np.flatnonzero(steps[1:] == steps[:-1])
-        lit[resting, behind[steps[resting]]] = True
-    return corners, lit
+    return corners
 
 
-def _resting_places(columns: np.ndarray, occluders: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """(step of the path, occluder) of every passage, in order, from columns [F + 1]."""
+def _resting_places(columns: np.ndarray, occluders: np.ndarray, size: int) -> list[int]:
+    """Steps of the path at which a sprite rests, in order, from its columns [F + 1]."""
     places = []
-    for occluder, (_, left, _, right) in enumerate(occluders):
+    for _, left, _, right in occluders:
         hidden = (left <= columns[:-1]) & (columns[:-1] + size <= right)
         distance = np.abs(2 * columns + size - left - right)
         leaving = np.flatnonzero(hidden & (distance[1:] > distance[:-1]))
         passage = np.cumsum(~hidden)[leaving]
         first = np.unique(passage, return_index=True)[1]
-        places += [(int(step), occluder) for step in leaving[first]]
+        places += leaving[first].tolist()
     return sorted(places)
+
+
+def _lamps(corners: np.ndarray, occluders: np.ndarray, sprites: SpriteConfig) -> np.ndarray:
+    """Boxes [F, S, 4] of the lamps that burn; the last `lamp` frames of corners have none.
+
+    A lamp burns in the last `lamp` frames before a hidden sprite is seen again: two columns at the
+    occluder's edge where it will come out, in its rows.
+    """
+    frames, count, _ = corners.shape
+    lamps, size = np.zeros((frames, count, 4), np.int64), sprites.size
+    for _, left, _, right in occluders if sprites.lamp else ():
+        row, column = corners[..., 0], corners[..., 1]
+        hidden = (left <= column) & (column + size <= right)
+        for frame, sprite in np.argwhere(hidden[: frames - sprites.lamp]):
+            seen = np.flatnonzero(~hidden[frame + 1 : frame + 1 + sprites.lamp, sprite])
+            if len(seen):
+                to_right = column[frame + 1 + seen[0], sprite] > column[frame, sprite]
+                edge = right - LAMP_WIDTH if to_right else left
+                top = row[frame, sprite]
+                lamps[frame, sprite] = top, edge, top + size, edge + LAMP_WIDTH
+    return lamps

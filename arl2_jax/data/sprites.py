@@ -1,8 +1,8 @@
 """Procedural videos with known truth: sprites move, bounce, and pass behind occluders.
 
 What a sprite looks like cannot be told while it is hidden, and captions do not tell it: to draw it
-again when it comes out, a model must have remembered it. Where sprites rest, their occluder is lit
-until they move on, which tells when they come out.
+again when it comes out, a model must have remembered it. When and where it comes out is another
+matter, which a lamp on the occluder can tell.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ BACKGROUNDS = {
 }
 OCCLUDER_COLOR = (128, 128, 128)
 # Of an occluder behind which a sprite rests.
-LIT_COLOR = (216, 216, 216)
+LAMP_COLOR = (255, 255, 255)
 # Training seeds lie below, held-out seeds from here on.
 HELD_OUT_SEED = 2**62
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -57,7 +57,8 @@ class SpriteClip(NamedTuple):
       occluders: int64 [O, 4], boxes (top, left, bottom, right), the last two exclusive.
       caption: number of sprites and background; nothing that a model should remember.
       background: index of `BACKGROUNDS`.
-      lit: bool [F, O], whether a sprite rests behind an occluder, which is then drawn lighter.
+      lamps: int64 [F, S, 4], boxes (top, left, bottom, right) of the lamps on occluders that burn
+        because a sprite is about to come out there; zeros where none does.
     """
 
     video: np.ndarray
@@ -68,7 +69,7 @@ class SpriteClip(NamedTuple):
     occluders: np.ndarray
     caption: str
     background: int
-    lit: np.ndarray
+    lamps: np.ndarray
 
 
 class SpriteClips:
@@ -137,14 +138,14 @@ def make_clip(
         colors, shapes = np.array(identity, np.int64).reshape(count, 2).T
     background = int(rng.integers(len(BACKGROUNDS)))
     occluders = place_occluders(rng, sprites, data)
-    corners, lit = move(rng, sprites, data, count, occluders)
-    video, visible = _draw(corners, shapes, colors, occluders, lit, background, sprites, data)
+    corners, lamps = move(rng, sprites, data, count, occluders)
+    video, visible = _draw(corners, shapes, colors, occluders, lamps, background, sprites, data)
     number = _NUMBERS[count - 1] if count <= len(_NUMBERS) else str(count)
     tone = list(BACKGROUNDS)[background]
     caption = f"{number} {'sprite' if count == 1 else 'sprites'} on a {tone} background"
     positions = corners.astype(np.float32)
     return SpriteClip(
-        video, positions, colors, shapes, visible, occluders, caption, background, lit
+        video, positions, colors, shapes, visible, occluders, caption, background, lamps
     )
 
 
@@ -174,10 +175,10 @@ def check(config: Config) -> None:
     if sprites.occluders:
         _check_occluders(config)
         _check_pause(config)
-    elif sprites.pause[1]:
+    elif sprites.pause[1] or sprites.lamp:
         raise ConfigError(
-            f"data.sprites.pause={sprites.pause} needs an occluder to rest behind, but "
-            "data.sprites.occluders=0; raise it or set the pause to (0, 0)"
+            f"data.sprites.pause={sprites.pause} and data.sprites.lamp={sprites.lamp} need an "
+            "occluder, but data.sprites.occluders=0; raise it or set both to 0"
         )
 
 
@@ -192,7 +193,8 @@ def _check_occluders(config: Config) -> None:
         )
     # A sprite is hidden at this many places in a row, and passes `speed` of them a frame.
     places = max(sprites.occluder_width - sprites.size + 1, 0)
-    hidden, block = int(places / sprites.speed[1]), config.model.frames_per_block
+    hidden = int(places / sprites.speed[1]) + sprites.pause[0]
+    block = config.model.frames_per_block
     if hidden <= block:
         raise ConfigError(
             f"data.sprites.occluder_width={sprites.occluder_width} hides the fastest sprite for "
@@ -223,7 +225,7 @@ def _draw(
     shapes: np.ndarray,
     colors: np.ndarray,
     occluders: np.ndarray,
-    lit: np.ndarray,
+    lamps: np.ndarray,
     background: int,
     sprites: SpriteConfig,
     data: DataConfig,
@@ -237,8 +239,11 @@ def _draw(
         place = (frames, corners[:, sprite, :1] + rows, corners[:, sprite, 1:] + columns)
         owner[place] = sprite
         pixels.append(place)
-    for (top, left, bottom, right), light in zip(occluders, lit.T, strict=True):
-        owner[:, top:bottom, left:right] = count + 1 + light[:, None, None]
+    for top, left, bottom, right in occluders:
+        owner[:, top:bottom, left:right] = count + 1
+    for frame, sprite in np.argwhere(lamps.any(-1)):
+        top, left, bottom, right = lamps[frame, sprite]
+        owner[frame, top:bottom, left:right] = count + 2
     visible = [(owner[place] == sprite).mean(1) for sprite, place in enumerate(pixels)]
     palette = _palette(background)
     tones = palette[np.append(colors, len(COLORS) + np.arange(3))]
@@ -247,8 +252,8 @@ def _draw(
 
 @functools.cache
 def _palette(background: int) -> np.ndarray:
-    """uint8 [8 + 3, 3]: the sprites' colours, the background, the occluder, and a lit one."""
-    tones = [*COLORS.values(), list(BACKGROUNDS.values())[background], OCCLUDER_COLOR, LIT_COLOR]
+    """uint8 [8 + 3, 3]: the sprites' colours, the background, the occluder, and a lamp."""
+    tones = [*COLORS.values(), list(BACKGROUNDS.values())[background], OCCLUDER_COLOR, LAMP_COLOR]
     return np.array(tones, np.uint8)
 
 

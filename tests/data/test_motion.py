@@ -1,4 +1,4 @@
-"""Sprites rest where the rule says, for as long as the range says, while their occluder is lit."""
+"""Sprites rest where and as long as they should, and lamps burn before they come out."""
 
 import dataclasses
 import itertools
@@ -8,18 +8,20 @@ import pytest
 from data_sizes import make_data, make_sprites
 
 from arl2_jax.data import make_clip
-from arl2_jax.data.sprites import LIT_COLOR, OCCLUDER_COLOR
+from arl2_jax.data.sprites import LAMP_COLOR, OCCLUDER_COLOR
 
-LANES = make_sprites(pause=(2, 5))
-FREE = make_sprites(count=(2, 3), vertical=True, speed=(2.5, 6.0), pause=(0, 4))
-MANY = make_sprites(count=(2, 2), occluders=2, occluder_width=11, speed=(1.0, 2.0), pause=(1, 3))
+LANES = make_sprites(pause=(2, 5), lamp=2)
+FREE = make_sprites(count=(2, 3), vertical=True, speed=(2.5, 6.0), pause=(0, 4), lamp=3)
+MANY = make_sprites(
+    count=(2, 2), occluders=2, occluder_width=11, speed=(1.0, 2.0), pause=(1, 3), lamp=1
+)
 CONFIGS = pytest.mark.parametrize("sprites", [LANES, FREE, MANY], ids=["lanes", "free", "many"])
 DATA = make_data(frames=48)
 
 
 def paths(sprites, seeds=20):
     """(clip with pauses, the same without) of every seed."""
-    moving = dataclasses.replace(sprites, pause=(0, 0))
+    moving = dataclasses.replace(sprites, pause=(0, 0), lamp=0)
     for seed in range(seeds):
         yield make_clip(sprites, DATA, seed), make_clip(moving, DATA, seed)
 
@@ -63,22 +65,33 @@ def test_sprites_rest_once_a_passage_near_the_middle(sprites):
 
 
 @CONFIGS
-def test_occluders_are_lit_while_a_sprite_rests_and_no_longer(sprites):
-    for clip, _ in paths(sprites):
-        for occluder, (top, left, bottom, right) in enumerate(clip.occluders):
-            shown = clip.video[:, top:bottom, left:right].reshape(len(clip.video), -1, 3)
-            lit = (shown == LIT_COLOR).all((1, 2))
-            np.testing.assert_array_equal(lit, clip.lit[:, occluder])
-            assert ((shown == OCCLUDER_COLOR).all((1, 2)) | lit).all()
-            behind = (clip.positions[..., 1] >= left) & (
-                clip.positions[..., 1] + sprites.size <= right
-            )
-            still = np.zeros_like(behind)
-            still[1:] = (clip.positions[1:] == clip.positions[:-1]).all(-1)
-            # Whatever is lit has a hidden sprite that stands still.
-            assert (behind & still).any(1)[lit].all()
-            if sprites is LANES:  # where nothing but a pause makes a sprite stand still
-                np.testing.assert_array_equal((behind & still).any(1), lit)
+def test_a_lamp_burns_just_before_a_sprite_comes_out(sprites):
+    """In its rows, at the edge where it will be seen; and nothing else is lit."""
+    for seed in range(20):
+        clip = make_clip(sprites, DATA, seed)
+        later = make_clip(sprites, dataclasses.replace(DATA, frames=60), seed).positions
+        burning = np.zeros(clip.video.shape[:3], bool)
+        for sprite, (_, left, _, right) in itertools.product(
+            range(len(clip.shapes)), clip.occluders
+        ):
+            column = later[:, sprite, 1]
+            hidden = (left <= column) & (column + sprites.size <= right)
+            for frame in np.flatnonzero(hidden[: len(clip.video)]):
+                wait = int(np.argmin(hidden[frame:]))
+                box = clip.lamps[frame, sprite]
+                if wait > sprites.lamp:
+                    assert not box.any()
+                    continue
+                outside = column[frame + wait] + sprites.size > right
+                row = int(later[frame, sprite, 0])
+                edge = (right - 2, right) if outside else (left, left + 2)
+                assert box.tolist() == [row, edge[0], row + sprites.size, edge[1]]
+                burning[frame, row : row + sprites.size, slice(*edge)] = True
+        np.testing.assert_array_equal((clip.video == LAMP_COLOR).all(-1), burning)
+        for top, left, bottom, right in clip.occluders:
+            behind = clip.video[:, top:bottom, left:right]
+            dark = (behind == OCCLUDER_COLOR).all(-1)
+            np.testing.assert_array_equal(dark, ~burning[:, top:bottom, left:right])
 
 
 @CONFIGS
@@ -86,8 +99,7 @@ def test_truth_stays_true_with_pauses(sprites):
     for clip, moving in paths(sprites, 10):
         for name in ("colors", "shapes", "occluders", "background", "caption"):
             np.testing.assert_array_equal(getattr(clip, name), getattr(moving, name))
-        resting = clip.lit.any(1)
-        assert (clip.visible[resting] == 0).any(1).all()
+        assert (clip.visible[clip.lamps.any(-1)] == 0).all()
 
 
 @CONFIGS
@@ -96,17 +108,4 @@ def test_a_shorter_clip_is_the_beginning_of_a_longer_one(sprites):
         short = make_clip(sprites, dataclasses.replace(DATA, frames=20), seed)
         long = make_clip(sprites, DATA, seed)
         np.testing.assert_array_equal(short.video, long.video[:20])
-        np.testing.assert_array_equal(short.lit, long.lit[:20])
-
-
-def test_the_moment_of_coming_out_follows_the_light():
-    """The tiny task: one dark frame after the light, then the sprite comes out."""
-    sprites = make_sprites(count=(1, 1), size=5, speed=(3.0, 3.0), occluder_width=14, pause=(1, 6))
-    data = make_data(frames=40, height=8, width=32, codec_factor=2)
-    waits = set()
-    for seed in range(40):
-        clip = make_clip(sprites, data, seed)
-        lit, hidden = clip.lit[:, 0], clip.visible[:, 0] == 0
-        for off in np.flatnonzero(lit[:-1] & ~lit[1:])[:-1] + 1:
-            waits.add(int(np.argmin(hidden[off:])))
-    assert waits == {1}
+        np.testing.assert_array_equal(short.lamps, long.lamps[:20])

@@ -101,7 +101,7 @@ def test_neighbours_are_twins(found):
         rest = np.arange(len(one.colors)) != event.sprite
         np.testing.assert_array_equal(one.colors[rest], other.colors[rest])
         np.testing.assert_array_equal(one.shapes[rest], other.shapes[rest])
-        for name in ("positions", "occluders", "lit", "background", "caption"):
+        for name in ("positions", "occluders", "lamps", "background", "caption"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         # What share of a sprite is seen depends on its shape; whether it is hidden does not.
         np.testing.assert_array_equal(one.visible == 0, other.visible == 0)
