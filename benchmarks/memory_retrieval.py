@@ -94,6 +94,7 @@ STARTS = {
     "read gain 0.3": Start({"read_gain": 0.3}),
     "read gain 3": Start({"read_gain": 3.0}),
     "load 0.15 and P_v = I": Start({"write_load": 0.15}, ("phi_v",)),
+    "load 0.15 and read gain 0.3": Start({"write_load": 0.15, "read_gain": 0.3}),
     "load 1 and P_v = I": Start({"write_load": 1.0}, ("phi_v",)),
 }
 
