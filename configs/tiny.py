@@ -2,9 +2,14 @@
 
     python launch/train.py --config=configs/tiny.py
 
-A softmax teacher is trained from scratch on sprites that pass behind an occluder, all of its layers
-but the last are converted, and runs/tiny-synthetic/report shows whether the hybrid still remembers
-what was hidden. On any folder of videos:
+A softmax teacher is trained from scratch on sprites that pass and rest behind an occluder, all of
+its layers are converted, and runs/tiny-synthetic/report shows whether the states remember what was
+hidden, for one to seven blocks. With the last layer kept as it is:
+
+    python launch/train.py --config=configs/tiny.py --config.model.hybrid_layers='(0, 1)' \
+        --config.train.workdir=runs/tiny-keep-last
+
+On any folder of videos:
 
     python launch/train.py --config=configs/tiny.py \
         --config.data.source=video --config.data.path=FOLDER
@@ -29,14 +34,23 @@ from arl2_jax.config import (
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
-        model=ModelConfig.tiny(),
+        model=ModelConfig.tiny(hybrid_layers=(0, 1, 2), memory_init="by_block", remat="none"),
         sampler=SamplerConfig(method="euler", steps=8, shift=8.0),
         data=DataConfig(
-            frames=10,
+            frames=20,
             height=8,
-            width=32,
+            width=24,
             codec_factor=2,
-            sprites=SpriteConfig(count=(1, 1), size=5, speed=(3.0, 3.0), occluder_width=14),
+            sprites=SpriteConfig(
+                count=(1, 1),
+                shapes=2,
+                size=5,
+                speed=(5.0, 5.0),
+                occluder_width=10,
+                pause=(2, 13),
+                lamp=2,
+                only_reveals=True,
+            ),
         ),
         teacher=TeacherConfig(
             steps=700,
@@ -49,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         stage1=PhaseConfig(steps=120, batch_size=16, learning_rate=1e-2, warmup=10),
         stage2=Stage2Config(
-            steps=400,
+            steps=600,
             batch_size=8,
             optimizer="muon",
             learning_rate=2e-2,

@@ -36,7 +36,7 @@ def get_config(variant: str = "released") -> ml_collections.ConfigDict:
     if variant not in ("released", "random"):
         raise ValueError(f"configs/wan1p3b.py:{variant} is not known; known is :random")
     config = Config(
-        model=ModelConfig.wan1p3b(hybrid_layers=tuple(range(22))),
+        model=ModelConfig.wan1p3b(hybrid_layers=tuple(range(22)), memory_init="by_block"),
         sampler=SamplerConfig(
             method="few_step", timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0
         ),

@@ -4,7 +4,8 @@
     python launch/export_weights.py --weights=weights/wan1p3b --layout=diffusers --out=transformer
 
 The layouts of Wan2.1 and Diffusers have no place for hybrid layers. With --lora=merged the low-rank
-updates of the FFN go into its kernels; those of q, k and v act on the memory alone and stay.
+updates of the FFN go into its kernels; those of q, k and v act on the memory alone and stay. A memory
+that started by block has a bias that ARL2's files do not have: --extras=write adds it as b_proj.bias.
 """
 
 from absl import flags
@@ -22,6 +23,12 @@ _MODEL = flags.DEFINE_enum(
 _ENTRY = command_line.entry_flag()
 _LAYOUT = flags.DEFINE_enum("layout", "arl2", ["arl2", "wan", "diffusers"], "Layout to write.")
 _LORA = flags.DEFINE_enum("lora", "apart", ["apart", "merged"], "Low-rank updates of the FFN.")
+_EXTRAS = flags.DEFINE_enum(
+    "extras",
+    "refuse",
+    ["refuse", "write"],
+    "What to do with parts of a memory that ARL2's files have no place for.",
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the matrices.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is there.")
@@ -37,6 +44,7 @@ def main():
         _OUT.value,
         layout=_LAYOUT.value,
         lora=_LORA.value,
+        extras=_EXTRAS.value,
         entry=_ENTRY.value,
         dtype=_DTYPE.value,
         overwrite=_OVERWRITE.value,

@@ -7,7 +7,7 @@ Facts of a released model stand in the presets of `ModelConfig`; choices stand i
 from arl2_jax.config.convert import from_config_dict, to_config_dict
 from arl2_jax.config.data import DataConfig, SpriteConfig
 from arl2_jax.config.encoders import UMT5Config, VAEConfig
-from arl2_jax.config.memory import GatedDeltaConfig
+from arl2_jax.config.memory import RULE_FIELDS, GatedDeltaConfig
 from arl2_jax.config.model import ModelConfig, SamplerConfig
 from arl2_jax.config.rules import ConfigError
 from arl2_jax.config.run import PHASES, Config, EvaluationConfig
@@ -21,6 +21,7 @@ from arl2_jax.config.training import (
 
 __all__ = [
     "PHASES",
+    "RULE_FIELDS",
     "Config",
     "ConfigError",
     "DataConfig",

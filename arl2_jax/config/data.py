@@ -23,6 +23,8 @@ class SpriteConfig:
       lamp: frames before a hidden sprite is seen again in which a lamp on the occluder shows where;
         0 is no lamp. With one, when and where a sprite comes out can be seen, and what it looks
         like must be remembered.
+      only_reveals: leave out clips in which no hidden sprite comes out again, so that each of them
+        asks something of the memory.
     """
 
     count: tuple[int, int] = (2, 2)
@@ -35,6 +37,7 @@ class SpriteConfig:
     occluder_width: int = 14
     pause: tuple[int, int] = (0, 0)
     lamp: int = 0
+    only_reveals: bool = False
 
     def __post_init__(self):
         require(

@@ -5,6 +5,9 @@ from typing import Literal
 
 from arl2_jax.config.rules import require
 
+# Fields that decide what weights mean; the others set where training starts.
+RULE_FIELDS = ("rule", "decay", "beta_max", "read", "span")
+
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig:
@@ -20,8 +23,8 @@ class GatedDeltaConfig:
         are spread between them, evenly in the logarithm.
       write_load: n beta / D at the start. The writes of a block leave exp(-write_load) of a state,
         in the root mean square and for keys in random directions.
-      read_gain: size of the read at the start; P_v begins as read_gain sqrt(D) I, which undoes the
-        read's division by sqrt(D).
+      read_gain: size of the read at the start; P_v begins as read_gain sqrt(D) I, where sqrt(D)
+        undoes the read's division by it.
       rule: "delta" replaces what a key has held; "additive" adds to it (gated linear attention).
       decay: "learned", or "none" (g = 0).
       beta_max: largest strength of a write, in (0, 2]; above 1 a write may turn a direction round.
@@ -33,14 +36,20 @@ class GatedDeltaConfig:
 
     block_tokens: int = 0
     time_constants: tuple[float, float] = (0.5, 200.0)
-    write_load: float = 0.5
-    read_gain: float = 1.0
+    write_load: float = 0.15
+    read_gain: float = 0.3
 
     rule: Literal["delta", "additive"] = "delta"
     decay: Literal["learned", "none"] = "learned"
     beta_max: float = 2.0
     read: Literal["block", "token"] = "block"
     span: Literal["video", "block"] = "video"
+
+    def rule_changes(self) -> dict[str, object]:
+        """The fields of the second group that are not ARL2's, with their values."""
+        defaults = GatedDeltaConfig()
+        values = {name: getattr(self, name) for name in RULE_FIELDS}
+        return {name: v for name, v in values.items() if v != getattr(defaults, name)}
 
     def __post_init__(self):
         tokens = self.block_tokens

@@ -13,6 +13,7 @@ from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import sprites
 from arl2_jax.data.codec import Codec, make_codec
 from arl2_jax.data.latents import LatentSource
+from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.data.text import embed_caption
 from arl2_jax.data.videos import VideoClips
 
@@ -171,7 +172,8 @@ def open_data(config: Config) -> ClipData:
     frames = codec.pixel_frames(data.frames)
     if data.source == "synthetic":
         sprites.check(config)
-        pixel_clips = sprites.SpriteClips(data, frames)
+        block = codec.pixel_frames(model.frames_per_block)
+        pixel_clips = SpriteClips(dataclasses.replace(data, frames=frames), block)
     else:
         pixel_clips = VideoClips(data, frames)
     clips = EncodedClips(pixel_clips, codec, model.text_len, model.text_dim)

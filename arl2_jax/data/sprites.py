@@ -5,7 +5,6 @@ again when it comes out, a model must have remembered it. When and where it come
 matter, which a lamp on the occluder can tell.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -70,29 +69,6 @@ class SpriteClip(NamedTuple):
     caption: str
     background: int
     lamps: np.ndarray
-
-
-class SpriteClips:
-    """The endless source of sprite clips: one for each seed, the training seeds below 2^62."""
-
-    def __init__(self, data: DataConfig, pixel_frames: int):
-        self._data = dataclasses.replace(data, frames=pixel_frames)
-
-    def __len__(self) -> int:
-        return 2**31 - 1
-
-    def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """Video uint8 [F, H, W, 3] and caption of a clip that `rng` alone determines."""
-        del index
-        return self._clip(int(rng.integers(HELD_OUT_SEED)))
-
-    def held_out(self, index: int) -> tuple[np.ndarray, str]:
-        """The same of a held-out seed."""
-        return self._clip(HELD_OUT_SEED + index)
-
-    def _clip(self, seed: int) -> tuple[np.ndarray, str]:
-        clip = make_clip(self._data.sprites, self._data, seed)
-        return clip.video, clip.caption
 
 
 def draw_sprite(shape: int, color: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Held-out clips, continued past the length of the training clips."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from arl2_jax.config import Config
 from arl2_jax.data import ClipData, Codec
-from arl2_jax.data.sprites import SpriteClips
+from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.evaluation.gap import Model, place_beside
 from arl2_jax.evaluation.labels import LABELS
 from arl2_jax.evaluation.plots import Row, contact_sheet
@@ -87,7 +88,9 @@ def truth(config: Config, codec: Codec, latents: np.ndarray, frames: int) -> np.
     """Held-out clips as they are, and as they go on where that is known: uint8 [B, F, H, W, 3]."""
     if config.data.source != "synthetic":
         return to_uint8(codec.decode(latents))
-    source = SpriteClips(config.data, codec.pixel_frames(frames))
+    data = dataclasses.replace(config.data, frames=codec.pixel_frames(config.data.frames))
+    block = codec.pixel_frames(config.model.frames_per_block)
+    source = SpriteClips(data, block, codec.pixel_frames(frames))
     return np.stack([source.held_out(i)[0] for i in range(len(latents))])
 
 

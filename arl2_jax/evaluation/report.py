@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +27,7 @@ from arl2_jax.evaluation.continuation import (
     write_continuations,
 )
 from arl2_jax.evaluation.exchange import Drawings
+from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.labels import LABELS, SCORED
 from arl2_jax.evaluation.measure import (
     draw_recall,
@@ -38,6 +39,7 @@ from arl2_jax.evaluation.measure import (
 from arl2_jax.evaluation.plots import curves, lag_curves
 from arl2_jax.evaluation.recall import RecallTest, recall_test
 from arl2_jax.evaluation.recall_sheet import recall_sheet
+from arl2_jax.evaluation.retention import retention_of_models
 from arl2_jax.models import Params
 from arl2_jax.storage import write_whole
 from arl2_jax.training.pipeline import Converted, control_name
@@ -50,8 +52,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluates a run on held-out clips and writes `folder/report`.
 
-    The folder gets report.json, curves.png, contact_sheet.png, recall_by_lag.png, and one mp4 for
-    each continued clip. What the run leaves out (a stage, a control, the recall test) is null.
+    The folder gets report.json, curves.png, contact_sheet.png, recall_by_lag.png, retention.png,
+    and one mp4 for each continued clip. What the run leaves out (a stage, a control, the recall
+    test) is null.
 
     Args:
       config: the run.
@@ -76,6 +79,7 @@ def write_report(
         scored = [name for name in SCORED if name in found] if test else []
         drawn = {name: submit(draw_recall, config, data, found[name], test, key) for name in scored}
         gap = submit(measure_gap, config, data, found, key)
+        retained = submit(_retention, config, data, found)
         continued = submit(continue_clips, config, data, found, key).result()
     drawn = {name: future.result() for name, future in drawn.items()}
     scores = recall_scores(config, test, drawn)
@@ -83,13 +87,22 @@ def write_report(
         (folder / "report").mkdir(parents=True, exist_ok=True)
         _write_recall(config, folder, test, drawn, scores)
         _write_pictures(config, folder, continued, sheet=test is None)
-    report = gap.result() | scores | _facts(config, converted)
+    retention, picture = retained.result()
+    if picture is not None and jax.process_index() == 0:
+        write_whole(folder / "report" / "retention.png", picture)
+    report = gap.result() | scores | {"retention": retention or None} | _facts(config, converted)
     report |= {"seconds_report": time.perf_counter() - began, "config": to_config_dict(config)}
     report = _plain(report)
     if jax.process_index() == 0:
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
         write_whole(folder / "report" / "report.json", content.encode())
     return report
+
+
+def _retention(config: Config, data: ClipData, found: Mapping[str, Model]):
+    """What the hybrids keep of one held-out clip, and its picture."""
+    hybrids = {n: found[n].params for n in ("untrained", "stage1", "student") if n in found}
+    return retention_of_models(hybrids, config.model, data.held_out(1))
 
 
 def _on_mesh(layout: Sharding, function: Callable[..., Any], *arguments) -> Any:

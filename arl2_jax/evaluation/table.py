@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from arl2_jax.evaluation.labels import LABELS, SCORED
 
 _WIDTH = 80
@@ -118,11 +120,25 @@ def _notes(report: dict[str, Any]) -> list[str]:
         if report[key] is not None:
             of = f"of the error of {LABELS[control]} is gone with the memory"
             notes.append(f"memory gap: {_percent(report[key])} {of}")
+    if report["retention"]:
+        notes.append(_kept(report["retention"]))
     seconds = [f"{phase} {value:.0f}" for phase, value in report["seconds"].items()]
     compiling = sum(report["compile_seconds"].values())
     seconds += [f"compile {compiling:.0f}", f"report {report['seconds_report']:.0f}"]
     notes.append("seconds: " + ", ".join(seconds))
     return [line for note in notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
+
+
+def _kept(retention: dict[str, Any]) -> str:
+    """What the states keep of themselves, by model."""
+    median = lambda table: _percent(float(np.median(table)))
+    parts = []
+    for name, measures in retention.items():
+        lags = measures["survival"].items()
+        later = ", ".join(f"{median(table)} over {lag}" for lag, table in lags if int(lag) > 1)
+        label = {"stage1": "after stage 1"}.get(name, LABELS.get(name, name))
+        parts.append(f"{median(measures['retention'])} {f'({later}) ' if later else ''}{label}")
+    return f"a state keeps over a block (median over heads): {'; '.join(parts)}"
 
 
 def _carried(report: dict[str, Any], name: str) -> str:

@@ -24,6 +24,7 @@ from arl2_jax.weights.safetensors_file import Placed, write_shards
 
 _LAYOUTS = {"arl2": ARL2, "wan": WAN, "diffusers": DIFFUSERS}
 _LORA = ("apart", "merged")
+_EXTRAS = ("refuse", "write")
 
 
 def export_params(
@@ -32,6 +33,7 @@ def export_params(
     cfg: ModelConfig,
     layout: str = "arl2",
     lora: str = "apart",
+    extras: str = "refuse",
     *,
     shard_size: float = 5e9,
     overwrite: bool = False,
@@ -46,13 +48,17 @@ def export_params(
         makes a transformer folder of a pipeline. The last two have no place for hybrid layers.
       lora: "apart" keeps the low-rank updates, and can be read back exactly. "merged" adds those
         of the FFN to its kernels; those of q, k and v act on the memory alone and stay apart.
+      extras: what to do with that of a memory which ARL2's files have no place for, the bias of the
+        strength and changes of the rule: "refuse", or "write" them as `b_proj.bias` and into
+        config.json, where this program finds them and ARL2's own code does not.
       shard_size: bytes above which the file is split into shards with an index.
       overwrite: whether to replace a folder that is there.
 
     Raises:
       WeightsError: the folder is there, the layout has no place for the model, or writing fails.
     """
-    for name, value, known in (("layout", layout, _LAYOUTS), ("lora", lora, _LORA)):
+    choices = (("layout", layout, _LAYOUTS), ("lora", lora, _LORA), ("extras", extras, _EXTRAS))
+    for name, value, known in choices:
         if value not in known:
             raise WeightsError(f"{name}={value} is unknown; take one of {', '.join(known)}")
     target = absolute(path)
@@ -66,6 +72,8 @@ def export_params(
             f"layout={layout} has no place for hybrid layers ({list(cfg.hybrid_layers)}); export "
             "them with layout=arl2"
         )
+    if extras == "refuse":
+        _refuse_extras(flat, cfg, layout)
     if lora == "merged":
         flat = _merged(flat, cfg.lora_alpha / cfg.lora_rank)
     tensors = _placed(flat, cfg, layout)
@@ -82,6 +90,20 @@ def export_params(
         ) from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _refuse_extras(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> None:
+    """Refuses what ARL2's own code would not compute with."""
+    found = []
+    if any(path.endswith("/delta/beta_bias") for path in flat):
+        found.append(f"the bias of the strength (memory_init={cfg.memory_init})")
+    if cfg.hybrid_layers:
+        found += [f"delta.{name}={value}" for name, value in cfg.delta.rule_changes().items()]
+    if found:
+        raise WeightsError(
+            f"layout={layout} has no place for {', '.join(found)}: ARL2's own code would compute "
+            "something else; pass --extras=write to write them all the same, for this program"
+        )
 
 
 def _placed(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> list[Placed]:

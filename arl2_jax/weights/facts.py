@@ -7,7 +7,13 @@ from typing import Any
 
 from etils import epath
 
-from arl2_jax.config import ModelConfig, UMT5Config, VAEConfig
+from arl2_jax.config import (
+    ConfigError,
+    GatedDeltaConfig,
+    ModelConfig,
+    UMT5Config,
+    VAEConfig,
+)
 from arl2_jax.storage import absolute, differences
 from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.layout import recognise
@@ -23,7 +29,10 @@ MODEL_FACTS = (
     "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim",
     "out_dim", "eps", "patch_size",
 )  # fmt: skip
-HYBRID_FACTS = ("hybrid_layers", "lora_rank", "lora_alpha", "frames_per_block", "memory_gate")
+HYBRID_FACTS = (
+    "hybrid_layers", "lora_rank", "lora_alpha", "frames_per_block", "memory_gate", "memory_init",
+    "delta",
+)  # fmt: skip
 # Other programs' names of the same fields.
 _MODEL_NAMES = {
     "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
@@ -107,6 +116,8 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
     }
     for layer in shapes.layers("/delta/A_log")[:1]:
         found["num_heads"] = shapes.of(f"blocks/{layer}/delta/A_log", 0)
+    if shapes.paths("/delta/beta_bias"):
+        found["memory_init"] = "by_block"
     for layer in shapes.layers("/delta/lora_q/a")[:1]:
         found["lora_rank"] = shapes.of(f"blocks/{layer}/delta/lora_q/a", 1)
     check_told(path, told, found)
@@ -173,7 +184,22 @@ def told_facts(path: epath.PathLike, names: Mapping[str, str] | None = None) -> 
         if "attention_head_dim" in content and "num_attention_heads" in content:
             content["dim"] = content["num_attention_heads"] * content["attention_head_dim"]
     told = {names[name]: value for name, value in content.items() if name in names}
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in told.items() if v is not None}
+    told = {n: tuple(v) if isinstance(v, list) else v for n, v in told.items() if v is not None}
+    if "delta" in told:
+        told["delta"] = _delta_config(told["delta"], file)
+    return told
+
+
+def _delta_config(stored: Any, file: object) -> GatedDeltaConfig:
+    try:
+        return GatedDeltaConfig(
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        )
+    except (AttributeError, TypeError, ConfigError) as error:
+        raise WeightsError(
+            f"{file} has delta={stored}, which is no memory of this program: {error}; copy the "
+            "file from the same place as the weights"
+        ) from None
 
 
 def check_told(path: epath.PathLike, told: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -9,7 +9,14 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from arl2_jax.config import ModelConfig, UMT5Config, VAEConfig, to_config_dict
+from arl2_jax.config import (
+    RULE_FIELDS,
+    GatedDeltaConfig,
+    ModelConfig,
+    UMT5Config,
+    VAEConfig,
+    to_config_dict,
+)
 from arl2_jax.models import Params, compute_shapes, init_params, param_shapes
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
@@ -158,10 +165,12 @@ def _read_saved(
 
 def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConfig) -> None:
     """Compares what decides the meaning of weights; a teacher may start any hybrid of it."""
-    facts = (
-        (*MODEL_FACTS, "hybrid_layers", "lora_alpha") if told.get("hybrid_layers") else MODEL_FACTS
-    )
-    ours = to_config_dict(cfg)
+    facts, told, ours = MODEL_FACTS, dict(told), to_config_dict(cfg)
+    if told.get("hybrid_layers"):
+        facts = (*MODEL_FACTS, "hybrid_layers", "lora_alpha", *RULE_FIELDS)
+        # Weights of before these fields have the published rule.
+        told |= _rule(told.get("delta", GatedDeltaConfig()))
+        ours |= _rule(cfg.delta)
     common = [name for name in facts if name in told]
     there, here = ({name: tree[name] for name in common} for tree in (told, ours))
     problems = differences(as_json(there), as_json(here))
@@ -170,6 +179,12 @@ def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConf
             f"{source} holds the weights of another model: {', '.join(problems)}; change "
             "--config.model, or name other weights"
         )
+
+
+def _rule(delta: GatedDeltaConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a memory's settings that decide what its weights mean."""
+    values = delta if isinstance(delta, Mapping) else to_config_dict(delta)
+    return {name: values[name] for name in RULE_FIELDS if name in values}
 
 
 @functools.partial(jax.jit, static_argnums=0)

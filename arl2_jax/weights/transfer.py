@@ -91,6 +91,7 @@ def export_weights(
     *,
     layout: str = "arl2",
     lora: str = "apart",
+    extras: str = "refuse",
     entry: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
@@ -99,9 +100,9 @@ def export_weights(
 
     Args:
       path, entry: as in `load_params`.
-      out, layout, lora, overwrite: as in `export_params`.
+      out, layout, lora, extras, overwrite: as in `export_params`.
       dtype: of the matrices, float32 or bfloat16; small parameters stay float32.
     """
     cfg = model_config(path, entry=entry, dtype=dtype)
     params = load_params(path, cfg, precision="compute", entry=entry)
-    export_params(out, params, cfg, layout, lora, overwrite=overwrite)
+    export_params(out, params, cfg, layout, lora, extras, overwrite=overwrite)

@@ -110,12 +110,41 @@ def test_training_seeds_lie_below_the_held_out_ones(monkeypatch):
             seeds.append(seed)
         return make_clip(sprites, data, seed)
 
-    monkeypatch.setattr("arl2_jax.data.sprites.make_clip", record)
+    monkeypatch.setattr("arl2_jax.data.sprite_clips.make_clip", record)
     clips = open_data(make_config()).clips
     for index in range(20):
         clips.held_out(index)
         clips.training(index, np.random.default_rng(index))
     assert min(seeds[::2]) >= HELD_OUT_SEED > max(seeds[1::2])
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_only_reveals_leaves_out_clips_that_ask_nothing(only):
+    sprites = make_sprites(count=(1, 1), pause=(2, 9), lamp=2, only_reveals=only)
+    config = make_config(frames=20, sprites=sprites)
+    block, frames = config.model.frames_per_block, config.data.frames
+    longer = SpriteClips(config.data, block, frames + 6)
+    source, found = SpriteClips(config.data, block), []
+    for index in range(24):
+        video, caption = source.held_out(index)
+        found.append(video.tobytes())
+        again, _ = longer.held_out(index)
+        np.testing.assert_array_equal(again[:frames], video)
+        asked = (
+            [
+                clip
+                for i in range(64)
+                if reveals(
+                    clip := make_clip(sprites, config.data, HELD_OUT_SEED + index + i * 2**40),
+                    block,
+                )
+            ][:1]
+            if only
+            else [make_clip(sprites, config.data, HELD_OUT_SEED + index)]
+        )
+        np.testing.assert_array_equal(video, asked[0].video)
+        assert caption == asked[0].caption
+    assert len(set(found)) == len(found)
 
 
 def test_impossible_sprites_are_refused_on_opening():

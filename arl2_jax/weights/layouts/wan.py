@@ -34,6 +34,8 @@ _MEMORY = (
         LINEAR,
     ),
     Rule("blocks.{i}.self_attn.{A_log|dt_bias}", "blocks/{i}/delta/{A_log|dt_bias}"),
+    # Not in published files: the constant part of the strength, of a memory that starts by block.
+    Rule("blocks.{i}.self_attn.b_proj.bias", "blocks/{i}/delta/beta_bias"),
     # A grouped convolution of width 1: head h owns the rows h D to h D + D.
     Rule(
         "blocks.{i}.self_attn.phi_{qkv}.weight", "blocks/{i}/delta/phi_{qkv}", "(h o) i 1 -> h i o"

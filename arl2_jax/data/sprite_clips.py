@@ -1,0 +1,59 @@
+"""The endless source of sprite clips."""
+
+import dataclasses
+
+import numpy as np
+
+from arl2_jax.config import ConfigError, DataConfig
+from arl2_jax.data.reveals import reveals
+from arl2_jax.data.sprites import HELD_OUT_SEED, make_clip
+
+# Seeds that are tried for one clip, and how far apart they lie: neighbours stay apart.
+_TRIES, _STRIDE = 64, 2**40
+
+
+class SpriteClips:
+    """One clip for each seed, the training seeds below 2^62."""
+
+    def __init__(self, data: DataConfig, frames_per_block: int, frames: int | None = None):
+        """Set what clips are like.
+
+        Args:
+          data: `frames` counts pixel frames here.
+          frames_per_block: pixel frames of a block, for `data.sprites.only_reveals`.
+          frames: pixel frames to give, by default `data.frames`; a longer clip begins with the
+            shorter one.
+        """
+        self._data, self._block = data, frames_per_block
+        self._frames = data.frames if frames is None else frames
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """Video uint8 [F, H, W, 3] and caption of a clip that `rng` alone determines."""
+        del index
+        return self._clip(int(rng.integers(HELD_OUT_SEED)))
+
+    def held_out(self, index: int) -> tuple[np.ndarray, str]:
+        """The same of a held-out seed."""
+        return self._clip(HELD_OUT_SEED + index)
+
+    def _clip(self, seed: int) -> tuple[np.ndarray, str]:
+        sprites = self._data.sprites
+        if sprites.only_reveals:
+            seed = self._with_reveal(seed)
+        clip = make_clip(sprites, dataclasses.replace(self._data, frames=self._frames), seed)
+        return clip.video, clip.caption
+
+    def _with_reveal(self, seed: int) -> int:
+        """The first of some seeds, all of training or all held out, whose clip has a reveal."""
+        begin = seed // HELD_OUT_SEED * HELD_OUT_SEED
+        for i in range(_TRIES):
+            tried = begin + (seed - begin + i * _STRIDE) % HELD_OUT_SEED
+            if reveals(make_clip(self._data.sprites, self._data, tried), self._block):
+                return tried
+        raise ConfigError(
+            f"data.sprites.only_reveals=True, but {_TRIES} clips in a row have no reveal; raise "
+            "data.sprites.speed or data.frames, or set it to False"
+        )
