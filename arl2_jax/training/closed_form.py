@@ -6,7 +6,8 @@ Stage 1 minimises, layer by layer and at the teacher's own input, the squared er
                                                          - softmax inside the block) Wo
 
 with y = (qm S) / sqrt(D) read from a state of values that P_v has not touched (S is linear in its
-values), qm = l2norm(rope(q P_q)) and g = sigmoid(x Wg). Both sides are zero in a clip's first block.
+values), qm = l2norm(rope(q P_q)) and g = sigmoid(x Wg). Both sides are zero in a clip's first
+block.
 
 In P_v the error is quadratic, and F^T F and F^T R of the features F = [g_1 y_1, ..., g_H y_H] hold
 all of it: two C x C matrices, whatever the number of tokens (`value_sums`, `solve_values`). With
@@ -21,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from arl2_jax.nn.rope import Rope, rotate
 from arl2_jax.sharding import lay_out
@@ -31,8 +32,8 @@ from arl2_jax.sharding import lay_out
 # matrix or factor: against directions that few tokens show.
 RIDGE = 1e-2
 # Share of the preconditioner that is added to the curvature (Levenberg and Marquardt).
-DAMPING = 0.1
-CG_STEPS = 12
+DAMPING = 0.5
+CG_STEPS = 8
 _VALUE_STEPS = 60
 _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.125)
 _EXACT = jax.lax.Precision.HIGHEST
@@ -140,7 +141,7 @@ def squared_error(readout: Readout, readings: Readings, output: Float[Array, "c 
 
 
 def errors_along(
-    readout: Readout, step: Readout, readings: Readings, output: Float[Array, "c c"]
+    readout: Readout, readings: Readings, output: Float[Array, "c c"], step: Readout
 ) -> Float[Array, "lengths"]:
     """Squared errors after whole and shortened steps, those of `_STEP_LENGTHS`."""
     moved = lambda t: jax.tree.map(lambda a, b: a + t * b, readout, step)
@@ -227,9 +228,16 @@ def newton_step(gradient: Readout, factors: Readout, multiply: Callable[[Readout
 
 
 def take_step(readout: Readout, step: Readout, before: float, along: Iterable[float]):
-    """Go as far as lowers the error most, or stay: (readout, its error)."""
+    """Go as far as lowers the error most, or stay: (readout, its error).
+
+    P_q keeps the norm of the identity.
+    """
     best, length = min(zip((before, *along), (0.0, *_STEP_LENGTHS), strict=True))
-    return _plus(readout, length, step), best
+    readout = _plus(readout, length, step)
+    # Queries have unit length, so that the size of P_q is free; an optimizer's steps are not.
+    norm = jnp.linalg.norm(readout.phi_q, axis=(1, 2), keepdims=True)
+    phi_q = readout.phi_q * (readout.phi_q.shape[-1] ** 0.5 / norm)
+    return readout._replace(phi_q=phi_q), best
 
 
 def _residual(
@@ -292,4 +300,5 @@ def _plus(x: Any, factor: Any, y: Any) -> Any:
 
 
 def _dot(x: Any, y: Any) -> Array:
-    return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    products = jax.tree.map(jnp.vdot, x, y)
+    return jnp.sum(jnp.stack(jax.tree.leaves(products)))
