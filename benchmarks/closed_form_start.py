@@ -66,9 +66,10 @@ def _config(**model: Any) -> Config:
 
 def _teacher() -> Params:
     """The teacher's parameters, trained where the folder has none."""
-    config = _config(hybrid_layers=())
+    config = _config()
     config = dataclasses.replace(
         config,
+        model=config.model.teacher(),
         phases=("teacher",),
         teacher=dataclasses.replace(config.teacher, steps=_TEACHER_STEPS.value),
         train=dataclasses.replace(config.train, workdir=_WORKDIR.value),
@@ -76,7 +77,7 @@ def _teacher() -> Params:
     weights = epath.Path(_WORKDIR.value) / "teacher" / "weights"
     if not weights.exists():
         convert(config, *prepare(config))
-    return load_params_folder(weights)[0]
+    return jax.tree.map(jnp.asarray, load_params_folder(weights)[0])
 
 
 def compare(config: Config, teacher: Params, seed: int) -> dict[str, Any]:

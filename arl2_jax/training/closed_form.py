@@ -211,7 +211,8 @@ def newton_step(gradient: Readout, factors: Readout, multiply: Callable[[Readout
     """
     leaf = lambda x: isinstance(x, Factors)
     damped = jax.tree.map(_scaled, factors, is_leaf=leaf)
-    invert = lambda r: jax.tree.map(lambda f, x: _inverse_of(f)(x), damped, r, is_leaf=leaf)
+    inverses = jax.tree.map(_inverse_of, damped, is_leaf=leaf)
+    invert = lambda r: jax.tree.map(lambda f, x: f(x), inverses, r)
     apply = lambda s: jax.tree.map(lambda f, x: f.inputs @ x @ f.outputs, damped, s, is_leaf=leaf)
     step = jax.tree.map(jnp.zeros_like, gradient)
     rest = jax.tree.map(jnp.negative, gradient)

@@ -122,8 +122,11 @@ def fit_readout(
 
 
 def _total(function: Callable, batches: list[Readings], readout: Readout, *rest: Any) -> Any:
-    """Sum of a function's results over batches."""
-    results = (function(readout, readings, *rest) for readings in batches)
+    """Sum of a function's results over batches, one after the other.
+
+    Waiting bounds what is alive, and devices of a mesh never have two programs to meet in.
+    """
+    results = (jax.block_until_ready(function(readout, r, *rest)) for r in batches)
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), results)
 
 
@@ -226,7 +229,9 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
         fitted = sharding.put(fitted, sharding.tree_shardings(fitted, mesh))
         return merge_params(split_params(params, FITTED)[1], fitted)
     began = time.perf_counter()
-    noise_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), -1))
+    # Phases have the numbers below.
+    own = jax.random.fold_in(jax.random.key(config.train.seed), len(TRAINED))
+    noise_key, fit_key = jax.random.split(own)
     clips = _noised_clips(config, data, mesh, noise_key)
     params, errors = least_squares_start(params, config.model, clips, fit_key)
     facts = {

@@ -14,7 +14,7 @@ from arl2_jax import sharding
 from arl2_jax.config import ConfigError, MeshConfig, Stage1Config, from_config_dict, to_config_dict
 from arl2_jax.models import init_params
 from arl2_jax.nn.rope import video_rope
-from arl2_jax.training import closed_form, losses
+from arl2_jax.training import closed_form, losses, start
 from arl2_jax.training.closed_form import Readings, Readout
 from arl2_jax.training.start import least_squares_start, start_stage1
 
@@ -82,15 +82,15 @@ def test_values_never_raise_the_error(layer, ridge):
 def test_gradient_and_curvature_are_those_of_the_error(layer, error):
     readings, readout, output = layer
     key = jax.random.key(0)
-    gradient, factors = closed_form.curvature(readout, readings, output, key)
+    gradient, factors = start._curvature(readout, readings, output, key)
     wanted = jax.grad(closed_form.squared_error)(readout, readings, output)
     for found, twice in zip(gradient, wanted, strict=True):
         assert error(2 * found, twice) < 1e-5
-    jacobian = jax.jacobian(closed_form._residual)(readout, readings, output)
+    jacobian = jax.jit(jax.jacobian(closed_form._residual))(readout, readings, output)
     flat = jnp.concatenate([j.reshape(readings.x.size, -1) for j in jacobian], axis=1)
     direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), readout)
     whole = lambda tree: jnp.concatenate([x.ravel() for x in tree])
-    found = closed_form.curvature_times(readout, readings, output, direction)
+    found = start._curvature_times(readout, readings, output, direction)
     assert error(whole(found), flat.T @ (flat @ whole(direction))) < 1e-4
     # The trace of a factored curvature is that of the curvature, within what probes scatter.
     for j, factor, matrix in zip(jacobian, factors, readout, strict=True):
@@ -106,11 +106,11 @@ def test_newton_steps_find_a_readout_that_fits(layer):
     error = before = float(closed_form.squared_error(readout, readings, output))
     for turn in range(6):
         key = jax.random.key(turn)
-        gradient, factors = closed_form.curvature(readout, readings, output, key)
+        gradient, factors = start._curvature(readout, readings, output, key)
         at = readout
-        multiply = lambda d, at=at: closed_form.curvature_times(at, readings, output, d)
+        multiply = lambda d, at=at: start._curvature_times(at, readings, output, d)
         step = closed_form.newton_step(gradient, factors, multiply)
-        along = closed_form.errors_along(readout, readings, output, step)
+        along = start._errors_along(readout, readings, output, step)
         readout, lower = closed_form.take_step(readout, step, error, along.tolist())
         assert lower <= error
         error = lower
@@ -150,7 +150,8 @@ def test_nothing_but_the_readout_changes(params, fitted):
     assert all(after[path].dtype == before[path].dtype for path in before)
 
 
-def test_devices_share_out_the_fit(cfg, params, make_clip, error):
+def test_devices_share_out_the_fit(cfg, params, make_clip, error, monkeypatch):
+    monkeypatch.setattr(start, "ROUNDS", 1)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
     batch = noised(cfg, make_clip(cfg, blocks=2, batch=8))
     key = jax.random.key(0)
@@ -160,11 +161,11 @@ def test_devices_share_out_the_fit(cfg, params, make_clip, error):
     shared = jax.tree.map(lambda x: jax.device_put(x, by_clip), batch)
     found, theirs = least_squares_start(placed, cfg, [shared], key)
     for i in ("0", "1"):
-        # Sums in another order, in float32, through several nonlinear steps.
-        np.testing.assert_allclose(theirs[i].after, errors[i].after, rtol=1e-2)
+        # Sums in another order, in float32, of which inverses are taken.
+        np.testing.assert_allclose(theirs[i].after, errors[i].after, rtol=1e-3)
         for name in ("phi_q", "phi_v"):
             one, other = (tree["blocks"][i]["delta"][name] for tree in (alone, found))
-            assert error(other, one) < 5e-2, (i, name)
+            assert error(other, one) < 1e-2, (i, name)
             assert other.sharding == placed["blocks"][i]["delta"][name].sharding
 
 
