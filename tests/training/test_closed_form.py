@@ -86,7 +86,7 @@ def test_gradient_and_curvature_are_those_of_the_error(layer, error):
     wanted = jax.grad(closed_form.squared_error)(readout, readings, output)
     for found, twice in zip(gradient, wanted, strict=True):
         assert error(2 * found, twice) < 1e-5
-    jacobian = jax.jit(jax.jacobian(closed_form._residual))(readout, readings, output)
+    jacobian = jax.jit(jax.jacfwd(closed_form._residual))(readout, readings, output)
     flat = jnp.concatenate([j.reshape(readings.x.size, -1) for j in jacobian], axis=1)
     direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), readout)
     whole = lambda tree: jnp.concatenate([x.ravel() for x in tree])
