@@ -199,7 +199,9 @@ def curvature_times(
     return jax.tree.map(_everywhere, jax.linear_transpose(push, readout)(push(direction))[0])
 
 
-def newton_step(gradient: Readout, factors: Readout, multiply: Callable[[Readout], Readout]):
+def newton_step(
+    gradient: Readout, factors: Readout, multiply: Callable[[Readout], Readout]
+) -> Readout:
     """Compute a damped Gauss-Newton step by preconditioned conjugate gradients.
 
     Solves (J^T J + damping M) s = -gradient, with M the Kronecker factors.

@@ -26,6 +26,7 @@ from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
 from arl2_jax.storage import write_whole
 from arl2_jax.training import closed_form
 from arl2_jax.training.closed_form import Readings, Readout
+from arl2_jax.training.loop import data_seed
 from arl2_jax.training.losses import NoisedClip, noise_clip
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.weights.folder import load_params_folder, save_params
@@ -75,18 +76,25 @@ def _by_layer(params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Ar
     for i in range(max(cfg.hybrid_layers) + 1):
         weights = layers[str(i)]
         if i in cfg.hybrid_layers:
-            found = [_readings(weights, cfg, blocks, clip) for clip in passing]
-            output = weights["self_attn"]["o"]["kernel"]
-            delta = weights["delta"]
-            first = Readout(delta["phi_q"], delta["phi_v"], _columns(delta["gate_proj"]["kernel"]))
-            readout, errors[str(i)] = fit_readout(first, found, output, jax.random.fold_in(key, i))
-            new = _placed_like(_as_params(readout), delta)
-            layers[str(i)] = weights | {"delta": delta | new}
+            own_key = jax.random.fold_in(key, i)
+            delta, errors[str(i)] = _fit_layer(weights, cfg, blocks, passing, own_key)
+            layers[str(i)] = weights | {"delta": delta}
             logging.info("start of layer %d: error %.4f before, %.4f after", i, *errors[str(i)])
         if i < max(cfg.hybrid_layers):
             base = {name: node for name, node in weights.items() if name != "delta"}
             passing = [_teacher_layer(base, cfg.teacher(), blocks, clip) for clip in passing]
     return params | {"blocks": layers}, errors
+
+
+def _fit_layer(
+    weights: Params, cfg: ModelConfig, blocks: int, clips: list[Clip], key: Array
+) -> tuple[Params, LayerStart]:
+    """The layer's "delta" node with its readout fitted, and the errors."""
+    readings, delta = [_readings(weights, cfg, blocks, clip) for clip in clips], weights["delta"]
+    first = Readout(delta["phi_q"], delta["phi_v"], _columns(delta["gate_proj"]["kernel"]))
+    output = weights["self_attn"]["o"]["kernel"]
+    readout, errors = fit_readout(first, readings, output, key)
+    return delta | _placed_like(_as_params(readout), delta), errors
 
 
 def fit_readout(
@@ -248,8 +256,7 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
 def _noised_clips(config: Config, data: ClipData, mesh: Mesh, key: Array) -> list[NoisedClip]:
     """The first clips of stage 1, in its micro-batches, noised by a key of their own."""
     size = config.stage1.batch_size // config.stage1.accumulation
-    seed = config.train.seed * len(TRAINED) + list(TRAINED).index("stage1")
-    batches = data.train_batches(size, seed)
+    batches = data.train_batches(size, data_seed(config, "stage1"))
     # The noise does not depend on the memories.
     noise = jax.jit(noise_clip, static_argnums=(1, 4))
     model, shift, noised = config.model.teacher(), config.sampler.shift, []

@@ -154,7 +154,7 @@ def test_folder_of_another_run_is_refused(converted, config, field):
 
 
 def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_path):
-    stage1 = dataclasses.replace(config.stage1, batch_size=6)
+    stage1 = dataclasses.replace(config.stage1, start="random", batch_size=6)
     train = dataclasses.replace(config.train, workdir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"stage1\.batch_size=6"):
         prepare(dataclasses.replace(config, stage1=stage1, train=train))
