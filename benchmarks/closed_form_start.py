@@ -1,6 +1,7 @@
 """Steps of stage 1 that its start by least squares saves, on the tiny task.
 
-    python benchmarks/closed_form_start.py --workdir=/tmp/closed_form --out=closed_form_cpu.json
+    PYTHONPATH=. python benchmarks/closed_form_start.py --workdir=runs/teacher \
+        --out=benchmarks/results/closed_form_cpu.json
 
 A teacher of configs/tiny.py is trained once in the folder (or found there). Then stage 1 runs from
 random starts and from fits of `stage1.start_clips` clips, with weights, clips and noise by seed.
