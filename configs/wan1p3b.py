@@ -23,8 +23,8 @@ from arl2_jax.config import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
-    PhaseConfig,
     SamplerConfig,
+    Stage1Config,
     Stage2Config,
     TeacherConfig,
     TrainConfig,
@@ -55,7 +55,7 @@ def get_config(variant: str = "released") -> ml_collections.ConfigDict:
         teacher=TeacherConfig(
             weights="checkpoints/Wan2.1-T2V-1.3B", steps=10_000, batch_size=64, learning_rate=1e-5
         ),
-        stage1=PhaseConfig(steps=2000, batch_size=16, learning_rate=1e-3, warmup=100),
+        stage1=Stage1Config(steps=2000, batch_size=16, learning_rate=1e-3, warmup=100),
         stage2=Stage2Config(
             steps=4000,
             batch_size=16,

@@ -26,8 +26,8 @@ from arl2_jax.config import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
-    PhaseConfig,
     SamplerConfig,
+    Stage1Config,
     Stage2Config,
     TeacherConfig,
     TrainConfig,
@@ -158,7 +158,7 @@ def config(tmp_path_factory):
         SamplerConfig(timesteps=(1000.0, 500.0)),
         DataConfig(frames=4, height=12, width=32, held_out=8),
         teacher=TeacherConfig(**phase),
-        stage1=PhaseConfig(**phase),
+        stage1=Stage1Config(**phase),
         stage2=Stage2Config(**phase, layer_loss=0.5, optimizer="muon"),
         train=TrainConfig(
             workdir=str(tmp_path_factory.mktemp("runs") / "run"), log_every=1, checkpoint_every=2

@@ -26,8 +26,8 @@ ARROWS = {
     "arl2_jax.preparation": {"generation", "data", "weights", "config", "storage"},
     "arl2_jax.command_line": {"config", "generation"},
     "arl2_jax.training": {
-        "config", "sharding", "storage", "models", "memory", "diffusion", "generation", "data",
-        "weights",
+        "config", "sharding", "storage", "models", "memory", "nn", "diffusion", "generation",
+        "data", "weights",
     },
     "arl2_jax.evaluation": {
         "config", "sharding", "storage", "models", "diffusion", "generation", "data", "training",

@@ -14,6 +14,7 @@ from arl2_jax.config.run import PHASES, Config, EvaluationConfig
 from arl2_jax.config.training import (
     MeshConfig,
     PhaseConfig,
+    Stage1Config,
     Stage2Config,
     TeacherConfig,
     TrainConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "PhaseConfig",
     "SamplerConfig",
     "SpriteConfig",
+    "Stage1Config",
     "Stage2Config",
     "TeacherConfig",
     "TrainConfig",

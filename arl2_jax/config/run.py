@@ -5,7 +5,7 @@ import dataclasses
 from arl2_jax.config.data import DataConfig
 from arl2_jax.config.model import ModelConfig, SamplerConfig
 from arl2_jax.config.rules import require
-from arl2_jax.config.training import PhaseConfig, Stage2Config, TeacherConfig, TrainConfig
+from arl2_jax.config.training import Stage1Config, Stage2Config, TeacherConfig, TrainConfig
 
 PHASES = ("teacher", "stage1", "stage2")
 CONTROLS = ("zero", "local")
@@ -64,7 +64,7 @@ class Config:
     data: DataConfig = DataConfig()
     phases: tuple[str, ...] = PHASES
     teacher: TeacherConfig = TeacherConfig()
-    stage1: PhaseConfig = PhaseConfig()
+    stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -87,6 +87,15 @@ class Config:
         require(
             not stages or bool(self.model.hybrid_layers),
             f"phases={self.phases} convert layers, but model.hybrid_layers is empty; name some",
+        )
+        # A closed gate, as the control has it, leaves nothing to fit.
+        fits = self.stage1.start == "least_squares" and self.model.memory_gate != "zero"
+        readable = self.model.memory_gate == "learned" and self.model.delta.read == "block"
+        require(
+            not fits or readable,
+            "stage1.start=least_squares fits reads of the state before a block through the learned "
+            f"gate, not model.memory_gate={self.model.memory_gate} with "
+            f"model.delta.read={self.model.delta.read}; set stage1.start=random",
         )
         for axis, latents in (("height", self.latent_shape[0]), ("width", self.latent_shape[1])):
             patch = self.model.patch_size[1 if axis == "height" else 2]

@@ -68,6 +68,31 @@ class TeacherConfig(PhaseConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage1Config(PhaseConfig):
+    """Distillation layer by layer.
+
+    Attributes:
+      start: what the stage begins with: "random", the initial values; "least_squares", P_q, P_v and
+        the gate fitted to the teacher's attention on some clips (`arl2_jax.training.start`).
+      start_clips: clips of the fit, a multiple of those in a micro-batch. Devices hold what one
+        layer reads of all of them.
+    """
+
+    start: Literal["random", "least_squares"] = "random"
+    start_clips: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        clips, size = self.start_clips, self.batch_size // self.accumulation
+        require(clips > 0, f"stage1.start_clips={clips} must be positive")
+        require(
+            self.start == "random" or clips % size == 0,
+            f"stage1.start_clips={clips} must be a multiple of the {size} clips of a micro-batch, "
+            "stage1.batch_size / stage1.accumulation; change one of them",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage2Config(PhaseConfig):
     """End-to-end distillation.
 

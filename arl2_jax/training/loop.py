@@ -62,7 +62,7 @@ def run_phase(
     trained, frozen = split_params(params, TRAINED[phase])
     state = jax.eval_shape(lambda p: init_state(config, phase, p, key), trained)
     layout = sharding.tree_shardings(state, mesh)
-    batches = data.train_batches(settings.batch_size, _data_seed(config, phase))
+    batches = data.train_batches(settings.batch_size, data_seed(config, phase))
 
     fingerprint = {"phase": phase, "model": dataclasses.asdict(config.model)}
     with Checkpointer(
@@ -166,7 +166,7 @@ def _open_writers(folder: epath.Path, title: str, steps: int, start: int) -> Mul
     )
 
 
-def _data_seed(config: Config, phase: str) -> int:
+def data_seed(config: Config, phase: str) -> int:
     """Every phase sees clips in an order of its own; the control sees those of its phase."""
     return config.train.seed * len(TRAINED) + list(TRAINED).index(phase)
 

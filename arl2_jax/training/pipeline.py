@@ -16,6 +16,7 @@ from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
 from arl2_jax.training.retention import record_retention
+from arl2_jax.training.start import start_stage1
 from arl2_jax.weights import find_release, load_params
 from arl2_jax.weights.folder import load_params_folder, save_params
 
@@ -88,6 +89,8 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         place = folder / title
         summary = read_json(place / "summary.json")
         if summary is None:
+            if name == "stage1":
+                start = start_stage1(config, start, data, mesh, place)
             result = run_phase(config, name, start, data, mesh, place, title=title)
             model = config.model.teacher() if name == "teacher" else config.model
             save_params(place / "weights", result.params, to_config_dict(model))

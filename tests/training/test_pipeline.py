@@ -14,6 +14,7 @@ from arl2_jax.models import without_delta
 from arl2_jax.training import pipeline
 from arl2_jax.training.pipeline import convert, prepare
 from arl2_jax.weights import load_params
+from arl2_jax.weights.folder import load_params_folder
 
 PHASES = ("teacher", "stage1", "stage2", "control", "control_local")
 
@@ -30,6 +31,9 @@ def config(config, tmp_path_factory):
         name: dataclasses.replace(getattr(config, name), steps=2, learning_rate=1e-2, warmup=0)
         for name in ("teacher", "stage1", "stage2")
     }
+    steps["stage1"] = dataclasses.replace(
+        steps["stage1"], start="least_squares", start_clips=steps["stage1"].batch_size
+    )
     return dataclasses.replace(config, train=train, **steps)
 
 
@@ -73,6 +77,21 @@ def test_retention_is_kept_before_and_after_each_stage(converted, config):
     )
     assert before["layers"] == list(config.model.hybrid_layers)
     assert before["retention"] != after["retention"]
+
+
+def test_stage_one_begins_with_its_fit(converted, config):
+    """Two steps at this rate move P by about 0.02; the fit has moved it further."""
+    folder = Path(config.train.workdir) / "stage1"
+    fitted = flat(load_params_folder(folder / "start")[0])
+    assert set(fitted) == {
+        f"blocks/0/delta/{name}" for name in ("phi_q", "phi_v", "gate_proj/kernel")
+    }
+    before, after = flat(converted.untrained), flat(converted.stage1)
+    for path, value in fitted.items():
+        assert np.max(np.abs(after[path] - value)) < 0.025, path
+    assert np.max(np.abs(fitted["blocks/0/delta/phi_v"] - before["blocks/0/delta/phi_v"])) > 0.05
+    (errors,) = json.loads((folder / "start.json").read_text())["errors"].values()
+    assert errors["after"] < errors["before"]
 
 
 def test_stages_train_what_is_theirs(converted):
@@ -143,7 +162,7 @@ def test_folder_of_another_run_is_refused(converted, config, field):
 
 
 def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_path):
-    stage1 = dataclasses.replace(config.stage1, batch_size=6)
+    stage1 = dataclasses.replace(config.stage1, start="random", batch_size=6)
     train = dataclasses.replace(config.train, workdir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"stage1\.batch_size=6"):
         prepare(dataclasses.replace(config, stage1=stage1, train=train))

@@ -1,0 +1,307 @@
+"""Least squares for what reads a layer's memory, with the state held fixed.
+
+Stage 1 minimises, layer by layer and at the teacher's own input, the squared error after Wo of
+
+    sum over heads h of  g_h y_h P_v,h Wo_h   against   (softmax over past and block
+                                                         - softmax inside the block) Wo
+
+with y = (qm S) / sqrt(D) read from a state of values that P_v has not touched (S is linear in its
+values), qm = l2norm(rope(q P_q)) and g = sigmoid(x Wg). Both sides are zero in a clip's first
+block.
+
+In P_v the error is quadratic, and F^T F and F^T R of the features F = [g_1 y_1, ..., g_H y_H] hold
+all of it: two C x C matrices, whatever the number of tokens (`value_sums`, `solve_values`). With
+P_q and Wg it is a nonlinear least-squares problem without the recurrence: `newton_step` does one
+Gauss-Newton step on all three by conjugate gradients, preconditioned by Kronecker factors of the
+curvature (K-FAC, arXiv 1503.05671).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from arl2_jax.nn.rope import Rope, rotate
+from arl2_jax.sharding import lay_out
+
+# Distance from the present value and least curvature, relative to the mean diagonal of a normal
+# matrix or factor: against directions that few tokens show.
+RIDGE = 1e-2
+# Share of the preconditioner that is added to the curvature (Levenberg and Marquardt).
+DAMPING = 0.5
+CG_STEPS = 8
+_VALUE_STEPS = 60
+_STEP_LENGTHS = (1.0, 0.5, 0.25, 0.125)
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Readings(NamedTuple):
+    """What a layer reads with and from, for a batch of clips and their copies.
+
+    Attributes:
+      q: queries before P_q, [B, n, H, D].
+      states: before each block, of values before P_v, [clips, blocks, H, D, D].
+      x: input of the layer's attention, [B, n, C].
+      target: what the memory is to add before Wo, [B, n, H, D].
+      weights: of the squared error of each copy, [B].
+      rope: rotary positions; None for none.
+    """
+
+    q: Float[Array, "b n h d"]
+    states: Float[Array, "clips m h k v"]
+    x: Float[Array, "b n c"]
+    target: Float[Array, "b n h d"]
+    weights: Float[Array, "b"]
+    rope: Rope | None
+
+
+class Readout(NamedTuple):
+    """P_q and P_v, [H, D, D], and the columns of Wg, [H, C, 1]; or what belongs to each."""
+
+    phi_q: Any
+    phi_v: Any
+    gate: Any
+
+
+class ValueSums(NamedTuple):
+    """What the error is as a function of P_v, sums over tokens of weighted products.
+
+    Attributes:
+      gram: F^T F of the gated reads before P_v, [C, C] float32.
+      cross: F^T R with R the target before Wo, [C, C] float32.
+    """
+
+    gram: Float[Array, "c c"]
+    cross: Float[Array, "c c"]
+
+
+class Factors(NamedTuple):
+    """Kronecker factors of the curvature of one matrix a head, [H, I, I] and [H, O, O]."""
+
+    inputs: Float[Array, "h i i"]
+    outputs: Float[Array, "h o o"]
+
+
+def value_sums(readout: Readout, readings: Readings) -> ValueSums:
+    """Sum over a batch what `solve_values` needs."""
+    features = _gated_reads(readout, readings)[0]
+    flat = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], -1)
+    features, target = flat(features), flat(readings.target)
+    weighted = features * readings.weights[:, None, None]
+    product = lambda x: _everywhere(jnp.einsum("bnc,bnd->cd", weighted, x, precision=_EXACT))
+    return ValueSums(product(features), product(target))
+
+
+def solve_values(
+    sums: ValueSums, output: Float[Array, "c c"], start: Float[Array, "h d d"], ridge: float = RIDGE
+) -> Float[Array, "h d d"]:
+    """Compute the P_v of all heads that minimises the error after Wo.
+
+        sum |sum_h F_h P_h Wo_h - R Wo|^2 + sum_h ridge_h |P_h - start_h|^2
+
+    by conjugate gradients on its normal equations, preconditioned by each head's own part of them.
+    They begin at `start` and lower the sum in every step, so that the error never rises.
+
+    Args:
+      sums: as `value_sums` makes them.
+      output: Wo, [C, C].
+      start: present P_v.
+      ridge: relative to the mean diagonal of the head's own normal matrix.
+    """
+    heads, width, _ = start.shape
+    blocks = lambda x: x.reshape(heads, width, heads, width)
+    output = output.astype(jnp.float32)
+    whole = jnp.matmul(output, output.T, precision=_EXACT)
+    gram, metric = blocks(sums.gram), blocks(whole)
+    right = blocks(jnp.matmul(sums.cross, whole, precision=_EXACT))
+    own = lambda x: jnp.einsum("hdhe->hde", x)
+    least = ridge * _mean_diagonal(own(gram)) * _mean_diagonal(own(metric))
+
+    def normal(p):
+        mixed = jnp.einsum("hdge,gef->hdgf", gram, p, precision=_EXACT)
+        return jnp.einsum("hdgf,gfha->hda", mixed, metric, precision=_EXACT)
+
+    factors = Factors(own(gram), own(metric))
+    change, _ = jax.scipy.sparse.linalg.cg(
+        lambda p: normal(p) + least * p,
+        own(right) - normal(start),
+        maxiter=_VALUE_STEPS,
+        M=_inverse_of(_damped(factors, ridge**0.5)),
+    )
+    return start + change
+
+
+def squared_error(readout: Readout, readings: Readings, output: Float[Array, "c c"]) -> Array:
+    """Weighted sum of the squared error after Wo over a batch."""
+    return _everywhere(jnp.sum(jnp.square(_residual(readout, readings, output))))
+
+
+def errors_along(
+    readout: Readout, readings: Readings, output: Float[Array, "c c"], step: Readout
+) -> Float[Array, "lengths"]:
+    """Squared errors after whole and shortened steps, those of `_STEP_LENGTHS`."""
+    moved = lambda t: jax.tree.map(lambda a, b: a + t * b, readout, step)
+    return jnp.stack([squared_error(moved(t), readings, output) for t in _STEP_LENGTHS])
+
+
+def curvature(
+    readout: Readout, readings: Readings, output: Float[Array, "c c"], key: Array
+) -> tuple[Readout, Readout]:
+    """Half the gradient of `squared_error` over a batch, and Kronecker factors of its curvature.
+
+    The factors come from the gradients of a random linear function of the residual at what each
+    matrix puts out: of the gate's logits, of q P_q and of the read times P_v.
+
+    Args:
+      key: of the random function.
+
+    Returns:
+      (gradient, factors), each a `Readout`.
+    """
+
+    def tapped(taps: Readout):
+        return _residual(readout, readings, output, taps)
+
+    features, logits = _gated_reads(readout, readings)
+    q = readings.q.astype(jnp.float32)
+    x = readings.x.astype(jnp.float32)
+    zeros = Readout(jnp.zeros_like(q), jnp.zeros_like(q), jnp.zeros_like(logits))
+    residual, pull = jax.vjp(tapped, zeros)
+    by_token = pull(residual)[0]
+    probed = pull(jax.random.normal(key, residual.shape))[0]
+    matrix = lambda i, o: jnp.einsum(_PRODUCT[i.ndim], i, o, precision=_EXACT)
+    inputs = Readout(q, features, x)
+    gradient = jax.tree.map(matrix, inputs, by_token)
+
+    def factors(i, o):
+        size = jnp.sum(jnp.square(o), axis=-1)
+        weigh = "bnh,bnc,bnd->hcd" if i.ndim == 3 else "bnh,bnhc,bnhd->hcd"
+        weighted = jnp.einsum(weigh, size, i, i, precision=_EXACT)
+        outputs = jnp.einsum("bnhd,bnhe->hde", o, o, precision=_EXACT)
+        return Factors(_everywhere(weighted), _everywhere(outputs))
+
+    return jax.tree.map(_everywhere, gradient), jax.tree.map(factors, inputs, probed)
+
+
+_PRODUCT = {3: "bnc,bnho->hco", 4: "bnhc,bnho->hco"}
+
+
+def curvature_times(
+    readout: Readout, readings: Readings, output: Float[Array, "c c"], direction: Readout
+) -> Readout:
+    """Multiply a direction by the Gauss-Newton matrix of a batch, J^T J."""
+    function = lambda readout: _residual(readout, readings, output)
+    _, push = jax.linearize(function, readout)
+    return jax.tree.map(_everywhere, jax.linear_transpose(push, readout)(push(direction))[0])
+
+
+def newton_step(
+    gradient: Readout, factors: Readout, multiply: Callable[[Readout], Readout]
+) -> Readout:
+    """Compute a damped Gauss-Newton step by preconditioned conjugate gradients.
+
+    Solves (J^T J + damping M) s = -gradient, with M the Kronecker factors.
+
+    Args:
+      gradient: half the gradient of the squared error.
+      factors: `Factors` of every matrix, sums over all batches.
+      multiply: a direction -> J^T J times it, summed over all batches.
+    """
+    leaf = lambda x: isinstance(x, Factors)
+    damped = jax.tree.map(_scaled, factors, is_leaf=leaf)
+    inverses = jax.tree.map(_inverse_of, damped, is_leaf=leaf)
+    invert = lambda r: jax.tree.map(lambda f, x: f(x), inverses, r)
+    apply = lambda s: jax.tree.map(lambda f, x: f.inputs @ x @ f.outputs, damped, s, is_leaf=leaf)
+    step = jax.tree.map(jnp.zeros_like, gradient)
+    rest = jax.tree.map(jnp.negative, gradient)
+    z = invert(rest)
+    direction, size = z, _dot(rest, z)
+    for _ in range(CG_STEPS):
+        image = _plus(multiply(direction), DAMPING, apply(direction))
+        length = size / (_dot(direction, image) + 1e-30)
+        step, rest = _plus(step, length, direction), _plus(rest, -length, image)
+        z = invert(rest)
+        size, before = _dot(rest, z), size
+        direction = _plus(z, size / (before + 1e-30), direction)
+    return step
+
+
+def take_step(readout: Readout, step: Readout, before: float, along: Iterable[float]):
+    """Go as far as lowers the error most, or stay: (readout, its error).
+
+    P_q keeps the norm of the identity.
+    """
+    best, length = min(zip((before, *along), (0.0, *_STEP_LENGTHS), strict=True))
+    readout = _plus(readout, length, step)
+    # Queries have unit length, so that the size of P_q is free; an optimizer's steps are not.
+    norm = jnp.linalg.norm(readout.phi_q, axis=(1, 2), keepdims=True)
+    phi_q = readout.phi_q * (readout.phi_q.shape[-1] ** 0.5 / norm)
+    return readout._replace(phi_q=phi_q), best
+
+
+def _residual(
+    readout: Readout, readings: Readings, output: Float[Array, "c c"], taps: Readout | None = None
+) -> Float[Array, "b n c"]:
+    """Weighted difference after Wo; taps are added to what each matrix puts out."""
+    features, _ = _gated_reads(readout, readings, taps)
+    added = jnp.einsum("bnhd,hde->bnhe", features, readout.phi_v)
+    if taps is not None:
+        added = added + taps.phi_v
+    difference = added - readings.target.astype(jnp.float32)
+    after = difference.reshape(readings.x.shape) @ output.astype(jnp.float32)
+    return after * jnp.sqrt(readings.weights)[:, None, None]
+
+
+def _gated_reads(readout: Readout, readings: Readings, taps: Readout | None = None):
+    """Gated reads before P_v, [B, n, H, D] float32, and the gate's logits [B, n, H, 1]."""
+    z = jnp.einsum("bnhd,hde->bnhe", readings.q.astype(jnp.float32), readout.phi_q)
+    logits = jnp.einsum("bnc,hco->bnho", readings.x.astype(jnp.float32), readout.gate)
+    if taps is not None:
+        z, logits = z + taps.phi_q, logits + taps.gate
+    z = rotate(z, readings.rope)
+    q = z * jax.lax.rsqrt(jnp.sum(z * z, axis=-1, keepdims=True) + 1e-6)
+    clips, blocks = readings.states.shape[:2]
+    q = rearrange(q, "(b s) (m n) h k -> b s m n h k", b=clips, m=blocks)
+    read = jnp.einsum("bmhkv,bsmnhk->bsmnhv", readings.states, q).reshape(readings.q.shape)
+    return jax.nn.sigmoid(logits) * read * read.shape[-1] ** -0.5, logits
+
+
+def _scaled(factors: Factors) -> Factors:
+    """Damped factors whose Kronecker product has the size of the curvature."""
+    inputs, outputs = _damped(factors, RIDGE)
+    trace = _mean_diagonal(factors.outputs) * factors.outputs.shape[-1]
+    return Factors(inputs, outputs / trace)
+
+
+def _damped(factors: Factors, ridge: float) -> Factors:
+    add = lambda x: x + ridge * _mean_diagonal(x) * jnp.eye(x.shape[-1])
+    return Factors(*map(add, factors))
+
+
+def _inverse_of(factors: Factors) -> Callable[[Array], Array]:
+    """Multiplication by the inverse of the Kronecker product of positive factors."""
+    left, right = map(jnp.linalg.inv, factors)
+    return lambda x: jnp.matmul(jnp.matmul(left, x, precision=_EXACT), right, precision=_EXACT)
+
+
+def _mean_diagonal(x: Float[Array, "h d d"]) -> Float[Array, "h one one"]:
+    """At least a number that can be divided by, for heads through which nothing passes."""
+    return jnp.trace(x, axis1=1, axis2=2)[:, None, None] / x.shape[-1] + 1e-20
+
+
+def _everywhere(x: Array) -> Array:
+    """Small sums, whole on every device."""
+    return lay_out(x, PartitionSpec())
+
+
+def _plus(x: Any, factor: Any, y: Any) -> Any:
+    return jax.tree.map(lambda a, b: a + factor * b, x, y)
+
+
+def _dot(x: Any, y: Any) -> Array:
+    products = jax.tree.map(jnp.vdot, x, y)
+    return jnp.sum(jnp.stack(jax.tree.leaves(products)))

@@ -1,0 +1,270 @@
+"""Start of stage 1 by least squares: a few clips of the teacher, layer by layer."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from arl2_jax import sharding
+from arl2_jax.config import Config, ModelConfig, to_config_dict
+from arl2_jax.data import ClipData
+from arl2_jax.memory.recurrence import states_before
+from arl2_jax.models import Params, cast_params
+from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
+from arl2_jax.nn.norm import rms_norm
+from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
+from arl2_jax.storage import write_whole
+from arl2_jax.training import closed_form
+from arl2_jax.training.closed_form import Readings, Readout
+from arl2_jax.training.loop import data_seed
+from arl2_jax.training.losses import NoisedClip, noise_clip
+from arl2_jax.training.partition import TRAINED, merge_params, split_params
+from arl2_jax.weights.folder import load_params_folder, save_params
+
+# Gauss-Newton steps of a layer; P_v is solved before each and after the last.
+ROUNDS = 5
+# What the fit changes.
+FITTED = r"/delta/(phi_q|phi_v|gate_proj)"
+
+
+class LayerStart(NamedTuple):
+    """Relative squared error of a layer on the clips of the fit, before and after it."""
+
+    before: float
+    after: float
+
+
+def least_squares_start(
+    params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Array
+) -> tuple[Params, dict[str, LayerStart]]:
+    """Fit P_q, P_v and the gate of every hybrid layer to the teacher's attention.
+
+    Clips go through the teacher once, layer by layer. Of the layer at hand, what its memory reads
+    with and from is kept for all clips. The error of stage 1 on these clips never rises.
+
+    Args:
+      params: all parameters; on a mesh, devices share out the work as in training.
+      cfg: the model, with the learned gate and reads of whole blocks.
+      clips: batches of one shape, noised as in stage 1.
+      key: random key of the curvature's estimate.
+
+    Returns:
+      The parameters with new phi_q, phi_v and gate_proj, and the errors; layer index -> errors.
+    """
+    layout = jax.tree.leaves(params)[0].sharding
+    mesh: Any = layout.mesh if isinstance(layout, NamedSharding) else None
+    # Kernels look here for the devices that they are to share out their work to.
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return _by_layer(params, cfg, clips, key)
+
+
+def _by_layer(params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Array):
+    stem = {name: node for name, node in params.items() if name != "blocks"}
+    blocks = clips[0].clean.shape[1] // cfg.frames_per_block
+    passing = [_embed(stem, cfg, clip) for clip in clips]
+    layers, errors = dict(params["blocks"]), {}
+    for i in range(max(cfg.hybrid_layers) + 1):
+        weights = layers[str(i)]
+        if i in cfg.hybrid_layers:
+            own_key = jax.random.fold_in(key, i)
+            delta, errors[str(i)] = _fit_layer(weights, cfg, blocks, passing, own_key)
+            layers[str(i)] = weights | {"delta": delta}
+            logging.info("start of layer %d: error %.4f before, %.4f after", i, *errors[str(i)])
+        if i < max(cfg.hybrid_layers):
+            base = {name: node for name, node in weights.items() if name != "delta"}
+            passing = [_teacher_layer(base, cfg.teacher(), blocks, clip) for clip in passing]
+    return params | {"blocks": layers}, errors
+
+
+def _fit_layer(
+    weights: Params, cfg: ModelConfig, blocks: int, clips: list[Clip], key: Array
+) -> tuple[Params, LayerStart]:
+    """The layer's "delta" node with its readout fitted, and the errors."""
+    readings, delta = [_readings(weights, cfg, blocks, clip) for clip in clips], weights["delta"]
+    first = Readout(delta["phi_q"], delta["phi_v"], _columns(delta["gate_proj"]["kernel"]))
+    output = weights["self_attn"]["o"]["kernel"]
+    readout, errors = fit_readout(first, readings, output, key)
+    return delta | _placed_like(_as_params(readout), delta), errors
+
+
+def fit_readout(
+    readout: Readout, batches: list[Readings], output: Float[Array, "c c"], key: Array
+) -> tuple[Readout, LayerStart]:
+    """Fit one layer's readout by turns of `solve_values` and `newton_step`.
+
+    Args:
+      readout: present values.
+      batches: what the layer reads with and from.
+      output: Wo.
+      key: random key of the curvature's estimate.
+    """
+    total = lambda function, at, *rest: _total(function, batches, at, *rest)
+    error = before = float(total(_squared_error, readout, output))
+    for turn in range(ROUNDS + 1):
+        sums = total(_value_sums, readout)
+        solved = readout._replace(phi_v=_solve_values(sums, output, readout.phi_v))
+        lower = float(total(_squared_error, solved, output))
+        # Not lower only where rounding is all that is left.
+        if lower < error:
+            readout, error = solved, lower
+        if turn == ROUNDS:
+            break
+        probe_key = jax.random.fold_in(key, turn)
+        gradient, factors = total(_curvature, readout, output, probe_key)
+        multiply = functools.partial(_total, _curvature_times, batches, readout, output)
+        step = closed_form.newton_step(gradient, factors, multiply)
+        along = total(_errors_along, readout, output, step)
+        readout, error = closed_form.take_step(readout, step, error, along.tolist())
+    clips = sum(len(r.states) for r in batches)
+    return readout, LayerStart(before / clips, float(error) / clips)
+
+
+def _total(function: Callable, batches: list[Readings], readout: Readout, *rest: Any) -> Any:
+    """Sum of a function's results over batches, one after the other.
+
+    Waiting bounds what is alive, and devices of a mesh never have two programs to meet in.
+    """
+    results = (jax.block_until_ready(function(readout, r, *rest)) for r in batches)
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), results)
+
+
+_squared_error = jax.jit(closed_form.squared_error)
+_value_sums = jax.jit(closed_form.value_sums)
+_solve_values = jax.jit(closed_form.solve_values)
+_curvature = jax.jit(closed_form.curvature)
+_curvature_times = jax.jit(closed_form.curvature_times)
+_errors_along = jax.jit(closed_form.errors_along)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _embed(stem: Params, cfg: ModelConfig, clip: NoisedClip) -> Clip:
+    module = make_stem(cfg, cast_params(stem, cfg))
+    embedded = embed_clip(module, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    return embedded._replace(x=_by_place(embedded.x))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _teacher_layer(base: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Clip:
+    """Clips behind a layer of the teacher, `cfg`."""
+    layer = make_layer(cfg, "softmax_cache", cast_params(base, cfg))
+    context = layer.cross_attn.encode(clip.text)
+    x, _ = layer.clip(clip.x, clip.conditions, context, blocks, copies=2)
+    return clip._replace(x=_by_place(x))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _readings(weights: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Readings:
+    """What a hybrid layer reads with and from at the teacher's input."""
+    weights = cast_params(weights, cfg)
+    delta = weights["delta"]
+    identity = jnp.broadcast_to(jnp.eye(cfg.head_dim), delta["phi_v"].shape)
+    layer = make_layer(cfg, "gated_delta", weights | {"delta": delta | {"phi_v": identity}})
+    memory = layer.delta
+    p = layer.self_attn.project(
+        layer.attention_input(clip.x, clip.conditions), clip.conditions.rope
+    )
+    clean = p.first_of(2)
+    empty = memory.init_state(len(clean.x))
+    states = states_before(memory.settings, memory.writes(clean), empty, blocks)
+    q = rms_norm(p.q_raw + memory.lora_q(p.x), p.q_scale, cfg.eps)
+
+    closed = dataclasses.replace(cfg, memory_gate="zero")
+    local, _ = make_layer(closed, "gated_delta", weights).delta.attend_clip(p, blocks, copies=2)
+    base = {name: node for name, node in weights.items() if name != "delta"}
+    teacher = make_layer(cfg.teacher(), "softmax_cache", base)
+    whole, _ = teacher.own_memory.attend_clip(p, blocks, copies=2)
+    attended = layer.self_attn.output(whole).astype(jnp.float32)
+    squares = jnp.sum(jnp.square(attended).reshape(len(clean.x), -1), axis=1)
+    return Readings(
+        q=q.reshape(p.q.shape),
+        states=states,
+        x=p.x,
+        target=whole.astype(jnp.float32) - local.astype(jnp.float32),
+        weights=jnp.repeat(1 / (squares + 1e-12), 2),
+        rope=clip.conditions.rope,
+    )
+
+
+def _by_place(x: Array) -> Array:
+    """Tokens laid out alike before every layer, so that nothing is compiled twice."""
+    return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
+
+
+def _columns(kernel: Float[Array, "c h"]) -> Float[Array, "h c one"]:
+    return kernel.T[:, :, None]
+
+
+def _as_params(readout: Readout) -> Params:
+    kernel = readout.gate[:, :, 0].T
+    return {"phi_q": readout.phi_q, "phi_v": readout.phi_v, "gate_proj": {"kernel": kernel}}
+
+
+def _placed_like(new: Params, old: Params) -> Params:
+    """Parameters in the types and places of those that they replace."""
+    place = lambda x, y: jax.device_put(x.astype(y.dtype), y.sharding)
+    return jax.tree.map(place, new, {name: old[name] for name in new})
+
+
+def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, folder: epath.Path):
+    """Return the parameters with which stage 1 begins, by `stage1.start`.
+
+    A fit is kept in `folder/start`, with its errors in `start.json`, and read again from there, so
+    that a run that goes on begins where it began.
+
+    Args:
+      config: the run.
+      params: all parameters, laid out on the mesh.
+      data: clips to train on.
+      mesh: devices.
+      folder: of the phase.
+    """
+    if config.stage1.start == "random" or config.model.memory_gate == "zero":
+        return params
+    place = folder / "start"
+    if (place / "config.json").exists():
+        logging.info("stage1 begins with the fit in %s", place)
+        fitted = load_params_folder(place)[0]
+        fitted = sharding.put(fitted, sharding.tree_shardings(fitted, mesh))
+        return merge_params(split_params(params, FITTED)[1], fitted)
+    began = time.perf_counter()
+    # Phases have the numbers below.
+    own = jax.random.fold_in(jax.random.key(config.train.seed), len(TRAINED))
+    noise_key, fit_key = jax.random.split(own)
+    clips = _noised_clips(config, data, mesh, noise_key)
+    params, errors = least_squares_start(params, config.model, clips, fit_key)
+    facts = {
+        "clips": config.stage1.start_clips,
+        "seconds": time.perf_counter() - began,
+        "errors": {layer: found._asdict() for layer, found in errors.items()},
+    }
+    save_params(place, split_params(params, FITTED)[0], to_config_dict(config.model))
+    if jax.process_index() == 0:
+        write_whole(folder / "start.json", (json.dumps(facts, indent=2) + "\n").encode())
+    return params
+
+
+def _noised_clips(config: Config, data: ClipData, mesh: Mesh, key: Array) -> list[NoisedClip]:
+    """The first clips of stage 1, in its micro-batches, noised by a key of their own."""
+    size = config.stage1.batch_size // config.stage1.accumulation
+    batches = data.train_batches(size, data_seed(config, "stage1"))
+    # The noise does not depend on the memories.
+    noise = jax.jit(noise_clip, static_argnums=(1, 4))
+    model, shift, noised = config.model.teacher(), config.sampler.shift, []
+    try:
+        for i in range(config.stage1.start_clips // size):
+            batch = sharding.put_batch(next(batches), mesh)
+            own = jax.random.fold_in(key, i)
+            noised.append(noise(own, model, batch["latents"], batch["text"], shift))
+    finally:
+        batches.close()
+    return noised
