@@ -4,8 +4,9 @@
     python launch/export_weights.py --weights=weights/wan1p3b --layout=diffusers --out=transformer
 
 The layouts of Wan2.1 and Diffusers have no place for hybrid layers. With --lora=merged the low-rank
-updates of the FFN go into its kernels; those of q, k and v act on the memory alone and stay. A memory
-that started by block has a bias that ARL2's files do not have: --extras=write adds it as b_proj.bias.
+updates of the FFN go into its kernels; those of q, k and v act on the memory alone and stay. A
+memory that started by block has a bias that ARL2's files do not have: --extras=write adds it as
+b_proj.bias.
 """
 
 from absl import flags

@@ -128,7 +128,7 @@ def test_blocks_of_unknown_size_are_one_line():
     cfg = dataclasses.replace(make_cfg(0), hybrid_layers=(0,), text_len=4, text_dim=8)
     with pytest.raises(ConfigError, match=r"model\.delta\.block_tokens") as error:
         init_params(cfg, jax.random.key(0))
-    assert_one_line(error.value)
+    assert_one_line(error)
 
 
 def test_a_run_tells_its_model_the_size_of_a_block():
