@@ -9,8 +9,8 @@ a key that fits one of the marked tokens. What softmax would bring back is the v
 and nothing for all others. The loss is the squared error over all tokens over the squared target.
 The error is taken at the asking tokens of fresh clips: 1 is that of reading nothing.
 
-Values of marked tokens are new in every clip, so that only memory can tell them. With the memory
-emptied before every block but the first (`control`), the same training must stay at 1.
+Values of marked tokens are new in every clip, so that only memory can tell them. Where every block
+begins with nothing but the block before ("only the block before"), lags above 1 must stay at 1.
 """
 
 import dataclasses
@@ -77,25 +77,22 @@ class Start(NamedTuple):
 _DECAY = ("A_log", "dt_bias")
 STARTS = {
     "published": Start(memory_init="published"),
-    "weak writes": Start(published=(*_DECAY, "phi_v")),
-    "weak writes and decay by block": Start(published=("phi_v",)),
+    "weak writes": Start({"write_load": 0.5}, (*_DECAY, "phi_v")),
+    "weak writes and decay by block": Start({"write_load": 0.5}, ("phi_v",)),
     "by_block": Start(),
     "only the block before": Start({"span": "block"}),
     "load 0.05": Start({"write_load": 0.05}),
-    "load 0.15": Start({"write_load": 0.15}),
+    "load 0.5": Start({"write_load": 0.5}),
+    "load 0.5 and read gain 1": Start({"write_load": 0.5, "read_gain": 1.0}),
     "load 1": Start({"write_load": 1.0}),
-    "load 2": Start({"write_load": 2.0}),
     "strong writes": Start(published=("beta_bias",)),
+    "read gain 0.1": Start({"read_gain": 0.1}),
+    "read gain 1": Start({"read_gain": 1.0}),
     "decay in 0.5 to 20 blocks": Start({"time_constants": (0.5, 20.0)}),
     "decay in 20 to 2000 blocks": Start({"time_constants": (20.0, 2000.0)}),
     "no decay": Start({"decay": "none"}),
     "no delta": Start({"rule": "additive"}),
     "beta at most 1": Start({"beta_max": 1.0}),
-    "read gain 0.3": Start({"read_gain": 0.3}),
-    "read gain 3": Start({"read_gain": 3.0}),
-    "load 0.15 and P_v = I": Start({"write_load": 0.15}, ("phi_v",)),
-    "load 0.15 and read gain 0.3": Start({"write_load": 0.15, "read_gain": 0.3}),
-    "load 1 and P_v = I": Start({"write_load": 1.0}, ("phi_v",)),
 }
 
 
@@ -110,7 +107,12 @@ def main(_):
     for name in _STARTS.value or STARTS:
         runs = [retrieval(cfg, STARTS[name], int(seed)) for seed in _SEEDS.value]
         errors = np.array([[run["error_by_lag"][lag - 1] for lag in lags] for run in runs])
-        rows[name] = {"runs": runs, "mean": errors.mean(0).tolist(), "lags": lags}
+        rows[name] = {
+            "settings": _settings(cfg, STARTS[name]),
+            "lags": lags,
+            "mean": errors.mean(0).tolist(),
+            "runs": runs,
+        }
         spread = errors.max(0) - errors.min(0)
         print(f"{name:32}" + "".join(f"{e:7.3f}" for e in errors.mean(0))
               + f"  {sum(run['seconds'] for run in runs):.1f}"
@@ -132,6 +134,12 @@ def _config() -> ModelConfig:
         dtype=dtype,  # pyright: ignore[reportArgumentType]
         delta=delta,
     )
+
+
+def _settings(cfg: ModelConfig, start: Start) -> dict[str, Any]:
+    """The start in full, whatever the defaults are today."""
+    delta = dataclasses.asdict(dataclasses.replace(cfg.delta, **start.delta))
+    return {"memory_init": start.memory_init, "published": start.published, "delta": delta}
 
 
 def retrieval(cfg: ModelConfig, start: Start, seed: int) -> dict[str, Any]:

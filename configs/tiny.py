@@ -34,7 +34,7 @@ from arl2_jax.config import (
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
-        model=ModelConfig.tiny(hybrid_layers=(0, 1, 2), memory_init="by_block", remat="none"),
+        model=ModelConfig.tiny(hybrid_layers=(0, 1, 2), memory_init="by_block"),
         sampler=SamplerConfig(method="euler", steps=8, shift=8.0),
         data=DataConfig(
             frames=20,
@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
             ),
         ),
         teacher=TeacherConfig(
-            steps=700,
+            steps=520,
             batch_size=8,
             optimizer="muon",
             learning_rate=8e-3,
@@ -61,10 +61,12 @@ def get_config() -> ml_collections.ConfigDict:
             learning_rates=(("blocks/.*/kernel$", 2.75),),
             warmup=40,
         ),
-        stage1=Stage1Config(steps=120, batch_size=16, learning_rate=1e-2, warmup=10),
+        stage1=Stage1Config(
+            start="least_squares", steps=20, batch_size=16, learning_rate=1e-2, warmup=5
+        ),
         stage2=Stage2Config(
-            steps=600,
-            batch_size=8,
+            steps=500,
+            batch_size=4,
             optimizer="muon",
             learning_rate=2e-2,
             warmup=15,
