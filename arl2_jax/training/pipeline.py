@@ -117,13 +117,7 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
     controls = {}
     for gate in config.evaluation.controls if "stage2" in config.phases else ():
         title = control_name(gate)
-        # A closed gate leaves stage 1 nothing to learn: all its gradients are zero. The local
-        # control is trained by the same recipe.
-        closed = dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, memory_gate=gate),
-            stage2=dataclasses.replace(config.stage2, layer_loss=0.0),
-        )
+        closed = control_config(config, gate)
         controls[title] = phase("stage2", untrained, config=closed, title=title)
     return Converted(
         untrained,
@@ -133,6 +127,20 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         controls.get("control_local"),
         seconds,
         compile_seconds,
+    )
+
+
+def control_config(config: Config, memory_gate: str) -> Config:
+    """The run of a control without memory: the student's stage 2, from the untrained hybrid.
+
+    A closed gate leaves stage 1 nothing to learn: all its gradients are zero. The local control is
+    trained by the same recipe.
+    """
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, memory_gate=memory_gate),
+        stage1=dataclasses.replace(config.stage1, start="random"),
+        stage2=dataclasses.replace(config.stage2, layer_loss=0.0),
     )
 
 

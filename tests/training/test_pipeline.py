@@ -12,7 +12,7 @@ from flax import traverse_util
 from arl2_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 from arl2_jax.models import without_delta
 from arl2_jax.training import pipeline
-from arl2_jax.training.pipeline import convert, prepare
+from arl2_jax.training.pipeline import control_config, convert, prepare
 from arl2_jax.weights import load_params
 from arl2_jax.weights.folder import load_params_folder
 
@@ -167,6 +167,17 @@ def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_pa
     with pytest.raises(ConfigError, match=r"stage1\.batch_size=6"):
         prepare(dataclasses.replace(config, stage1=stage1, train=train))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("gate", ["zero", "local"])
+def test_controls_of_a_fitted_run_are_configurations_themselves(config, gate):
+    """The fit before stage 1 is no business of theirs, and must not refuse them."""
+    fitted = dataclasses.replace(
+        config, stage1=dataclasses.replace(config.stage1, start="least_squares")
+    )
+    found = control_config(fitted, gate)
+    assert found.model.memory_gate == gate and found.stage2.layer_loss == 0
+    assert found.stage2.steps == config.stage2.steps and found.data == config.data
 
 
 @pytest.mark.parametrize("phases", [("teacher", "stage1"), ("stage1", "stage2")])

@@ -12,6 +12,7 @@ from one_line import assert_one_line
 from safetensors.numpy import load_file, save_file
 from wan_names import from_diffusers, from_original, original_kinds, original_tensors
 
+from arl2_jax.config import GatedDeltaConfig
 from arl2_jax.models import cast_params, without_delta
 from arl2_jax.weights import (
     WeightsError,
@@ -63,6 +64,28 @@ def test_the_names_are_those_of_the_published_file(tmp_path, cfg, params):
     }
     bare = {name.removeprefix("model."): x for name, x in tensors.items()}
     assert_equal(from_original(bare, cfg), params)
+
+
+def test_what_published_files_cannot_hold_is_refused_or_written(tmp_path, cfg, make_params):
+    """A bias of the strength and another rule; both come back where they were asked for."""
+    delta = GatedDeltaConfig(block_tokens=12, beta_max=1.0)
+    cfg = dataclasses.replace(cfg, memory_init="by_block", delta=delta)
+    params = make_params(cfg)
+    with pytest.raises(WeightsError, match=r"delta\.beta_max=1\.0.*--extras=write") as error:
+        export_params(tmp_path / "out", params, cfg)
+    assert_one_line(error, "bias of the strength", "memory_init=by_block")
+    assert not (tmp_path / "out").exists()
+    export_params(tmp_path / "out", params, cfg, extras="write")
+    names = load_file(tmp_path / "out" / SINGLE)
+    assert "model.blocks.0.self_attn.b_proj.bias" in names
+    assert model_config(tmp_path / "out") == cfg
+    assert_equal(load_params(tmp_path / "out", cfg), params)
+    published = dataclasses.replace(cfg, delta=dataclasses.replace(delta, beta_max=2.0))
+    with pytest.raises(WeightsError, match=r"another model: beta_max"):
+        load_params(tmp_path / "out", published)
+    (tmp_path / "out" / "config.json").unlink()  # the tensors alone tell how the memory began
+    found = model_config(tmp_path / "out", num_heads=cfg.num_heads)
+    assert found.memory_init == "by_block"
 
 
 @pytest.mark.parametrize("layout", ["wan", "diffusers", "arl2"])
