@@ -9,9 +9,9 @@ import pytest
 
 from arl2_jax import models
 from arl2_jax.config import SamplerConfig
-from arl2_jax.models import wan
 from arl2_jax.training import losses, start
 from arl2_jax.training.losses import NoisedClip
+from arl2_jax.training.partition import TRAINED, split_params
 from arl2_jax.training.start import least_squares_start
 from arl2_jax.training.step import accumulate, init_state, make_step
 
@@ -89,10 +89,8 @@ def test_clip_form_is_block_form(cfg, params, noisy, clean, apply, error):
     untold = noisy._replace(context_s=0 * noisy.context_s)
     for other in (clean, untold):
         assert error(predict(params, cfg, other)[0][:, f:], wanted[:, f:]) > 1e-3
-    np.testing.assert_array_equal(
-        predict(params, cfg, noisy._replace(noised_context=clean.clean, context_s=0 * noisy.s))[0],
-        predict(params, cfg, clean._replace(noised_context=clean.clean, context_s=0 * noisy.s))[0],
-    )
+    told = clean._replace(noised_context=clean.clean, context_s=0 * clean.s)
+    assert error(predict(params, cfg, told)[0], predict(params, cfg, clean)[0]) < 2e-5
 
 
 def test_flow_is_that_of_the_true_clip(cfg, params, noisy):
@@ -143,8 +141,7 @@ def test_micro_batches_take_the_past_of_their_clips():
 
 def test_a_step_obeys_the_setting(config, make_params):
     """Stage 2 of a run, teacher's and student's pass and the layers' errors included."""
-    params = make_params(config.model)
-    state = lambda config: init_state(config, "stage2", params, jax.random.key(5))
+    trained, frozen = split_params(make_params(config.model), TRAINED["stage2"])
     rng = np.random.default_rng(0)
     batch = {
         "latents": rng.standard_normal((2, 4, 2, 6, config.model.in_dim), np.float32),
@@ -154,7 +151,8 @@ def test_a_step_obeys_the_setting(config, make_params):
     def metrics(level):
         sampler = dataclasses.replace(config.sampler, context_noise=level)
         changed = dataclasses.replace(config, sampler=sampler)
-        return jax.jit(make_step(changed, "stage2"))(state(changed), {}, batch)[1]
+        state = init_state(changed, "stage2", trained, jax.random.key(5))
+        return jax.jit(make_step(changed, "stage2"))(state, frozen, batch)[1]
 
     plain, changed = metrics(0.0), metrics(LEVEL)
     for name in ("loss", "layer_error"):
@@ -165,9 +163,3 @@ def test_misfit_context_is_refused(cfg, params, noisy):
     run = lambda clip: losses.predict(params, cfg, clip)
     with pytest.raises(ValueError, match="one a frame is needed"):
         jax.eval_shape(run, noisy._replace(context_s=noisy.s[:, :2]))
-    stem = wan.make_stem(cfg, {n: x for n, x in params.items() if n != "blocks"})
-    zero, none = (
-        wan.embed_clip(stem, cfg, noisy.clean, noisy.noisy, noisy.timestep, noisy.text, t)
-        for t in (0 * noisy.s, None)
-    )
-    np.testing.assert_array_equal(zero.conditions.modulation, none.conditions.modulation)
