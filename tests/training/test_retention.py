@@ -170,6 +170,7 @@ def test_a_run_keeps_its_measures_and_measures_once(config, tmp_path):
 
     noisy = dataclasses.replace(config.sampler, context_noise=0.4)
     noisy = dataclasses.replace(config, sampler=noisy)
+    (folder / "noisy").mkdir()
     record_retention(noisy, params, data, folder / "noisy")
     found = json.loads((tmp_path / "noisy" / "retention.json").read_text())
     wanted = retention(params, config.model, data.held_out(1), context_noise=0.4)
