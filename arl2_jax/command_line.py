@@ -51,6 +51,11 @@ def sampler_flags() -> Callable[[], SamplerConfig]:
     guidance = flags.DEFINE_float(
         "guidance", default.guidance, "Guidance of the Euler sampler; 1 is off."
     )
+    context = flags.DEFINE_float(
+        "context_noise",
+        default.context_noise,
+        "Noise level in [0, 1) of blocks as they are remembered; 0 remembers them clean.",
+    )
 
     def make() -> SamplerConfig:
         try:
@@ -60,7 +65,9 @@ def sampler_flags() -> Callable[[], SamplerConfig]:
                 f"--timesteps={','.join(timesteps.value)} must be numbers, such as 1000,500"
             ) from None
         chosen: Any = method.value  # one of the field's choices, as the flag is
-        return SamplerConfig(chosen, levels, steps.value, shift.value, guidance.value)
+        return SamplerConfig(
+            chosen, levels, steps.value, shift.value, guidance.value, context.value
+        )
 
     return make
 

@@ -133,7 +133,7 @@ _distil = jax.jit(losses.distil_layers, static_argnums=1)
 
 def _noised(config: Config, batch: Any, key: jax.Array) -> losses.NoisedClip:
     latents, text = (jnp.asarray(batch[name]) for name in ("latents", "text"))
-    return _noise(key, config.model.teacher(), latents, text, config.sampler.shift)
+    return _noise(key, config.model.teacher(), latents, text, config.sampler)
 
 
 def _check(config: Config, params: Params, fitted: Params, clips, errors) -> None:

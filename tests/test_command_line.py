@@ -1,11 +1,14 @@
 """What goes wrong in a command is told in one line, if its user can mend it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from arl2_jax.config import SamplerConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,11 +31,33 @@ def test_other_errors_keep_their_trace():
     assert done.returncode == 1 and "Traceback" in done.stderr and "unforeseen" in done.stderr
 
 
+def test_flags_of_the_sampler_are_its_fields():
+    given = {
+        "method": "euler", "timesteps": (900.0, 20.0), "steps": 7, "shift": 3.0, "guidance": 2.5,
+        "context_noise": 0.25,
+    }  # fmt: skip
+    assert given.keys() == {field.name for field in dataclasses.fields(SamplerConfig)}
+    flags = [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in given.items()
+    ]
+    code = "sampler = command_line.sampler_flags()\ndef main(): print(sampler())\n"
+    done = run_code(code, *flags)
+    assert done.stdout.strip() == str(SamplerConfig(**given)), done.stderr
+    assert run_code(code).stdout.strip() == str(SamplerConfig())
+    refused = run_code(code, "--context_noise=1")
+    assert refused.stderr.startswith("error: sampler.context_noise=1.0 must be a noise level in")
+    assert refused.stderr.count("\n") == 1
+
+
 def run(error):
-    code = "from arl2_jax import command_line; from arl2_jax.config import ConfigError\n"
-    code += f"def main(): raise {error}\n"
+    return run_code(f"from arl2_jax.config import ConfigError\ndef main(): raise {error}\n")
+
+
+def run_code(code, *flags):
+    code = f"from arl2_jax import command_line\n{code}command_line.run(main)"
     return subprocess.run(
-        [sys.executable, "-c", code + "command_line.run(main)"],
+        [sys.executable, "-c", code, *flags],
         capture_output=True,
         text=True,
         timeout=60,

@@ -95,6 +95,9 @@ BROKEN = [
     ("sampler.shift", 0.0, "positive"),
     ("sampler.guidance", 0.5, "at least 1"),
     ("sampler.guidance", 3.0, "sampler.method=euler"),
+    ("sampler.context_noise", 1.0, "[0, 1)"),
+    ("sampler.context_noise", -0.1, "[0, 1)"),
+    ("sampler.context_noise", float("nan"), "[0, 1)"),
     ("data.source", "web", "synthetic, video, latents"),
     ("data.source", "video", "data.path"),
     ("data.frames", 0, "positive"),
@@ -182,7 +185,7 @@ def test_conversion_needs_hybrid_layers():
 def test_there_and_back():
     config = Config(
         ModelConfig.tiny(hybrid_layers=(0, 2), dtype="bfloat16"),
-        SamplerConfig(method="euler", guidance=3.0),
+        SamplerConfig(method="euler", guidance=3.0, context_noise=0.1),
         DataConfig(source="video", path="videos", sprites=SpriteConfig(count=(1, 2))),
         ("stage1", "stage2"),
         TeacherConfig(weights="folder"),

@@ -136,7 +136,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How a block is denoised (flow matching).
+    """How a block is denoised (flow matching), and how clean it is remembered.
 
     Attributes:
       method: "few_step" predicts x0 and re-noises with fresh noise; "euler" integrates the flow.
@@ -145,6 +145,9 @@ class SamplerConfig:
       shift: shift of the warp s' = shift s / (1 + (shift - 1) s); training draws its noise
         levels through the same warp.
       guidance: classifier-free guidance scale of the Euler sampler; 1 is off.
+      context_noise: noise level s in [0, 1) to which a finished block is noised, with fresh noise,
+        before it is written to the memories, at timestep 1000 s; softmax caches and states alike,
+        in training as in generation. 0 writes clean blocks.
     """
 
     method: Literal["few_step", "euler"] = "few_step"
@@ -152,6 +155,7 @@ class SamplerConfig:
     steps: int = 50
     shift: float = 5.0
     guidance: float = 1.0
+    context_noise: float = 0.0
 
     def __post_init__(self):
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
@@ -168,4 +172,9 @@ class SamplerConfig:
             self.guidance == 1 or self.method == "euler",
             f"sampler.guidance={self.guidance} needs sampler.method=euler: few-step models carry "
             "their guidance in the weights",
+        )
+        require(
+            0 <= self.context_noise < 1,
+            f"sampler.context_noise={self.context_noise} must be a noise level in [0, 1); 0 writes "
+            "clean blocks to the memories",
         )

@@ -43,17 +43,17 @@ class TeacherError(NamedTuple):
 
 
 def held_out_losses(
-    params: Params, cfg: ModelConfig, clips: Batch, shift: float, key: Array
+    params: Params, cfg: ModelConfig, clips: Batch, sampler: SamplerConfig, key: Array
 ) -> float:
     """Flow-matching loss, every block at a random noise level.
 
     Args:
       params, cfg: the model.
       clips: "latents" [N, T, rows, columns, channels] and "text" [N, L, text_dim].
-      shift: shift of the noise levels.
+      sampler: names the shift of the noise levels, and the level of what is remembered.
       key: random key; the same key gives every model the same noise.
     """
-    clip, sums = _noise(key, clips, cfg, shift), []
+    clip, sums = _noise(key, clips, cfg, sampler), []
     for micro, new in micro_batches(params, clip):
         sums.append(_loss_sum(_flow(params, cfg, micro), micro, new))
     return float(np.sum(jax.device_get(sums))) / len(clip.clean)
@@ -71,14 +71,14 @@ def teacher_error(
 
         error = sum |x0_student - x0_teacher|^2 / sum |x0_teacher|^2
 
-    over all clips. Blocks see the clean clip as their past; the first block, which has none, is
-    left out.
+    over all clips. Blocks see the true clip as their past, at the level sampler.context_noise; the
+    first block, which has none, is left out.
 
     Args:
       student, cfg: the student.
       teacher: parameters of the softmax model, as `arl2_jax.models.without_delta` gives them.
       clips: as in `held_out_losses`.
-      sampler: names the noise levels.
+      sampler: names the noise levels, and the level of what is remembered.
       key: random key of the noise.
     """
     original = Model(teacher, cfg.teacher())
@@ -95,7 +95,7 @@ def teacher_errors(
     """`teacher_error` of several students; the teacher is computed once."""
     levels, first = noise_levels(sampler), teacher.cfg.frames_per_block
     sums = {name: [] for name in students}
-    noised = _noise(key, clips, teacher.cfg, sampler.shift)
+    noised = _noise(key, clips, teacher.cfg, sampler)
     for micro, new in micro_batches(teacher.params, noised):
         for level in levels:
             noisy = _at_level(micro, level)
@@ -144,10 +144,10 @@ def _shares(params: Params) -> int:
     return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
-def _noise(key: Array, clips: Batch, cfg: ModelConfig, shift: float) -> NoisedClip:
+def _noise(key: Array, clips: Batch, cfg: ModelConfig, sampler: SamplerConfig) -> NoisedClip:
     """The clips, noised; on the host, whatever their number."""
     # The noise does not depend on the model: teacher and student share one compilation.
-    clip = _noise_clip(key, cfg.teacher(), clips["latents"], clips["text"], shift)
+    clip = _noise_clip(key, cfg.teacher(), clips["latents"], clips["text"], sampler)
     return jax.tree.map(np.asarray, clip)
 
 

@@ -56,6 +56,9 @@ def inspect_memory(
 ) -> dict[str, Any]:
     """Measure what the memories of stored weights keep; write a JSON file and a picture beside it.
 
+    Clips are remembered clean: weights do not say at which noise level they were trained to
+    remember.
+
     Args:
       weights: what `arl2_jax.weights.load_params` reads, or a release's folder.
       choice: the clips.

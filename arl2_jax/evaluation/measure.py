@@ -60,16 +60,16 @@ def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key)
       A part of the report.
     """
     logging.info("report: losses and errors on %d held-out clips", config.evaluation.clips)
-    clips, shift = data.held_out(config.evaluation.clips), config.sampler.shift
+    clips, sampler = data.held_out(config.evaluation.clips), config.sampler
     loss = {
-        name: held_out_losses(*found[name], clips, shift, key) if name in found else None
+        name: held_out_losses(*found[name], clips, sampler, key) if name in found else None
         for name in ("teacher", "student")
     }
     compared = ("untrained", "stage1", "stage2", "control", "control_local")
     students = {name: found[name] for name in compared if name in found}
     errors = {}
     if students:
-        errors = teacher_errors(students, found["teacher"], clips, config.sampler, key)
+        errors = teacher_errors(students, found["teacher"], clips, sampler, key)
     mean = {name: errors[name].mean if name in errors else None for name in compared}
 
     def gone(name: str) -> float | None:
@@ -85,7 +85,7 @@ def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key)
         "memory_gap": gone("control"),
         "memory_gap_local": gone("control_local"),
         "errors_by_timestep": {
-            "timesteps": 1000 * noise_levels(config.sampler),
+            "timesteps": 1000 * noise_levels(sampler),
             **{name: error.by_timestep for name, error in errors.items()},
         },
         "clips": len(clips["latents"]),

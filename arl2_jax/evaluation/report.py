@@ -102,7 +102,8 @@ def write_report(
 def _retention(config: Config, data: ClipData, found: Mapping[str, Model]):
     """What the hybrids keep of one held-out clip, and its picture."""
     hybrids = {n: found[n].params for n in ("untrained", "stage1", "student") if n in found}
-    return retention_of_models(hybrids, config.model, data.held_out(1))
+    level = config.sampler.context_noise
+    return retention_of_models(hybrids, config.model, data.held_out(1), context_noise=level)
 
 
 def _on_mesh(layout: Sharding, function: Callable[..., Any], *arguments) -> Any:

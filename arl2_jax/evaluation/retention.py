@@ -18,7 +18,11 @@ _COLUMNS = (
 
 
 def retention_of_models(
-    students: Mapping[str, Params], cfg: ModelConfig, clips: Mapping[str, Any]
+    students: Mapping[str, Params],
+    cfg: ModelConfig,
+    clips: Mapping[str, Any],
+    *,
+    context_noise: float = 0.0,
 ) -> tuple[dict[str, Any], bytes | None]:
     """Measure the hybrids of a run, and draw the last of them.
 
@@ -26,6 +30,7 @@ def retention_of_models(
       students: parameters by name, in order of training, such as "untrained" and "stage2".
       cfg: the model of all of them.
       clips: held-out clips, "latents" and "text", as `ClipData.held_out` gives them.
+      context_noise: noise level at which clips are remembered, see `SamplerConfig`.
 
     Returns:
       Measures by name, ready for JSON, as `arl2_jax.training.retention.retention` gives them; and a
@@ -33,7 +38,10 @@ def retention_of_models(
     """
     if not students or not cfg.hybrid_layers or cfg.memory_gate == "zero":
         return {}, None
-    measures = {name: retention(params, cfg, clips) for name, params in students.items()}
+    measures = {
+        name: retention(params, cfg, clips, context_noise=context_noise)
+        for name, params in students.items()
+    }
     name = list(measures)[-1]
     return measures, retention_picture(measures[name], f"Linear memory, {name}")
 

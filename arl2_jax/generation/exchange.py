@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.diffusion import draw_noise
 from arl2_jax.generation import rollout
 
 # What is read of (gated delta states, softmax caches).
@@ -59,12 +60,14 @@ def draw_exchanged(
 
     The twin's memories are those that the twin has with nothing exchanged. What a clip itself
     writes follows from what it has read: an identity that it no longer reads cannot reach it by
-    way of another layer's memory.
+    way of another layer's memory. With sampler.context_noise, twins and exchanges share the noise
+    with which the past is written.
 
     Args:
       params, cfg, sampler: as in `arl2_jax.generation.rollout.rollout`.
       text: text embeddings.
       keys: random keys [K]; each draws the block once, from the same noise under all exchanges.
+        The first is also the source of the noise in the past.
       clips: clean latents, whole blocks; an even number of clips.
       block: index of the frame block to draw, may be traced.
       exchanges: those to make, names of `EXCHANGES`.
@@ -90,15 +93,21 @@ def draw_exchanged(
     blocks = rearrange(clips, "b (m f) ... -> m b f ...", f=f)
     # Memories of every exchange; first those with nothing exchanged, which twins read.
     memories = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(codes), *x.shape)), empty.memory)
+    past_key = jax.random.split(keys[0])[0]  # drawing uses the other half
 
     def write(i, memories):
         first = jax.tree.map(lambda x: x[0], memories)
+        noisy = sampler.context_noise > 0
+        eps = twin_noise(jax.random.fold_in(past_key, i), blocks.shape[1:]) if noisy else None
 
         def one(exchange):
             memory, code = exchange
             state = empty._replace(memory=memory, position=i * f)
             read = _read(cfg, memory, first, code)
-            return rollout.write_block(context, cfg, state, blocks[i], read=read).memory
+            written = rollout.write_block(
+                context, cfg, sampler, state, blocks[i], read=read, eps=eps
+            )
+            return written.memory
 
         return jax.lax.map(one, (memories, codes))
 
@@ -136,3 +145,8 @@ def swap_twins(x: Array, axis: int = 0) -> Array:
     shape = x.shape
     pairs = x.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
     return jnp.flip(pairs, axis + 1).reshape(shape)
+
+
+def twin_noise(key: Array, shape: tuple[int, ...]) -> Array:
+    """Draw standard normal noise of a batch of twins, the same for both of a pair."""
+    return jnp.repeat(draw_noise(key, (shape[0] // 2, *shape[1:])), 2, axis=0)

@@ -41,7 +41,7 @@ class Generator:
 
         Args:
           cfg, params: the model.
-          sampler: how each block is denoised.
+          sampler: how each block is denoised and remembered.
           latent_shape: rows, columns and channels of a latent frame.
           codec: decodes the blocks as they come; without one the blocks are latents.
 
@@ -187,7 +187,8 @@ class Generator:
         return generate_block(context, self.cfg, self.sampler, state, shape)
 
     def _write_block(self, context: RolloutContext, memory, position, key, block):
-        return write_block(context, self.cfg, RolloutState(memory, position, key), block)
+        state = RolloutState(memory, position, key)
+        return write_block(context, self.cfg, self.sampler, state, block)
 
     def _check_past(self, past, batch: int) -> int:
         """Latent frames of the past."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from arl2_jax import models
 from arl2_jax.config import ModelConfig, SamplerConfig
-from arl2_jax.diffusion import sample
+from arl2_jax.diffusion import add_noise, draw_noise, sample
 from arl2_jax.models.wan import StackedParams
 
 
@@ -70,22 +70,36 @@ def start(
 
 
 def write_block(
-    context: RolloutContext, cfg: ModelConfig, state: RolloutState, block, *, read=None
-):
-    """Runs a clean block through the network at timestep 0 and remembers it.
+    context: RolloutContext,
+    cfg: ModelConfig,
+    sampler: SamplerConfig,
+    state: RolloutState,
+    block: Float[Array, "b f rows columns channels"],
+    *,
+    read=None,
+    eps: Float[Array, "b f rows columns channels"] | None = None,
+) -> RolloutState:
+    """Runs a block at noise level sampler.context_noise through the network and remembers it.
 
     Args:
-      context, cfg, state: the rollout.
+      context, cfg, sampler, state: the rollout; its key is split at levels above 0 alone.
       block: clean latents [B, f, rows, columns, channels].
       read: memories that the block sees instead of those of `state`, which it is written to.
+      eps: noise for the block, standard normal; by default drawn with the key of `state`.
     """
+    level = jnp.full(block.shape[:2], sampler.context_noise, jnp.float32)
+    if sampler.context_noise > 0:
+        if eps is None:
+            key, own = jax.random.split(state.key)
+            state, eps = state._replace(key=key), draw_noise(own, block.shape)
+        block = add_noise(block, eps, level)
+    # With guidance, the batch with and without text remembers the same.
     copies = context.text[0].k.shape[1] // block.shape[0]
-    tiled = jnp.tile(block, (copies, 1, 1, 1, 1))
     _, memory = models.apply(
         context.params,
         cfg,
-        tiled,
-        jnp.zeros(tiled.shape[:2]),
+        jnp.tile(block, (copies, 1, 1, 1, 1)),
+        jnp.tile(1000 * level, (copies, 1)),
         context.text,
         memory=state.memory,
         position=state.position,
@@ -135,7 +149,7 @@ def generate_block(
 ) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
     """Denoises the next block and remembers it."""
     state, block = denoise_block(context, cfg, sampler, state, shape)
-    return write_block(context, cfg, state, block), block
+    return write_block(context, cfg, sampler, state, block), block
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "sampler", "blocks", "shape"))
@@ -154,7 +168,7 @@ def rollout(
 
     Args:
       params, cfg: the model.
-      sampler: how each block is denoised.
+      sampler: how each block is denoised and remembered.
       text: text embeddings.
       key: random key.
       blocks: frame blocks to generate.
@@ -172,7 +186,7 @@ def rollout(
     )
     if past is not None:
         clean = rearrange(past, "b (m f) ... -> m b f ...", f=f)
-        remember = lambda state, block: (write_block(context, cfg, state, block), None)
+        remember = lambda state, block: (write_block(context, cfg, sampler, state, block), None)
         state, _ = jax.lax.scan(remember, state, clean)
     block_shape = (text.shape[0], f, *shape)
     generate = lambda state, _: generate_block(context, cfg, sampler, state, block_shape)

@@ -196,7 +196,7 @@ def apply(
       text: text embeddings with zeros past the prompt, or what `encode_text` made of them.
       memory: memories of all layers, from `init_memory` or an earlier call.
       position: index of the block's first latent frame, may be traced.
-      write: whether the block is clean and to be remembered.
+      write: whether the block is finished and to be remembered.
       read: memories that the block sees instead of `memory`, which is still the one written to.
 
     Returns:
@@ -248,12 +248,17 @@ class Clip(NamedTuple):
     time: Float[Array, "b t c"]
 
 
-def embed_clip(stem: Stem, cfg: ModelConfig, clean, noisy, timestep, text) -> Clip:
-    """Embeds both copies of a clip; the clean one stands at timestep 0."""
+def embed_clip(
+    stem: Stem, cfg: ModelConfig, clean, noisy, timestep, text, context_timestep=None
+) -> Clip:
+    """Embeds both copies of a clip; arguments as in `apply_clip`."""
+    if context_timestep is None:
+        context_timestep = jnp.zeros_like(timestep)
+    _check_latents(cfg, clean, context_timestep)
     rows, columns = _check_latents(cfg, noisy, timestep)
     both = lambda clean, noisy: jnp.stack([clean, noisy], 1).reshape(-1, *noisy.shape[1:])
     x = stem.embed_patches(both(clean, noisy))
-    time, modulation = stem.embed_time(both(jnp.zeros_like(timestep), timestep))
+    time, modulation = stem.embed_time(both(context_timestep, timestep))
     rope = video_rope(0, noisy.shape[1], rows, columns, cfg.head_dim)
     return Clip(x, Conditions(modulation, rope), stem.text_embedding(text), _noisy(time))
 
@@ -270,6 +275,7 @@ def apply_clip(
     noisy: Float[Array, "b t rows columns channels"],
     timestep: Float[Array, "b t"],
     text: Float[Array, "b l text_dim"],
+    context_timestep: Float[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t rows columns channels"], tuple[dict[str, Array], ...]]:
     """The network on all blocks of a clip at once, for training (teacher forcing).
 
@@ -278,18 +284,22 @@ def apply_clip(
 
     Args:
       params, cfg: as in `apply`.
-      clean: the clip's latents, T a multiple of cfg.frames_per_block.
+      clean: the clip's latents as they are remembered, T a multiple of cfg.frames_per_block.
       noisy: the same clip, noised.
       timestep: noise level of each noisy frame in 0..1000, equal within a block.
       text: text embeddings.
+      context_timestep: noise level of each frame of `clean`; by default 0.
 
     Returns:
       The flow of the noisy copy (float32), and per run of equal layers a dict of diagnostics, each
       [layers of the run].
+
+    Raises:
+      ValueError: a shape does not fit the model.
     """
     stacked = stack_params(params, cfg)
     stem = make_stem(cfg, stacked.stem)
-    clip = embed_clip(stem, cfg, clean, noisy, timestep, text)
+    clip = embed_clip(stem, cfg, clean, noisy, timestep, text, context_timestep)
     blocks = clean.shape[1] // cfg.frames_per_block
     x, diagnostics = clip.x, []
     for run, weights in zip(cfg.layer_runs(), stacked.runs, strict=True):

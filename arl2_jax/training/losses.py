@@ -6,21 +6,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arl2_jax.config import ModelConfig
+from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import add_noise, draw_levels, draw_noise, per_frame
 from arl2_jax.models import Params, apply_clip, stack_params, without_delta
-from arl2_jax.models.wan import embed_clip, make_layer, make_stem
+from arl2_jax.models.embeddings import Stem
+from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
 
 
 class NoisedClip(NamedTuple):
     """A clip and its noised copy.
 
     Attributes:
-      clean: latents that are the blocks' past, [B, T, rows, columns, channels].
+      clean: latents [B, T, rows, columns, channels].
       noisy: the same latents at noise level s.
       eps: the noise in it.
       s: noise levels, [B, T].
       text: text embeddings, [B, L, text_dim].
+      noised_context: the latents as they are written to the memories, at noise level context_s;
+        None if they are written clean.
+      context_s: noise levels of what is written, [B, T]; None if they are 0.
     """
 
     clean: Float[Array, "b t rows columns channels"]
@@ -28,25 +32,61 @@ class NoisedClip(NamedTuple):
     eps: Float[Array, "b t rows columns channels"]
     s: Float[Array, "b t"]
     text: Float[Array, "b l text_dim"]
+    noised_context: Float[Array, "b t rows columns channels"] | None = None
+    context_s: Float[Array, "b t"] | None = None
 
     @property
     def timestep(self) -> Float[Array, "b t"]:
         """Noise levels as the network reads them, in 0..1000."""
         return 1000 * self.s
 
+    @property
+    def context(self) -> Float[Array, "b t rows columns channels"]:
+        """Latents that are the blocks' past: what is written to the memories."""
+        return self.clean if self.noised_context is None else self.noised_context
 
-def noise_clip(key: Array, cfg: ModelConfig, latents, text, shift: float) -> NoisedClip:
-    """Noises every block of a clip to a level of its own."""
+    @property
+    def context_timestep(self) -> Float[Array, "b t"] | None:
+        """Noise levels of `context` as the network reads them; None if they are 0."""
+        return None if self.context_s is None else 1000 * self.context_s
+
+
+def noise_clip(key: Array, cfg: ModelConfig, latents, text, sampler: SamplerConfig) -> NoisedClip:
+    """Noise every block of a clip to a level of its own, and its past to sampler.context_noise.
+
+    Args:
+      key: random key. It gives the same `noisy` copy whatever the past's level.
+      cfg: model, for the frames of a block.
+      latents: clean latents [B, T, rows, columns, channels].
+      text: text embeddings.
+      sampler: names the shift of the levels, and the level of what is remembered.
+    """
     level_key, noise_key = jax.random.split(key)
     blocks = latents.shape[1] // cfg.frames_per_block
-    s = draw_levels(level_key, latents.shape[0], blocks, cfg.frames_per_block, shift)
+    s = draw_levels(level_key, latents.shape[0], blocks, cfg.frames_per_block, sampler.shift)
     eps = draw_noise(noise_key, latents.shape)
-    return NoisedClip(latents, add_noise(latents, eps, s), eps, s, text)
+    clip = NoisedClip(latents, add_noise(latents, eps, s), eps, s, text)
+    if sampler.context_noise == 0:
+        return clip
+    context_s = jnp.full_like(s, sampler.context_noise)
+    context_eps = draw_noise(jax.random.fold_in(noise_key, 1), latents.shape)
+    return clip._replace(
+        noised_context=add_noise(latents, context_eps, context_s), context_s=context_s
+    )
 
 
 def predict(params: Params, cfg: ModelConfig, clip: NoisedClip):
     """The flow of all noisy blocks, and the layers' diagnostics."""
-    return apply_clip(params, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    return apply_clip(
+        params, cfg, clip.context, clip.noisy, clip.timestep, clip.text, clip.context_timestep
+    )
+
+
+def embed_noised(stem: Stem, cfg: ModelConfig, clip: NoisedClip) -> Clip:
+    """Embed both copies of a clip, as the network of `predict` does."""
+    return embed_clip(
+        stem, cfg, clip.context, clip.noisy, clip.timestep, clip.text, clip.context_timestep
+    )
 
 
 def flow_matching(params: Params, cfg: ModelConfig, clip: NoisedClip):
@@ -94,7 +134,7 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
     teacher = cfg.teacher()
     stacked = stack_params(params, cfg)
     stem = make_stem(cfg, stacked.stem)
-    tokens = embed_clip(stem, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    tokens = embed_noised(stem, cfg, clip)
     blocks = clip.clean.shape[1] // cfg.frames_per_block
     x, errors, gradients, diagnostics = tokens.x, {}, {}, []
     for (start, stop), weights in zip(cfg.layer_runs(), stacked.runs, strict=True):

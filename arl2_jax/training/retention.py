@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from arl2_jax.config import Config, ModelConfig
 from arl2_jax.data import ClipData
+from arl2_jax.diffusion import add_noise
 from arl2_jax.memory.retention import measure_memory
 from arl2_jax.models import Params, cast_params
 from arl2_jax.models.layer import Conditions
@@ -29,16 +30,20 @@ FORGOTTEN = 1e-2
 Measures = dict[str, Any]
 
 
-def retention(params: Params, cfg: ModelConfig, clips: Mapping[str, Any]) -> Measures:
-    """Measure what every hybrid layer keeps, at the model's own activations on clean clips.
+def retention(
+    params: Params, cfg: ModelConfig, clips: Mapping[str, Any], *, context_noise: float = 0.0
+) -> Measures:
+    """Measure what every hybrid layer keeps, at the model's own activations on clips.
 
-    Clips go through the network one by one and layer by layer, at timestep 0, as they do when they
-    are remembered. Two compilations serve all layers, one for each kind.
+    Clips go through the network one by one and layer by layer, as they do when they are
+    remembered. Two compilations serve all layers, one for each kind.
 
     Args:
       params, cfg: the model; on a mesh, devices share out the work as in training.
       clips: "latents" [N, T, rows, columns, channels], T a multiple of cfg.frames_per_block, and
         "text" [N, L, text_dim].
+      context_noise: noise level at which clips are remembered, see `SamplerConfig`. Every call
+        draws the same noise, so that models can be compared.
 
     Returns:
       Lists of numbers, ready for JSON: "layers", their indices; "tokens_per_block"; "head_dim";
@@ -61,26 +66,35 @@ def retention(params: Params, cfg: ModelConfig, clips: Mapping[str, Any]) -> Mea
     mesh = layout.mesh if isinstance(layout, NamedSharding) else None
     # Kernels look here for the devices that they are to share out their work to.
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
-        found = _by_layer(params, cfg, clips, mesh)
+        found = _by_layer(params, cfg, _as_written(clips, context_noise), context_noise, mesh)
     tables = {name: [[float(x) for x in row[name]] for row in found] for name in found[0]}
     lags = [name for name in tables if name.startswith("survival_")]
     survival = {name.removeprefix("survival_"): tables.pop(name) for name in lags}
     return facts | tables | {"survival": survival}
 
 
+def _as_written(clips: Mapping[str, Any], level: float) -> Mapping[str, Any]:
+    """The clips, noised to a level; as they are at 0."""
+    if level == 0:
+        return clips
+    latents = np.asarray(clips["latents"])
+    eps = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
+    s = np.full(latents.shape[:2], level, np.float32)
+    return {**clips, "latents": add_noise(latents, eps, s)}
+
+
 def _by_layer(
-    params: Params, cfg: ModelConfig, clips: Mapping[str, Any], mesh: Any
+    params: Params, cfg: ModelConfig, clips: Mapping[str, Any], level: float, mesh: Any
 ) -> list[dict[str, Float[np.ndarray, "heads"]]]:
-    """Measures of each hybrid layer, means over the clips."""
+    """Measures of each hybrid layer, means over the clips, which are at a noise level."""
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     put = lambda x: jnp.asarray(x) if everywhere is None else jax.device_put(x, everywhere)
     stem = {name: node for name, node in params.items() if name != "blocks"}
     blocks = clips["latents"].shape[1] // cfg.frames_per_block
+    latents, text = (np.asarray(clips[name]) for name in ("latents", "text"))
     passing = [
-        _embed(
-            stem, cfg, *(put(np.asarray(clips[name])[i : i + 1]) for name in ("latents", "text"))
-        )
-        for i in range(len(clips["latents"]))
+        _embed(stem, cfg, put(latents[i : i + 1]), put(text[i : i + 1]), level)
+        for i in range(len(latents))
     ]
     found = []
     for layer in range(max(cfg.hybrid_layers) + 1):
@@ -98,12 +112,12 @@ def _by_layer(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _embed(stem: Params, cfg: ModelConfig, latents, text) -> Clip:
-    """The clean copy of clips, embedded."""
-    zeros = jnp.zeros(latents.shape[:2], jnp.float32)
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _embed(stem: Params, cfg: ModelConfig, latents, text, level: float = 0.0) -> Clip:
+    """The copy of clips that is remembered, embedded."""
+    timestep = 1000 * jnp.full(latents.shape[:2], level, jnp.float32)
     module = make_stem(cfg, cast_params(stem, cfg))
-    both = embed_clip(module, cfg, latents, latents, zeros, text)
+    both = embed_clip(module, cfg, latents, latents, timestep, text, timestep)
     clean = lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 0]
     modulation = clean(both.conditions.modulation)
     return both._replace(
@@ -188,7 +202,9 @@ def record_retention(
     open_layers = config.model.hybrid_layers and config.model.memory_gate != "zero"
     if not open_layers or not {"stage1", "stage2"} & {*config.phases} or path.exists():
         return
-    measures = retention(params, config.model, data.held_out(1))
+    measures = retention(
+        params, config.model, data.held_out(1), context_noise=config.sampler.context_noise
+    )
     medians = [float(np.median(row)) for row in measures["retention"]]
     logging.info(
         "%s: a block leaves %.1e to %.1e of a random state (median head, by layer)",

@@ -20,14 +20,14 @@ from arl2_jax.config import Config, ModelConfig, to_config_dict
 from arl2_jax.data import ClipData
 from arl2_jax.memory.recurrence import states_before
 from arl2_jax.models import Params, cast_params
-from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
+from arl2_jax.models.wan import Clip, make_layer, make_stem
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
 from arl2_jax.storage import write_whole
 from arl2_jax.training import closed_form
 from arl2_jax.training.closed_form import Readings, Readout
 from arl2_jax.training.loop import data_seed
-from arl2_jax.training.losses import NoisedClip, noise_clip
+from arl2_jax.training.losses import NoisedClip, embed_noised, noise_clip
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.weights.folder import load_params_folder, save_params
 
@@ -148,8 +148,7 @@ _errors_along = jax.jit(closed_form.errors_along)
 
 @functools.partial(jax.jit, static_argnums=1)
 def _embed(stem: Params, cfg: ModelConfig, clip: NoisedClip) -> Clip:
-    module = make_stem(cfg, cast_params(stem, cfg))
-    embedded = embed_clip(module, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    embedded = embed_noised(make_stem(cfg, cast_params(stem, cfg)), cfg, clip)
     return embedded._replace(x=_by_place(embedded.x))
 
 
@@ -259,12 +258,12 @@ def _noised_clips(config: Config, data: ClipData, mesh: Mesh, key: Array) -> lis
     batches = data.train_batches(size, data_seed(config, "stage1"))
     # The noise does not depend on the memories.
     noise = jax.jit(noise_clip, static_argnums=(1, 4))
-    model, shift, noised = config.model.teacher(), config.sampler.shift, []
+    model, sampler, noised = config.model.teacher(), config.sampler, []
     try:
         for i in range(config.stage1.start_clips // size):
             batch = sharding.put_batch(next(batches), mesh)
             own = jax.random.fold_in(key, i)
-            noised.append(noise(own, model, batch["latents"], batch["text"], shift))
+            noised.append(noise(own, model, batch["latents"], batch["text"], sampler))
     finally:
         batches.close()
     return noised

@@ -64,7 +64,7 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
             text = text * kept[:, None, None]
         if self_rollout:
             latents = _own_video(config, merge_params(state.params, frozen), text, rollout_key)
-        clip = losses.noise_clip(noise_key, config.model, latents, text, config.sampler.shift)
+        clip = losses.noise_clip(noise_key, config.model, latents, text, config.sampler)
         one = lambda micro: gradients(config, state.params, frozen, micro)
         grads, metrics = accumulate(one, clip, settings.accumulation)
         optimizer = _optimizer(config, phase, state.params)

@@ -48,7 +48,7 @@ def clips():
 @pytest.fixture(scope="module")
 def clip(clips):
     noise = jax.jit(losses.noise_clip, static_argnums=(1, 4))
-    return noise(KEY, CFG, clips["latents"], clips["text"], SAMPLER.shift)
+    return noise(KEY, CFG, clips["latents"], clips["text"], SAMPLER)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,27 @@ def errors(params, clip):
 def test_loss_is_that_of_training(params, clips, clip):
     for cfg, model in ((CFG, params), (CFG.teacher(), without_delta(params))):
         expected = jnp.mean(jnp.square(predict(model, cfg, clip)[0] - (clip.eps - clip.clean)))
-        found = gap.held_out_losses(model, cfg, clips, SAMPLER.shift, KEY)
+        found = gap.held_out_losses(model, cfg, clips, SAMPLER, KEY)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_is_remembered_may_be_noised(params, clips, clip):
+    """In the loss and in the teacher's and the student's flow alike."""
+    sampler = dataclasses.replace(SAMPLER, timesteps=(400.0,), context_noise=0.3)
+    noise = jax.jit(losses.noise_clip, static_argnums=(1, 4))
+    noised = noise(KEY, CFG, clips["latents"], clips["text"], sampler)
+    np.testing.assert_array_equal(noised.noisy, clip.noisy)
+    expected = jnp.mean(jnp.square(predict(params, CFG, noised)[0] - (clip.eps - clip.clean)))
+    found = gap.held_out_losses(params, CFG, clips, sampler, KEY)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    s = jnp.full(clip.s.shape, noise_levels(sampler)[0])
+    at = noised._replace(noisy=add_noise(clip.clean, clip.eps, s), s=s)
+    x0 = predict_x0(at.noisy, predict(params, CFG, at)[0], s)
+    target = predict_x0(at.noisy, predict(without_delta(params), CFG.teacher(), at)[0], s)
+    error, size = (np.sum(np.square(x[:, 2:])) for x in (x0 - target, target))
+    errors = gap.teacher_error(params, CFG, without_delta(params), clips, sampler, KEY)
+    np.testing.assert_allclose(errors.by_timestep, [error / size], rtol=1e-4)
 
 
 def test_error_is_relative_to_the_teacher_from_the_second_block_on(params, clips, errors):
@@ -132,7 +151,7 @@ def test_batches_go_where_the_parameters_are(params, clips):
     assert batch["latents"].sharding.is_equivalent_to(
         jax.sharding.NamedSharding(mesh, sharding.BATCH), 5
     )
-    expected = gap.held_out_losses(params, CFG, clips, SAMPLER.shift, KEY)
-    found = gap.held_out_losses(placed, CFG, clips, SAMPLER.shift, KEY)
+    expected = gap.held_out_losses(params, CFG, clips, SAMPLER, KEY)
+    found = gap.held_out_losses(placed, CFG, clips, SAMPLER, KEY)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert gap.place_beside(params, clips) is clips

@@ -11,7 +11,13 @@ import pytest
 from arl2_jax import models
 from arl2_jax.config import SamplerConfig
 from arl2_jax.diffusion import sample
-from arl2_jax.generation.exchange import EXCHANGES, draw_exchanged, exchanges_of, swap_twins
+from arl2_jax.generation.exchange import (
+    EXCHANGES,
+    draw_exchanged,
+    exchanges_of,
+    swap_twins,
+    twin_noise,
+)
 from arl2_jax.generation.rollout import rollout
 
 SAMPLER = SamplerConfig(timesteps=(1000.0, 500.0))
@@ -135,6 +141,23 @@ def test_all_memories_of_the_twin_draw_what_the_twin_draws(cfg, make_params, cli
         np.testing.assert_array_equal(exchanged, theirs)
         np.testing.assert_array_equal(back, own)
         assert np.abs(own - exchanged).max() > 1e-3
+
+
+def test_twins_are_written_with_the_same_noise(cfg, make_params, clip):
+    """Only so is one of them, with all memories of the other, that other."""
+    cfg = dataclasses.replace(cfg, hybrid_layers=(0, 1, 2))
+    params, noisy = make_params(cfg), dataclasses.replace(SAMPLER, context_noise=0.3)
+    run = lambda clean: draw_exchanged(
+        params, cfg, noisy, clip.text, KEYS, clean, jnp.int32(2), exchanges=("none", "states")
+    )
+    own, exchanged = run(clip.clean)
+    np.testing.assert_array_equal(exchanged, run(swap_twins(clip.clean))[0])
+    assert np.abs(own - exchanged).max() > 1e-3
+    clean = draw_exchanged(params, cfg, SAMPLER, clip.text, KEYS, clip.clean, jnp.int32(2))
+    assert np.abs(own - clean[0]).max() > 1e-3
+    eps = twin_noise(jax.random.key(0), (4, 500))
+    np.testing.assert_array_equal(eps[::2], eps[1::2])
+    assert abs(np.corrcoef(eps[::2])[0, 1]) < 0.2  # pairs are independent; 1 / sqrt(500) = 0.04
 
 
 def test_zeroed_states_are_an_empty_memory(cfg, make_params, clip, apply):

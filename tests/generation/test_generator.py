@@ -56,10 +56,13 @@ def traces(monkeypatch):
 
 
 GUIDED = arl2.SamplerConfig(method="euler", steps=2, guidance=3.0)
+NOISY = dataclasses.replace(GUIDED, context_noise=0.3)
 
 
 @pytest.mark.parametrize(
-    ("cfg", "sampler"), [(HYBRID, SAMPLER), (MIXED, GUIDED)], ids=["hybrid", "mixed, guided"]
+    ("cfg", "sampler"),
+    [(HYBRID, SAMPLER), (MIXED, GUIDED), (MIXED, NOISY)],
+    ids=["hybrid", "mixed, guided", "noisy writes"],
 )
 def test_stream_equals_rollout(cfg, sampler):
     key, text = make_key(3), make_text()

@@ -10,7 +10,7 @@ import pytest
 
 from arl2_jax import models
 from arl2_jax.config import SamplerConfig
-from arl2_jax.diffusion import sample
+from arl2_jax.diffusion import add_noise, draw_noise, sample
 from arl2_jax.generation import rollout as rollouts
 from arl2_jax.generation.rollout import rollout
 
@@ -19,6 +19,7 @@ SAMPLERS = {
     "few_step": SamplerConfig(timesteps=(1000.0, 500.0)),
     "euler": SamplerConfig(method="euler", steps=3),
     "guided": SamplerConfig(method="euler", steps=3, guidance=4.0),
+    "noisy": SamplerConfig(timesteps=(1000.0, 500.0), context_noise=0.3),
 }
 KEY = jax.random.key(7)
 
@@ -31,16 +32,20 @@ def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None):
     texts = (text, 0 * text) if sampler.guidance > 1 else (text,)
     memories, key, made = [empty] * len(texts), KEY, []
     zero = jnp.zeros((batch, f))
+    level = zero + sampler.context_noise
 
-    def write(block, position):
+    def write(key, block, position):
         now = dict(position=jnp.int32(position), write=True)
-        return [
-            apply(params, cfg, block, zero, t, memory=m, **now)[1]
+        if sampler.context_noise:
+            key, own = jax.random.split(key)
+            block = add_noise(block, draw_noise(own, block.shape), level)
+        return key, [
+            apply(params, cfg, block, 1000 * level, t, memory=m, **now)[1]
             for t, m in zip(texts, memories, strict=True)
         ]
 
     for first in range(0, given, f):
-        memories = write(past[:, first : first + f], first)
+        key, memories = write(key, past[:, first : first + f], first)
     for i in range(blocks):
         position = given + i * f
 
@@ -55,13 +60,13 @@ def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None):
 
         key, own = jax.random.split(key)
         made.append(sample(flow, own, (batch, f, *FRAME), sampler))
-        memories = write(made[-1], position)
+        key, memories = write(key, made[-1], position)
     return jnp.concatenate(made, axis=1)
 
 
 # Guidance takes Euler steps too.
 @pytest.mark.parametrize(
-    "name", ["few_step", pytest.param("euler", marks=pytest.mark.slow), "guided"]
+    "name", ["few_step", pytest.param("euler", marks=pytest.mark.slow), "guided", "noisy"]
 )
 def test_rollout_is_the_loop(params, cfg, clip, apply, error, name):
     """Four blocks after a given one: beyond the three of a training clip."""
@@ -77,6 +82,45 @@ def test_rollout_from_nothing_begins_at_position_zero(params, cfg, clip, apply, 
     arguments = (params, cfg, SAMPLERS["few_step"], clip.text)
     found = rollout(*arguments, KEY, blocks=2, shape=FRAME)
     assert error(found, by_hand(apply, *arguments, blocks=2)) < 2e-4
+
+
+def test_level_zero_is_a_clean_pass_bit_for_bit(params, cfg, clip):
+    """The same program as one that writes at timestep 0 and knows of no other level."""
+    sampler, shape = SAMPLERS["few_step"], (2, 2, *FRAME)
+
+    @jax.jit
+    def clean_pass(params, text, past):
+        context, state = rollouts.start(
+            params, cfg, sampler, text, KEY, frames=6, tokens_per_frame=6
+        )
+
+        def write(state, block):
+            memory = models.apply(
+                context.params, cfg, block, jnp.zeros((2, 2)), context.text,
+                memory=state.memory, position=state.position, write=True,
+            )[1]  # fmt: skip
+            return state._replace(memory=memory, position=state.position + 2)
+
+        def generate(state, _):
+            state, block = rollouts.denoise_block(context, cfg, sampler, state, shape)
+            return write(state, block), block
+
+        return jax.lax.scan(generate, write(state, past), length=2)
+
+    @jax.jit
+    def with_level(params, text, past):
+        context, state = rollouts.start(
+            params, cfg, sampler, text, KEY, frames=6, tokens_per_frame=6
+        )
+        state = rollouts.write_block(context, cfg, sampler, state, past)
+        generate = lambda state, _: rollouts.generate_block(context, cfg, sampler, state, shape)
+        return jax.lax.scan(generate, state, length=2)
+
+    found, wanted = (f(params, clip.text, clip.clean[:, :2]) for f in (with_level, clean_pass))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
 
 
 def test_past_has_its_influence(params, cfg, clip):

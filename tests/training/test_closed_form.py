@@ -11,7 +11,14 @@ from etils import epath
 from flax import traverse_util
 
 from arl2_jax import sharding
-from arl2_jax.config import ConfigError, MeshConfig, Stage1Config, from_config_dict, to_config_dict
+from arl2_jax.config import (
+    ConfigError,
+    MeshConfig,
+    SamplerConfig,
+    Stage1Config,
+    from_config_dict,
+    to_config_dict,
+)
 from arl2_jax.models import init_params
 from arl2_jax.nn.rope import video_rope
 from arl2_jax.training import closed_form, losses, start
@@ -117,9 +124,9 @@ def test_newton_steps_find_a_readout_that_fits(layer):
     assert error < 0.02 * before
 
 
-def noised(cfg, clip, key=0):
+def noised(cfg, clip, key=0, sampler=SamplerConfig(shift=5.0)):
     noise = jax.jit(losses.noise_clip, static_argnums=(1, 4))
-    return noise(jax.random.key(key), cfg, clip.clean, clip.text, 5.0)
+    return noise(jax.random.key(key), cfg, clip.clean, clip.text, sampler)
 
 
 @pytest.fixture(scope="module")

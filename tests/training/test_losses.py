@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from arl2_jax import models
+from arl2_jax.config import SamplerConfig
 from arl2_jax.models import wan
 from arl2_jax.training import losses
 from arl2_jax.training.partition import TRAINED, split_params
@@ -17,7 +18,7 @@ from arl2_jax.training.partition import TRAINED, split_params
 @pytest.fixture(scope="module")
 def noised(cfg, clip):
     return jax.jit(losses.noise_clip, static_argnums=(1, 4))(
-        jax.random.key(0), cfg, clip.clean, clip.text, 5.0
+        jax.random.key(0), cfg, clip.clean, clip.text, SamplerConfig(shift=5.0)
     )
 
 

@@ -86,10 +86,11 @@ def test_a_slow_state_is_not_warned_of(caplog, monkeypatch):
     assert not caplog.records and forgotten(found) is None
 
 
-def test_measures_are_of_the_models_own_activations(cfg, params, apply_clip):
+@pytest.mark.parametrize("level", [0.0, 0.4])
+def test_measures_are_of_the_models_own_activations(cfg, params, apply_clip, level):
     """Every layer on its own, after the clip form has brought the clean copy there."""
     clips = make_clips(cfg, clips=2)
-    found = retention(params, cfg, clips)
+    found = retention(params, cfg, clips, context_noise=level)
     assert json.loads(json.dumps(found)) == found
     assert found["layers"] == [0, 1] and found["blocks_per_clip"] == 3
     assert found.keys() == MEASURES | {"layers", "tokens_per_block", "head_dim", "blocks_per_clip",
@@ -97,10 +98,12 @@ def test_measures_are_of_the_models_own_activations(cfg, params, apply_clip):
     assert found["survival"].keys() == {"1", "2"}
     np.testing.assert_allclose(found["survival"]["1"], found["retention"], rtol=1e-6)
 
-    # The published diagnostics of a clip whose two copies are the same clean one.
+    # The published diagnostics of a clip whose two copies are the same.
     latents, text = (jnp.asarray(clips[name]) for name in ("latents", "text"))
-    zeros = jnp.zeros(latents.shape[:2])
-    _, (logged, _) = apply_clip(params, cfg, latents, latents, zeros, text)
+    eps = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
+    latents = (1 - level) * latents + level * eps
+    timestep = jnp.full(latents.shape[:2], 1000 * level)
+    _, (logged, _) = apply_clip(params, cfg, latents, latents, timestep, text, timestep)
     for layer in range(2):
         for name, ours in (("block_decay", "decay"), ("beta_mean", "beta"), ("write_load", "load")):
             value = np.mean(found[ours][layer])
@@ -164,6 +167,14 @@ def test_a_run_keeps_its_measures_and_measures_once(config, tmp_path):
     assert data.asked == 1
     text = (tmp_path / "retention.json").read_text()
     assert text.count("\n") == 1 and np.shape(json.loads(text)["retention"]) == (1, 2)
+
+    noisy = dataclasses.replace(config.sampler, context_noise=0.4)
+    noisy = dataclasses.replace(config, sampler=noisy)
+    (folder / "noisy").mkdir()
+    record_retention(noisy, params, data, folder / "noisy")
+    found = json.loads((tmp_path / "noisy" / "retention.json").read_text())
+    wanted = retention(params, config.model, data.held_out(1), context_noise=0.4)
+    assert found == wanted != json.loads(text)
 
 
 def test_layers_are_named_in_ranges():
