@@ -123,7 +123,7 @@ def exchange_scores(
     return scores
 
 
-def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "n 2"]) -> dict[int, Any]:
+def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
     """What the cache of each layer alone carries of identity.
 
     Args:
@@ -131,18 +131,23 @@ def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "n 2"]) -> dict[
       identities: colour and shape of the sprites; neighbours are twins.
 
     Returns:
-      Layer -> the share of every outcome under its exchange, their "intervals", and "flip": the
-      share of all drawings that show the own sprite with nothing exchanged, and the twin's then.
+      "recall", the share of drawings that show the own sprite with nothing exchanged; "clips"; and
+      "layers": layer -> the share of every outcome under its exchange, their "intervals", and
+      "flip", the share of all drawings that show the own sprite without it and the twin's with it.
     """
-    before, scores = outcomes(drawings.readings["none"], identities), {}
+    before, layers = outcomes(drawings.readings["none"], identities), {}
     for exchange, readings in drawings.readings.items():
         if isinstance(exchange, OfLayers):
             (layer,) = exchange.layers
             after = outcomes(readings, identities)
             flip = float(np.mean((before == _OWN) & (after == _TWIN)))
-            scores[layer] = {"flip": flip} | _shares(after)
-            scores[layer]["intervals"]["flip"] = wilson(flip, before.shape[1])
-    return scores
+            layers[layer] = {"flip": flip} | _shares(after)
+            layers[layer]["intervals"]["flip"] = wilson(flip, before.shape[1])
+    return {
+        "recall": float(np.mean(before == _OWN)),
+        "clips": before.shape[1],
+        "layers": layers,
+    }
 
 
 def _shares(found: Int[np.ndarray, "k n"]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def swaps(candidates: Candidates) -> list[float]:
     )
 
 
-def flips(candidates: Candidates) -> dict[int, Any]:
+def flips(candidates: Candidates) -> dict[str, Any]:
     """What the softmax model draws if one layer alone reads the cache of the twin clip.
 
     Returns:

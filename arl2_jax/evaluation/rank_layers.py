@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,14 +41,14 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
     again with the same configuration, it goes on where it stopped.
 
     Args:
-      config: the run: `teacher.weights` are ranked, on clips of `data`. Its phases, and which layers
-        it calls hybrid, are not read.
+      config: the run: `teacher.weights` are ranked, on clips of `data`. Its phases, and which
+        layers it calls hybrid, are not read.
       out: folder of ranking.json, ranking.png and what is trained.
       choice: what to measure.
 
     Returns:
       The content of ranking.json: what `arl2_jax.evaluation.ranking.rank` returns, with "seconds",
-      "exchange" (outcomes under each layer's exchange, or None) and "config".
+      "exchange" (what `arl2_jax.evaluation.exchange.layer_flips` returns, or None) and "config".
 
     Raises:
       ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
@@ -61,16 +61,19 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
     converted = convert(config, folder, data, params)
     assert converted.stage1 is not None  # the only phase
     candidates = Candidates(config, converted.stage1, data, folder, mesh)
-    values, details = {}, {"exchange": None}
+    found: dict[str, Any] = {}
     seconds = {"stage1": converted.seconds["stage1"] + converted.compile_seconds["stage1"]}
     for name in measures:
         began = time.perf_counter()
         logging.info("ranking %d layers by %s", len(candidates.layers), MEASURES[name].title)
-        values[name], found = _measure(name, candidates, choice)
-        details |= found
+        found[name] = _measure(name, candidates, choice.stage2_steps)
         seconds[name] = time.perf_counter() - began
-    found = rank(values, by, choice.share) | {"seconds": seconds} | details
-    ranking = as_json(found | {"config": to_config_dict(config)})
+    exchange = found.get("exchange")
+    if exchange:
+        found["exchange"] = [exchange["layers"][i]["flip"] for i in candidates.layers]
+    _check_finite(found, config)
+    facts = {"seconds": seconds, "exchange": exchange, "config": to_config_dict(config)}
+    ranking = as_json(rank(found, by, choice.share) | facts)
     if jax.process_index() == 0:
         content = json.dumps(ranking, indent=2, allow_nan=False) + "\n"
         write_whole(folder / "ranking.json", content.encode())
@@ -78,31 +81,29 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
     return ranking
 
 
-def _measure(
-    name: str, candidates: Candidates, choice: RankChoice
-) -> tuple[Sequence[float], dict[str, Any]]:
-    """A value for every layer, and what else is known."""
-    if name == "swap_after_stage2":
+def _measure(name: str, candidates: Candidates, stage2_steps: int) -> Any:
+    """What a measure finds for every layer."""
+    measure = _MEASURES.get(name)
+    if measure is None:
         # Training sets the mesh by itself.
-        students = train_alone(candidates, choice.stage2_steps)
-        measure: Callable[..., Any] = functools.partial(errors_alone, students)
-    else:
-        measure = {
-            "layer_error": layer_errors,
-            "retention": retentions,
-            "swap": swaps,
-            "exchange": flips,
-        }[name]
+        measure = functools.partial(errors_alone, train_alone(candidates, stage2_steps))
     with jax.set_mesh(candidates.mesh):
-        found = measure(candidates)
-    values, details = (
-        ([found[i]["flip"] for i in candidates.layers], {"exchange": found})
-        if name == "exchange"
-        else (found, {})
-    )
-    if not np.isfinite(values).all():
+        return measure(candidates)
+
+
+_MEASURES: dict[str, Callable[[Candidates], Any]] = {
+    "layer_error": layer_errors,
+    "retention": retentions,
+    "swap": swaps,
+    "exchange": flips,
+}
+
+
+def _check_finite(values: Mapping[str, Sequence[float]], config: Config) -> None:
+    lost = [name for name, row in values.items() if not np.isfinite(row).all()]
+    if lost:
+        phase = "stage2" if lost == ["swap_after_stage2"] else "stage1"
         raise ConfigError(
-            f"stage1.learning_rate={candidates.config.stage1.learning_rate}: {name} is not finite "
-            "in some layers, training has diverged; lower it"
+            f"{phase}.learning_rate={getattr(config, phase).learning_rate}: {', '.join(lost)} of "
+            "some layers is not finite; lower it and name another folder with --out"
         )
-    return values, details
