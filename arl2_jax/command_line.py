@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from arl2_jax.config import ConfigError, SamplerConfig
 
@@ -17,6 +18,38 @@ if TYPE_CHECKING:
 _SAVE_MEMORY = (
     "make the video shorter or smaller, use a model with more hybrid layers, or set --vae_tile"
 )
+
+
+def config_flag() -> flags.FlagHolder:
+    """Defines the flag that names a configuration file; --config.NAME=VALUE sets a field."""
+    return config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=False)
+
+
+def parse_config(argv: Sequence[str], config: flags.FlagHolder) -> Sequence[str]:
+    """Parses flags, --config among them; a wrong one is an error of one line.
+
+    Args:
+      argv: arguments of the command.
+      config: what `config_flag` has returned.
+
+    Returns:
+      The arguments that are no flags.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        if config.value is not None:
+            config.value.keys()  # a file that could not be loaded is reported at its first use
+        return rest
+    except (AttributeError, KeyError) as error:  # a field that the configuration does not have
+        name = str(error).strip("\"'")
+        given = [flag.split("=")[0].lstrip("-") for flag in argv[1:]]
+        field = next((flag for flag in given if flag.split(".")[-1] == name), name)
+        sys.exit(f"error: unknown config field {field}; the fields are those of arl2_jax/config")
+    except OSError as error:
+        reason = str(error).splitlines()[-1].strip()
+        sys.exit(f"error: the file of --config cannot be loaded: {reason}")
+    except (flags.Error, ValueError, TypeError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def entry_flag() -> flags.FlagHolder:
@@ -158,6 +191,7 @@ def run(
     *,
     one_of: Sequence[str] = (),
     required: Sequence[str] = (),
+    config: flags.FlagHolder | None = None,
     save_memory: str = _SAVE_MEMORY,
 ):
     """Parses the flags and calls `main`; whatever the user can mend is told in one line.
@@ -166,6 +200,7 @@ def run(
       main: called without arguments once the flags have values.
       one_of: names of flags of which exactly one must be given.
       required: names of flags that must be given.
+      config: the flag of a configuration file, where the command has one.
       save_memory: what to do where the device is out of memory.
     """
 
@@ -173,6 +208,8 @@ def run(
         flags.mark_flags_as_required(required)
         if one_of:
             flags.mark_flags_as_mutual_exclusive(one_of, required=True)
+        if config is not None:
+            return parse_config(argv, config)
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:

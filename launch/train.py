@@ -11,9 +11,10 @@ import logging as std_logging
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=False)
+from arl2_jax import command_line
+
+_CONFIG = command_line.config_flag()
 
 
 def main(argv):
@@ -42,20 +43,7 @@ def main(argv):
 def parse(argv):
     """Parses flags; a wrong one is an error of one line."""
     flags.mark_flag_as_required("config")
-    try:
-        rest = flags.FLAGS(argv)
-        _CONFIG.value.keys()  # a file that could not be loaded is reported at its first use
-        return rest
-    except (AttributeError, KeyError) as error:  # a field that the configuration does not have
-        name = str(error).strip("\"'")
-        given = [flag.split("=")[0].lstrip("-") for flag in argv[1:]]
-        field = next((flag for flag in given if flag.split(".")[-1] == name), name)
-        sys.exit(f"error: unknown config field {field}; the fields are those of arl2_jax/config")
-    except OSError as error:
-        reason = str(error).splitlines()[-1].strip()
-        sys.exit(f"error: the file of --config cannot be loaded: {reason}")
-    except (flags.Error, ValueError, TypeError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    return command_line.parse_config(argv, _CONFIG)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,31 @@ from arl2_jax.config import Config
 from arl2_jax.data.codec import Codec
 from arl2_jax.evaluation.gap import Model, micro_batches
 from arl2_jax.evaluation.recall import NOTHING, RecallTest, read_drawings, wilson
-from arl2_jax.generation.exchange import EXCHANGES, draw_exchanged, exchanges_of
+from arl2_jax.generation.exchange import (
+    EXCHANGES,
+    Exchange,
+    OfLayers,
+    draw_exchanged,
+    exchanges_of,
+)
 
 # Clips that a device draws together, whole pairs.
 _CLIPS = 16
 # What a drawing can show: the clip's own sprite, its twin's, another one, or nothing.
 OUTCOMES = ("own", "twin", "other", "nothing")
+_OWN, _TWIN, _OTHER, _NOTHING = range(4)
 
 
 class Drawings(NamedTuple):
     """What a model has drawn of a recall test, by the exchange under which it did.
 
     Attributes:
-      readings: colour and shape that each of K drawings of N clips shows, [K, N, 2].
+      readings: exchange -> colour and shape that each of K drawings of N clips shows, [K, N, 2].
       frames: the frame that was read, of the first drawing of the first clips, uint8 [n, H, W, 3].
     """
 
-    readings: dict[str, Int[np.ndarray, "k n 2"]]
-    frames: dict[str, np.ndarray]
+    readings: dict[Any, Int[np.ndarray, "k n 2"]]
+    frames: dict[Any, np.ndarray]
 
 
 def draw_test(
@@ -39,6 +46,7 @@ def draw_test(
     test: RecallTest,
     key: jax.Array,
     *,
+    exchanges: tuple[Exchange, ...] = (),
     kept: int = 0,
     draw: Callable[..., Any] = draw_exchanged,
 ) -> Drawings:
@@ -50,10 +58,11 @@ def draw_test(
       model: the model.
       test: the clips.
       key: random key; the same key draws from the same noise for every model.
+      exchanges: those to make; by default all that the model has the memories for.
       kept: number of clips whose frames are kept.
       draw: what draws, with the signature of `draw_exchanged`.
     """
-    exchanges, noises = exchanges_of(model.cfg), config.evaluation.recall_noises
+    exchanges, noises = exchanges or exchanges_of(model.cfg), config.evaluation.recall_noises
     f, size = config.model.frames_per_block, (config.data.height, config.data.width)
     shape = (len(exchanges), noises, len(test.clips), codec.pixel_frames(f), *size, 3)
     pixels = np.empty(shape, np.float32)
@@ -93,7 +102,7 @@ def outcomes(
     of_twin = identities[np.arange(len(identities)) ^ 1]
     twin = (readings == of_twin).all(axis=-1)
     nothing = (readings == NOTHING).all(axis=-1)
-    return np.select([own, twin, nothing], [0, 1, 3], 2)
+    return np.select([own, twin, nothing], [_OWN, _TWIN, _NOTHING], _OTHER)
 
 
 def exchange_scores(
@@ -112,6 +121,33 @@ def exchange_scores(
         scores[name] = _shares(outcomes(readings, identities))
     scores["carried"] = {kind: _carried(scores[kind]) for kind in ("states", "caches")}
     return scores
+
+
+def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
+    """What the cache of each layer alone carries of identity.
+
+    Args:
+      drawings: with nothing exchanged, and with `OfLayers` of single layers.
+      identities: colour and shape of the sprites; neighbours are twins.
+
+    Returns:
+      "recall", the share of drawings that show the own sprite with nothing exchanged; "clips"; and
+      "layers": layer -> the share of every outcome under its exchange, their "intervals", and
+      "flip", the share of all drawings that show the own sprite without it and the twin's with it.
+    """
+    before, layers = outcomes(drawings.readings["none"], identities), {}
+    for exchange, readings in drawings.readings.items():
+        if isinstance(exchange, OfLayers):
+            (layer,) = exchange.layers
+            after = outcomes(readings, identities)
+            flip = float(np.mean((before == _OWN) & (after == _TWIN)))
+            layers[layer] = {"flip": flip} | _shares(after)
+            layers[layer]["intervals"]["flip"] = wilson(flip, before.shape[1])
+    return {
+        "recall": float(np.mean(before == _OWN)),
+        "clips": before.shape[1],
+        "layers": layers,
+    }
 
 
 def _shares(found: Int[np.ndarray, "k n"]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How well a model predicts held-out clips, and how far a student is from its teacher."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +53,7 @@ def held_out_losses(
       sampler: names the shift of the noise levels, and the level of what is remembered.
       key: random key; the same key gives every model the same noise.
     """
-    clip, sums = _noise(key, clips, cfg, sampler), []
+    clip, sums = noise_clips(key, clips, cfg, sampler), []
     for micro, new in micro_batches(params, clip):
         sums.append(_loss_sum(_flow(params, cfg, micro), micro, new))
     return float(np.sum(jax.device_get(sums))) / len(clip.clean)
@@ -93,16 +93,27 @@ def teacher_errors(
     key: Array,
 ) -> dict[str, TeacherError]:
     """`teacher_error` of several students; the teacher is computed once."""
+    flows = {name: functools.partial(_flow, *student) for name, student in students.items()}
+    return flow_errors(flows, teacher, clips, sampler, key)
+
+
+def flow_errors(
+    flows: Mapping[str, Callable[[NoisedClip], Array]],
+    teacher: Model,
+    clips: Batch,
+    sampler: SamplerConfig,
+    key: Array,
+) -> dict[str, TeacherError]:
+    """`teacher_error` of whatever predicts the flow of a noised clip, by name."""
     levels, first = noise_levels(sampler), teacher.cfg.frames_per_block
-    sums = {name: [] for name in students}
-    noised = _noise(key, clips, teacher.cfg, sampler)
+    sums = {name: [] for name in flows}
+    noised = noise_clips(key, clips, teacher.cfg, sampler)
     for micro, new in micro_batches(teacher.params, noised):
         for level in levels:
             noisy = _at_level(micro, level)
             target = _flow(*teacher, noisy)
-            for name, student in students.items():
-                flow = _flow(*student, noisy)
-                sums[name].append(_error_sums(flow, target, noisy, new, first))
+            for name, flow in flows.items():
+                sums[name].append(_error_sums(flow(noisy), target, noisy, new, first))
     return {name: _relative(jax.device_get(pairs), len(levels)) for name, pairs in sums.items()}
 
 
@@ -144,8 +155,8 @@ def _shares(params: Params) -> int:
     return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
-def _noise(key: Array, clips: Batch, cfg: ModelConfig, sampler: SamplerConfig) -> NoisedClip:
-    """The clips, noised; on the host, whatever their number."""
+def noise_clips(key: Array, clips: Batch, cfg: ModelConfig, sampler: SamplerConfig) -> NoisedClip:
+    """The clips, every block noised to a level of its own; on the host, whatever their number."""
     # The noise does not depend on the model: teacher and student share one compilation.
     clip = _noise_clip(key, cfg.teacher(), clips["latents"], clips["text"], sampler)
     return jax.tree.map(np.asarray, clip)

@@ -6,9 +6,11 @@ own, draws what that memory says.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
@@ -16,15 +18,31 @@ from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import draw_noise
 from arl2_jax.generation import rollout
 
-# What is read of (gated delta states, softmax caches).
+# What is read of the one kind of memory that an exchange is about; of the other it is the own.
 _OWN, _TWIN, _ZERO = range(3)
 _READ = {
-    "none": (_OWN, _OWN),
-    "states": (_TWIN, _OWN),
-    "caches": (_OWN, _TWIN),
-    "zeroed": (_ZERO, _OWN),
+    "none": ("", _OWN),
+    "states": ("gated_delta", _TWIN),
+    "caches": ("softmax_cache", _TWIN),
+    "zeroed": ("gated_delta", _ZERO),
 }
 EXCHANGES = tuple(_READ)
+
+
+class OfLayers(NamedTuple):
+    """An exchange in some layers alone; the others read what is their own.
+
+    Attributes:
+      name: one of `EXCHANGES`.
+      layers: indices of layers that have that kind of memory.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+
+
+# In all layers that have the memory, or in some of them.
+Exchange = str | OfLayers
 
 
 def exchanges_of(cfg: ModelConfig) -> tuple[str, ...]:
@@ -45,7 +63,7 @@ def draw_exchanged(
     clips: Float[Array, "b t rows columns channels"],
     block: Int[Array, ""],
     *,
-    exchanges: tuple[str, ...] = ("none",),
+    exchanges: tuple[Exchange, ...] = ("none",),
 ) -> Float[Array, "e k b f rows columns channels"]:
     """Draws one block of each clip from noise after its clean past, under several exchanges.
 
@@ -70,18 +88,16 @@ def draw_exchanged(
         The first is also the source of the noise in the past.
       clips: clean latents, whole blocks; an even number of clips.
       block: index of the frame block to draw, may be traced.
-      exchanges: those to make, names of `EXCHANGES`.
+      exchanges: those to make, names of `EXCHANGES`, or `OfLayers` for some layers alone.
 
     Returns:
       The drawn blocks for every exchange and key, float32.
 
     Raises:
-      ValueError: an odd number of clips, or an unknown exchange.
+      ValueError: an odd number of clips, an unknown exchange, or one of layers without the memory.
     """
     if len(clips) % 2:
         raise ValueError(f"{len(clips)} clips are given; twins come in pairs")
-    if unknown := [name for name in exchanges if name not in _READ]:
-        raise ValueError(f"exchanges has {unknown}; known are {', '.join(EXCHANGES)}")
     f, tokens = cfg.frames_per_block, clips.shape[2] * clips.shape[3]
     context, empty = rollout.start(
         params, cfg, sampler, text, keys[0],
@@ -89,7 +105,7 @@ def draw_exchanged(
         tokens_per_frame=tokens // (cfg.patch_size[1] * cfg.patch_size[2]),
     )  # fmt: skip
     made = ("none", *(name for name in exchanges if name != "none"))
-    codes = jnp.array([_READ[name] for name in made])
+    codes = jnp.array([_codes(cfg, exchange) for exchange in made])
     blocks = rearrange(clips, "b (m f) ... -> m b f ...", f=f)
     # Memories of every exchange; first those with nothing exchanged, which twins read.
     memories = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(codes), *x.shape)), empty.memory)
@@ -128,16 +144,33 @@ def draw_exchanged(
     return jax.lax.map(draw, jax.tree.map(lambda x: x[asked], (memories, codes)))
 
 
-def _read(cfg: ModelConfig, memory: tuple, undisturbed: tuple, code: Int[Array, "2"]) -> tuple:
-    """What is read: the clip's memory, its twin's undisturbed one, or zeros, by kind of memory."""
+def _codes(cfg: ModelConfig, exchange: Exchange) -> Int[np.ndarray, "layers"]:
+    """What each layer reads under an exchange."""
+    name, layers = exchange if isinstance(exchange, OfLayers) else (exchange, None)
+    if name not in _READ:
+        raise ValueError(f"exchanges has {[name]}; known are {', '.join(EXCHANGES)}")
+    kind, code = _READ[name]
+    having = [i for i in range(cfg.num_layers) if cfg.memory_of(i) == kind]
+    if lacking := sorted({*(layers or ())} - {*having}):
+        raise ValueError(f"the exchange {name!r} is of layers {lacking}, which lack that memory")
+    codes = np.full(cfg.num_layers, _OWN)
+    codes[list(having if layers is None else layers)] = code
+    return codes
+
+
+def _read(cfg: ModelConfig, memory: tuple, undisturbed: tuple, code: Int[Array, "layers"]) -> tuple:
+    """What is read: the clip's memory, its twin's undisturbed one, or zeros, layer by layer."""
     seen = []
-    for (start, _), own, theirs in zip(cfg.layer_runs(), memory, undisturbed, strict=True):
-        of_kind = code[1 if cfg.memory_of(start) == "softmax_cache" else 0]
-        choose = lambda x, y, c=of_kind: jnp.where(
-            c == _OWN, x, jnp.where(c == _TWIN, swap_twins(y, axis=1), 0)
-        )
+    for (start, stop), own, theirs in zip(cfg.layer_runs(), memory, undisturbed, strict=True):
+        choose = functools.partial(_choose, code[start:stop])
         seen.append(jax.tree.map(choose, own, theirs))
     return tuple(seen)
+
+
+def _choose(code: Int[Array, "layers"], own: Array, theirs: Array) -> Array:
+    """One array of a run's memories, [layers, B, ...]."""
+    code = code.reshape(-1, *(1,) * (own.ndim - 1))
+    return jnp.where(code == _OWN, own, jnp.where(code == _TWIN, swap_twins(theirs, axis=1), 0))
 
 
 def swap_twins(x: Array, axis: int = 0) -> Array:

@@ -42,7 +42,7 @@ def write_from_run(
     Raises:
       ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
     """
-    config = _read_config(epath.Path(run))
+    config = read_run_config(run)
     found = _find(epath.Path(run), model, config, encoders)
     if frames is None:
         frames = found.codec.pixel_frames(4 * config.data.frames)
@@ -59,7 +59,27 @@ def write_from_run(
     make_video(found, encode_text, frames=frames, out=out, past=past, seed=seed)
 
 
-def _read_config(run: epath.Path) -> Config:
+def teacher_of_run(run: epath.PathLike) -> Config:
+    """The configuration of a run, with the weights of its teacher in `teacher.weights`.
+
+    Raises:
+      ConfigError: there is no such run, or its teacher is not finished.
+    """
+    folder, config = epath.Path(run), read_run_config(run)
+    if "teacher" not in config.phases:
+        return config
+    _check_trained(folder, "teacher")
+    weights = dataclasses.replace(config.teacher, weights=str(folder / "teacher" / "weights"))
+    return dataclasses.replace(config, teacher=weights)
+
+
+def read_run_config(run: epath.PathLike) -> Config:
+    """The configuration that a run keeps in its folder.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    run = epath.Path(run)
     if not (run / "config.json").exists():
         raise ConfigError(f"{run} is not the folder of a run: config.json is missing; name another")
     try:
@@ -68,12 +88,16 @@ def _read_config(run: epath.Path) -> Config:
         raise ConfigError(f"{run / 'config.json'} is damaged: {error}; name another run") from None
 
 
-def _find(run: epath.Path, model: str, config: Config, encoders: Encoders) -> VideoModel:
+def _check_trained(run: epath.Path, model: str) -> None:
     trained = [name for name in MODELS if (run / name / "summary.json").exists()]
     if model not in trained:
         raise ConfigError(
             f"{run} has no finished model {model!r}; it has {', '.join(trained) or 'none'}"
         )
+
+
+def _find(run: epath.Path, model: str, config: Config, encoders: Encoders) -> VideoModel:
+    _check_trained(run, model)
     changes = {
         "teacher": {"hybrid_layers": ()},
         "control": {"memory_gate": "zero"},

@@ -12,7 +12,7 @@ from arl2_jax import models, sharding
 from arl2_jax.config import Config, ConfigError, to_config_dict
 from arl2_jax.data import ClipData, open_data
 from arl2_jax.models import Params
-from arl2_jax.storage import check_writable, write_whole
+from arl2_jax.storage import OTHER_FOLDER, check_writable, write_whole
 from arl2_jax.training.loop import read_json, run_phase
 from arl2_jax.training.partition import merge_params, split_params
 from arl2_jax.training.retention import record_retention
@@ -47,8 +47,12 @@ class Converted:
     compile_seconds: dict[str, float]
 
 
-def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
+def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, ClipData, Params]:
     """Checks everything that can be checked before compiling: folder, data, weights, mesh.
+
+    Args:
+      config: the run.
+      remedy: what its user can do where the folder cannot be taken.
 
     Returns:
       The run's folder, its clips, and the parameters it starts from.
@@ -63,9 +67,9 @@ def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation, phase)
     folder = epath.Path(config.train.workdir)
     table = sharding.sharding_table(models.param_shapes(config.model), mesh)
-    _check_same_run(folder, config)
+    _check_same_run(folder, config, remedy)
     data = open_data(config)
-    check_writable(folder)
+    check_writable(folder, remedy=remedy)
     params = _initial_params(config, mesh)
     _write_json(folder / _CONFIG, to_config_dict(config))
     if mesh.size > 1:
@@ -165,7 +169,7 @@ def _initial_params(config: Config, mesh: jax.sharding.Mesh) -> Params:
     return params
 
 
-def _check_same_run(folder: epath.Path, config: Config) -> None:
+def _check_same_run(folder: epath.Path, config: Config, remedy: str) -> None:
     """Refuses a folder of another run: its finished phases would be taken for this one's."""
     theirs = read_json(folder / _CONFIG)
     if theirs is None:
@@ -176,7 +180,7 @@ def _check_same_run(folder: epath.Path, config: Config) -> None:
         if not free and here.get(name) != there.get(name):
             raise ConfigError(
                 f"train.workdir={folder} holds a run with {name}={there.get(name)}, now it is "
-                f"{here.get(name)}; set --config.train.workdir to another folder, or remove it"
+                f"{here.get(name)}; {remedy}, or remove it"
             )
 
 

@@ -10,11 +10,17 @@ import pytest
 
 from arl2_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SpriteConfig
 from arl2_jax.data import make_codec
-from arl2_jax.evaluation.exchange import OUTCOMES, draw_test, exchange_scores, outcomes
+from arl2_jax.evaluation.exchange import (
+    OUTCOMES,
+    draw_test,
+    exchange_scores,
+    layer_flips,
+    outcomes,
+)
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.measure import recall_scores
 from arl2_jax.evaluation.recall import NOTHING, recall_test, wilson
-from arl2_jax.generation.exchange import EXCHANGES, exchanges_of, swap_twins
+from arl2_jax.generation.exchange import EXCHANGES, OfLayers, exchanges_of, swap_twins
 
 CONFIG = Config(
     ModelConfig.tiny(),
@@ -167,3 +173,27 @@ def test_shares_are_means_over_noises_and_intervals_count_clips(held_out):
 def test_all_exchanges_are_scored(held_out):
     scores = exchange_scores(drawn(held_out, planted("states")), held_out.identities)
     assert set(scores) == {*EXCHANGES, "carried"}
+
+
+def test_flips_are_found_in_the_layer_that_carries(held_out):
+    """Layer 1 alone carries identity, and of three noises one forgets it in any case."""
+
+    def draw(params, cfg, sampler, text, keys, clips, block, *, exchanges):
+        own = clips[:, block * F :][:, :F]
+        made = np.stack([swap_twins(own) if x == wanted[2] else own for x in exchanges])
+        made = np.array(np.broadcast_to(made[:, None], (len(made), len(keys), *own.shape)))
+        made[:, 0] = clips[:, :1, :1, :1]
+        return made
+
+    wanted = ("none", *(OfLayers("caches", (i,)) for i in range(3)))
+    model = Model({"w": jnp.zeros(1)}, CONFIG.model.teacher())
+    drawings = draw_test(
+        CONFIG, make_codec(CONFIG), model, held_out, KEY, exchanges=wanted, draw=draw
+    )
+    found = layer_flips(drawings, held_out.identities)
+    assert found["recall"] == pytest.approx(2 / 3) and found["clips"] == 40
+    scores = found["layers"]
+    assert [scores[i]["flip"] for i in range(3)] == pytest.approx([0, 2 / 3, 0])
+    assert shares(scores, 0)[:2] == pytest.approx([2 / 3, 0])
+    assert shares(scores, 1)[:2] == pytest.approx([0, 2 / 3])
+    assert scores[1]["intervals"]["flip"] == wilson(scores[1]["flip"], 40)

@@ -13,6 +13,7 @@ from arl2_jax.config import SamplerConfig
 from arl2_jax.diffusion import sample
 from arl2_jax.generation.exchange import (
     EXCHANGES,
+    OfLayers,
     draw_exchanged,
     exchanges_of,
     swap_twins,
@@ -45,16 +46,21 @@ def by_hand(apply, params, cfg, clip, block, exchange):
     zero = jnp.zeros((batch, f))
     runs = cfg.layer_runs()
 
+    name, layers = exchange if isinstance(exchange, OfLayers) else (exchange, range(9))
+
     def seen(memory, undisturbed):
         kinds = {"states": "gated_delta", "zeroed": "gated_delta", "caches": "softmax_cache"}
         read = []
         for (start, _), own, theirs in zip(runs, memory, undisturbed, strict=True):
-            if kinds.get(exchange) != cfg.memory_of(start):
+            if kinds.get(name) != cfg.memory_of(start):
                 read.append(own)
-            elif exchange == "zeroed":
-                read.append(jax.tree.map(jnp.zeros_like, own))
-            else:
-                read.append(jax.tree.map(lambda x: x[:, np.arange(batch) ^ 1], theirs))
+                continue
+            other = jax.tree.map(lambda x: x[:, np.arange(batch) ^ 1], theirs)
+            if name == "zeroed":
+                other = jax.tree.map(jnp.zeros_like, own)
+            chosen = [i for i in range(own[0].shape[0]) if start + i in layers]
+            put = lambda x, y, chosen=np.array(chosen, int): x.at[chosen].set(y[chosen])
+            read.append(jax.tree.map(put, own, other))
         return tuple(read)
 
     memory = undisturbed = empty
@@ -105,6 +111,45 @@ def test_drawing_is_the_loop(params, cfg, clip, apply, error, exchange):
     found = draw(params, cfg, clip, 3, *EXCHANGES)[EXCHANGES.index(exchange)]
     # Errors of float32 rounding, in another order of sums.
     assert error(found, by_hand(apply, params, cfg, clip, 3, exchange)) < 2e-5
+
+
+PARTS = (
+    OfLayers("caches", (1, 2)), OfLayers("states", (0,)), OfLayers("zeroed", (3,)),
+    OfLayers("caches", (2,)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four(cfg, make_params):
+    """A model whose runs of both kinds have layers to choose from: hybrid, softmax twice, hybrid.
+
+    Layer 2 adds nothing of its attention.
+    """
+    cfg = dataclasses.replace(cfg, num_layers=4, hybrid_layers=(0, 3))
+    params = make_params(cfg)
+    silent = params["blocks"]["2"]["self_attn"]["o"]
+    params["blocks"]["2"]["self_attn"]["o"] = jax.tree.map(jnp.zeros_like, silent)
+    return params, cfg
+
+
+@pytest.mark.parametrize("part", PARTS[:3], ids=lambda part: part.name)
+def test_drawing_with_some_layers_exchanged_is_the_loop(four, clip, apply, error, part):
+    found = draw(*four, clip, 3, "none", *PARTS)[1 + PARTS.index(part)]
+    # Errors of float32 rounding, in another order of sums.
+    assert error(found, by_hand(apply, *four, clip, 3, part)) < 2e-5
+
+
+def test_a_layer_that_adds_nothing_carries_nothing(four, clip):
+    """Exactly: the attention of layer 2 is multiplied by zero."""
+    own, both, _, _, silent = draw(*four, clip, 3, "none", *PARTS)
+    np.testing.assert_array_equal(silent, own)
+    assert np.abs(both - own).max() > 1e-3
+
+
+def test_all_layers_that_have_the_memory_are_the_whole_exchange(four, clip):
+    every = OfLayers("caches", (1, 2)), OfLayers("states", (0, 3)), OfLayers("zeroed", (0, 3))
+    made = draw(*four, clip, 3, "caches", "states", "zeroed", *every)
+    np.testing.assert_array_equal(made[:3], made[3:])
 
 
 def test_exchanges_have_their_effect(params, cfg, clip):
@@ -220,3 +265,7 @@ def test_what_cannot_be_exchanged_is_refused(params, cfg, clip):
         draw(params, cfg, odd, 1, "none")
     with pytest.raises(ValueError, match=r"\['state'\]; known are none, states"):
         draw(params, cfg, clip, 1, "state")
+    with pytest.raises(ValueError, match=r"'states' is of layers \[2\]"):
+        draw(params, cfg, clip, 1, OfLayers("states", (1, 2)))
+    with pytest.raises(ValueError, match=r"'caches' is of layers \[3\]"):
+        draw(params, cfg, clip, 1, OfLayers("caches", (2, 3)))

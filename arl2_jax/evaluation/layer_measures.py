@@ -1,0 +1,147 @@
+"""What tells that a layer of a softmax model needs softmax: a value for every layer."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from arl2_jax.config import Config, ModelConfig
+from arl2_jax.data import ClipData
+from arl2_jax.evaluation.exchange import draw_test, layer_flips
+from arl2_jax.evaluation.gap import Model, micro_batches, noise_clips, teacher_errors
+from arl2_jax.evaluation.recall import recall_test
+from arl2_jax.evaluation.swap import swap_errors
+from arl2_jax.generation.exchange import OfLayers
+from arl2_jax.models import Params, without_delta
+from arl2_jax.training.loop import run_phase
+from arl2_jax.training.losses import NoisedClip, distil_layers
+from arl2_jax.training.retention import retention
+
+# Clips that the retention is measured on; it differs little between them.
+_RETENTION_CLIPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """All layers of a model after stage 1, and what they are measured with.
+
+    Attributes:
+      config: the run; all layers of its model are hybrid.
+      params: all parameters.
+      data: clips.
+      folder: where trained candidates are kept.
+      mesh: devices.
+    """
+
+    config: Config
+    params: Params
+    data: ClipData
+    folder: epath.Path
+    mesh: Mesh
+
+    @property
+    def clips(self) -> dict[str, np.ndarray]:
+        """Held-out clips to measure on."""
+        return self.data.held_out(self.config.evaluation.clips)
+
+    @property
+    def key(self) -> jax.Array:
+        """Random key of all noise."""
+        return jax.random.key(self.config.train.seed)
+
+    @property
+    def layers(self) -> range:
+        """Indices of the layers."""
+        return range(self.config.model.num_layers)
+
+
+def layer_errors(candidates: Candidates) -> list[float]:
+    """Relative squared error of every layer's attention at the teacher's input, after Wo."""
+    config = candidates.config
+    clip = noise_clips(candidates.key, candidates.clips, config.model, config.sampler)
+    count, sums = len(clip.clean), np.zeros(config.model.num_layers)
+    for part, new in micro_batches(candidates.params, clip):
+        errors = jax.device_get(_distil(candidates.params, config.model, part))
+        # A last part that is not full is filled up with clips from the beginning.
+        sums += new * np.array([errors[str(i)] for i in candidates.layers], float)
+    return (sums / count).tolist()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _distil(params: Params, cfg: ModelConfig, clip: NoisedClip) -> dict[str, jax.Array]:
+    return distil_layers(params, cfg, clip).errors
+
+
+def retentions(candidates: Candidates) -> list[float]:
+    """Share of a state that is left of it after a block, the median head of every layer."""
+    count = min(_RETENTION_CLIPS, candidates.config.evaluation.clips)
+    measures = retention(
+        candidates.params, candidates.config.model, candidates.data.held_out(count)
+    )
+    return [float(np.median(row)) for row in measures["retention"]]
+
+
+def swaps(candidates: Candidates) -> list[float]:
+    """Relative squared error of the model's x0 if one layer alone is hybrid, for every layer."""
+    config = candidates.config
+    return swap_errors(
+        candidates.params, config.model, candidates.clips, config.sampler, candidates.key
+    )
+
+
+def flips(candidates: Candidates) -> dict[str, Any]:
+    """What the softmax model draws if one layer alone reads the cache of the twin clip.
+
+    Returns:
+      As `arl2_jax.evaluation.exchange.layer_flips`.
+    """
+    config, codec = candidates.config, candidates.data.codec
+    assert codec is not None  # clips that are made on the fly have one
+    test = recall_test(config, codec)
+    teacher = Model(without_delta(candidates.params), config.model.teacher())
+    exchanges = ("none", *(OfLayers("caches", (i,)) for i in candidates.layers))
+    drawings = draw_test(config, codec, teacher, test, candidates.key, exchanges=exchanges)
+    return layer_flips(drawings, test.identities)
+
+
+def train_alone(candidates: Candidates, steps: int) -> dict[str, Model]:
+    """Stage 2 of every model in which one layer alone is hybrid: layer -> its model.
+
+    Args:
+      candidates: the layers, after stage 1.
+      steps: optimizer steps; a quarter of them at most warms up.
+    """
+    config, students = candidates.config, {}
+    short = dataclasses.replace(
+        config.stage2, steps=steps, warmup=min(config.stage2.warmup, steps // 4)
+    )
+    for layer in candidates.layers:
+        cfg = dataclasses.replace(config.model, hybrid_layers=(layer,))
+        alone = _with_memory_of(candidates.params, layer)
+        run = dataclasses.replace(config, model=cfg, stage2=short)
+        place = candidates.folder / f"stage2_{steps}" / f"layer_{layer:02d}"
+        title = f"layer {layer}"
+        result = run_phase(
+            run, "stage2", alone, candidates.data, candidates.mesh, place, title=title
+        )
+        students[str(layer)] = Model(result.params, cfg)
+    return students
+
+
+def errors_alone(students: Mapping[str, Model], candidates: Candidates) -> list[float]:
+    """Relative squared error of the x0 of each of the students, by layer."""
+    config = candidates.config
+    teacher = Model(without_delta(candidates.params), config.model.teacher())
+    errors = teacher_errors(students, teacher, candidates.clips, config.sampler, candidates.key)
+    return [errors[str(layer)].mean for layer in candidates.layers]
+
+
+def _with_memory_of(params: Params, layer: int) -> Params:
+    """The parameters in which one layer alone is hybrid."""
+    blocks = without_delta(params)["blocks"] | {str(layer): params["blocks"][str(layer)]}
+    return params | {"blocks": blocks}

@@ -1,0 +1,127 @@
+"""What is asked of a ranking of layers, and what is refused before anything is compiled."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+
+from arl2_jax import sharding
+from arl2_jax.config import Config, ConfigError
+from arl2_jax.evaluation.measure import recall_reason
+from arl2_jax.evaluation.ranking import MEASURES, hybrid_count
+from arl2_jax.training.retention import in_ranges
+from arl2_jax.weights import model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class RankChoice:
+    """What to measure, and how to choose by it.
+
+    Attributes:
+      measures: names of `arl2_jax.evaluation.ranking.MEASURES`; () takes all that the clips allow.
+      by: the measure that chooses; None takes the dearest of them.
+      share: share of the layers to convert, in (0, 1].
+      stage2_steps: steps of stage 2 that every layer gets alone for "swap_after_stage2"; 0 leaves
+        the measure out.
+    """
+
+    measures: tuple[str, ...] = ()
+    by: str | None = None
+    share: float = 0.75
+    stage2_steps: int = 0
+
+
+def chosen_measures(config: Config, choice: RankChoice) -> tuple[tuple[str, ...], str]:
+    """The measures, cheapest first, and the one to choose by.
+
+    Raises:
+      ConfigError: one is unknown, or cannot be taken.
+    """
+    if choice.stage2_steps < 0:
+        raise ConfigError(f"stage2_steps={choice.stage2_steps} must not be negative")
+    reason = recall_reason(config)
+    allowed = [
+        name
+        for name in MEASURES
+        if not (name == "exchange" and reason)
+        and not (name == "swap_after_stage2" and not choice.stage2_steps)
+    ]
+    wanted = {*choice.measures} or {*allowed}
+    if choice.stage2_steps:
+        wanted.add("swap_after_stage2")
+    known = ", ".join(MEASURES)
+    if unknown := sorted(wanted - {*MEASURES}):
+        raise ConfigError(f"measures={','.join(unknown)} is unknown; known are {known}")
+    if "exchange" in wanted and reason:
+        raise ConfigError(f"measures=exchange cannot be taken: {reason}; leave it out")
+    if "swap_after_stage2" in wanted and choice.stage2_steps <= 0:
+        raise ConfigError(
+            f"measures=swap_after_stage2 needs stage2_steps above 0, not {choice.stage2_steps}; "
+            "set it, such as stage2_steps=50"
+        )
+    measures = tuple(name for name in MEASURES if name in wanted)
+    by = choice.by or measures[-1]
+    if by not in MEASURES:
+        raise ConfigError(f"by={by} is unknown; known are {known}")
+    if by not in measures:
+        raise ConfigError(f"by={by} is not among measures={','.join(measures)}; add it")
+    return measures, by
+
+
+def all_hybrid(config: Config, out: epath.PathLike) -> Config:
+    """The run that converts all layers by stage 1, in a folder of its own.
+
+    Raises:
+      ConfigError: its memory is closed.
+    """
+    model = config.model
+    if model.memory_gate != "learned":
+        raise ConfigError(
+            f"model.memory_gate={model.memory_gate} is a control without memory: there is nothing "
+            "to rank; set model.memory_gate=learned"
+        )
+    every = tuple(range(model.num_layers))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, hybrid_layers=every),
+        phases=("stage1",),
+        train=dataclasses.replace(config.train, workdir=str(out)),
+    )
+
+
+def check_ranking(config: Config, choice: RankChoice, measures: Sequence[str]) -> None:
+    """Refuses what the run itself would take.
+
+    Args:
+      config: the run, as `all_hybrid` returns it.
+      choice: what is asked.
+      measures: as `chosen_measures` returns them.
+
+    Raises:
+      ConfigError: one line naming the field, its value and the remedy.
+    """
+    layers, weights = config.model.num_layers, config.teacher.weights
+    if not 0 < choice.share <= 1 or not hybrid_count(choice.share, layers):
+        raise ConfigError(
+            f"share={choice.share:g} must be in (0, 1] and at least one of the {layers} layers; "
+            "set it, such as share=0.75"
+        )
+    if config.blocks < 2:
+        raise ConfigError(
+            f"data.frames={config.data.frames} gives clips of one block, which read nothing from a "
+            "memory; set it to several times model.frames_per_block"
+        )
+    if weights == "random":
+        raise ConfigError(
+            "teacher.weights=random is an untrained model, whose layers cannot be ranked; name "
+            "weights with --config.teacher.weights, or a finished run with --run"
+        )
+    if hybrid := model_config(weights, num_heads=config.model.num_heads).hybrid_layers:
+        left = f"leave {layers - len(hybrid)} of {layers}" if len(hybrid) < layers else "leave none"
+        raise ConfigError(
+            f"teacher.weights={weights} has hybrid layers {in_ranges(list(hybrid))}, which {left} "
+            "softmax; name the softmax weights that it was converted from"
+        )
+    if "swap_after_stage2" in measures:
+        mesh, stage2 = sharding.make_mesh(config.train.mesh), config.stage2
+        sharding.check_batch(mesh, stage2.batch_size, stage2.accumulation, "stage2")

@@ -1,0 +1,77 @@
+"""How far a model's own prediction moves when one of its layers alone is hybrid."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.evaluation.gap import Batch, Model, flow_errors
+from arl2_jax.models import Params, stack_params, without_delta
+from arl2_jax.models.wan import embed_clip, make_layer, make_stem
+from arl2_jax.training.losses import NoisedClip
+
+
+def swap_errors(
+    params: Params, cfg: ModelConfig, clips: Batch, sampler: SamplerConfig, key: Array
+) -> list[float]:
+    """Relative squared error of x0 for every layer that is swapped alone, by index.
+
+    The measure is `arl2_jax.evaluation.gap.teacher_error`. One compilation serves all layers.
+
+    Args:
+      params, cfg: the model with all layers hybrid.
+      clips, sampler, key: as in `teacher_error`.
+    """
+    teacher = Model(without_delta(params), cfg.teacher())
+    flows = {
+        str(layer): functools.partial(_swapped_flow, params, cfg, jnp.int32(layer))
+        for layer in range(cfg.num_layers)
+    }
+    errors = flow_errors(flows, teacher, clips, sampler, key)
+    return [errors[str(layer)].mean for layer in range(cfg.num_layers)]
+
+
+def swapped_flow(
+    params: Params, cfg: ModelConfig, layer: Int[Array, ""], clip: NoisedClip
+) -> Float[Array, "b t rows columns channels"]:
+    """The flow of a clip if one layer is hybrid and all others are the teacher's.
+
+    It is that of `apply_clip` for the model with this one hybrid layer. The layer may be traced.
+
+    Args:
+      params, cfg: the model with all layers hybrid.
+      layer: index of the hybrid layer.
+      clip: the noised clip.
+
+    Raises:
+      ValueError: some layers of cfg are not hybrid.
+    """
+    if len(cfg.hybrid_layers) < cfg.num_layers:
+        raise ValueError(f"hybrid_layers={cfg.hybrid_layers} must be all {cfg.num_layers} layers")
+    stacked = stack_params(params, cfg)
+    stem = make_stem(cfg, stacked.stem)
+    tokens = embed_clip(stem, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    blocks = clip.clean.shape[1] // cfg.frames_per_block
+
+    def pass_through(cfg: ModelConfig, kind: str, weights: Params, x: Array) -> Array:
+        module = make_layer(cfg, kind, weights)
+        context = module.cross_attn.encode(tokens.text)
+        return module.clip(x, tokens.conditions, context, blocks, copies=2)[0]
+
+    hybrid = functools.partial(pass_through, cfg, "gated_delta")
+    softmax = lambda weights, x: pass_through(
+        cfg.teacher(), "softmax_cache", {n: w for n, w in weights.items() if n != "delta"}, x
+    )
+
+    def step(x, weights_and_index):
+        weights, index = weights_and_index
+        return jax.lax.cond(index == layer, hybrid, softmax, weights, x), None
+
+    x, _ = jax.lax.scan(step, tokens.x, (stacked.runs[0], jnp.arange(cfg.num_layers)))
+    noisy = x.reshape(-1, 2, *x.shape[1:])[:, 1]
+    return stem.predict_flow(noisy, tokens.time, *clip.clean.shape[2:4])
+
+
+_swapped_flow = jax.jit(swapped_flow, static_argnums=1)
