@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.evaluation.gap import Batch, Model, flow_errors
 from arl2_jax.models import Params, stack_params, without_delta
-from arl2_jax.models.wan import embed_clip, make_layer, make_stem
-from arl2_jax.training.losses import NoisedClip
+from arl2_jax.models.wan import make_layer, make_stem
+from arl2_jax.training.losses import NoisedClip, embed_noised
 
 
 def swap_errors(
@@ -52,7 +52,7 @@ def swapped_flow(
         raise ValueError(f"hybrid_layers={cfg.hybrid_layers} must be all {cfg.num_layers} layers")
     stacked = stack_params(params, cfg)
     stem = make_stem(cfg, stacked.stem)
-    tokens = embed_clip(stem, cfg, clip.clean, clip.noisy, clip.timestep, clip.text)
+    tokens = embed_noised(stem, cfg, clip)
     blocks = clip.clean.shape[1] // cfg.frames_per_block
 
     def pass_through(cfg: ModelConfig, kind: str, weights: Params, x: Array) -> Array:
