@@ -192,9 +192,10 @@ def told_facts(path: epath.PathLike, names: Mapping[str, str] | None = None) -> 
 
 def _delta_config(stored: Any, file: object) -> GatedDeltaConfig:
     try:
-        return GatedDeltaConfig(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-        )
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()
+        }
+        return GatedDeltaConfig(**values)
     except (AttributeError, TypeError, ConfigError) as error:
         raise WeightsError(
             f"{file} has delta={stored}, which is no memory of this program: {error}; copy the "
