@@ -79,8 +79,8 @@ def _as_written(clips: Mapping[str, Any], level: float) -> Mapping[str, Any]:
         return clips
     latents = np.asarray(clips["latents"])
     eps = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
-    s = np.full(latents.shape[:2], level, np.float32)
-    return {**clips, "latents": add_noise(latents, eps, s)}
+    s = jnp.full(latents.shape[:2], level)
+    return {**clips, "latents": np.asarray(add_noise(latents, eps, s))}
 
 
 def _by_layer(
