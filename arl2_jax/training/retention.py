@@ -64,9 +64,10 @@ def retention(
         return facts | {"survival": {}}
     layout = jax.tree.leaves(params)[0].sharding if _on_devices(params) else None
     mesh = layout.mesh if isinstance(layout, NamedSharding) else None
+    written = _as_written(clips, context_noise)
     # Kernels look here for the devices that they are to share out their work to.
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
-        found = _by_layer(params, cfg, _as_written(clips, context_noise), context_noise, mesh)
+        found = _by_layer(params, cfg, written, context_noise, mesh)
     tables = {name: [[float(x) for x in row[name]] for row in found] for name in found[0]}
     lags = [name for name in tables if name.startswith("survival_")]
     survival = {name.removeprefix("survival_"): tables.pop(name) for name in lags}
