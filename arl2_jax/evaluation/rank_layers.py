@@ -71,6 +71,11 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
     exchange = found.get("exchange")
     if exchange:
         found["exchange"] = [exchange["layers"][i]["flip"] for i in candidates.layers]
+        if not any(found["exchange"]):
+            logging.warning(
+                "no drawing flips with the cache of any one layer (recall %.1f %%): the exchange "
+                "does not tell layers apart", 100 * exchange["recall"],
+            )  # fmt: skip
     _check_finite(found, config)
     facts = {"seconds": seconds, "exchange": exchange, "config": to_config_dict(config)}
     ranking = as_json(rank(found, by, choice.share) | facts)
