@@ -121,8 +121,11 @@ def test_training_seeds_lie_below_the_held_out_ones(monkeypatch):
 
 @pytest.mark.parametrize("only", [False, True])
 def test_only_reveals_leaves_out_clips_that_ask_nothing(only):
-    sprites = make_sprites(count=(1, 1), pause=(2, 9), lamp=2, only_reveals=only)
-    config = make_config(frames=20, sprites=sprites)
+    sprites = make_sprites(
+        count=(1, 1), size=5, speed=(5.0, 5.0), occluder_width=10, pause=(2, 13), lamp=2,
+        only_reveals=only,
+    )  # fmt: skip
+    config = make_config(frames=20, height=8, width=24, codec_factor=2, sprites=sprites)
     block, frames = config.model.frames_per_block, config.data.frames
     longer = SpriteClips(config.data, block, frames + 6)
     source, found = SpriteClips(config.data, block), []

@@ -227,7 +227,11 @@ def test_missing_stages_are_null(params, tmp_path, stages):
     assert found["memory_gap"] is None and "recall_clips=0" in found["recall_reason"]
     files = {path.name for path in (tmp_path / "report").iterdir()}
     videos = {"contact_sheet.png", "continued_00.mp4", "continued_01.mp4"} if stages != 1 else set()
-    assert files == {"report.json"} | videos
+    assert files == {"report.json", "retention.png"} | videos
+    names = ["untrained", "stage1", "student"] if stages else ["untrained"]
+    assert list(found["retention"]) == names
+    layers = len(CONFIG.model.hybrid_layers)
+    assert all(len(found["retention"][name]["retention"]) == layers for name in names)
 
 
 def test_a_teacher_without_hybrid_layers(params, tmp_path):
