@@ -54,6 +54,7 @@ class GatedDeltaConfig:
     def __post_init__(self):
         tokens = self.block_tokens
         require(tokens >= 0, f"model.delta.block_tokens={tokens} must not be negative")
+        object.__setattr__(self, "time_constants", tuple(self.time_constants))
         short, long = self.time_constants
         require(
             0 < short <= long,

@@ -1,6 +1,7 @@
 """What is generated with: the network, with presets of released models, and the sampler."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from arl2_jax.config.memory import GatedDeltaConfig
@@ -63,6 +64,8 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "hybrid_layers", tuple(sorted(set(self.hybrid_layers))))
+        if isinstance(self.delta, Mapping):  # as config.json has it
+            object.__setattr__(self, "delta", GatedDeltaConfig(**self.delta))
         for name in ("dim", "ffn_dim", "num_heads", "num_layers", "frames_per_block", "lora_rank"):
             value = getattr(self, name)
             require(value > 0, f"model.{name}={value} must be positive")
