@@ -76,6 +76,7 @@ def clips(make_clip, cfg):
     return {"latents": np.asarray(clip.clean), "text": np.asarray(clip.text)}
 
 
+@pytest.mark.slow
 def test_the_flow_of_a_swap_is_that_of_the_model_with_one_hybrid_layer(
     every, make_params, clip, error
 ):
@@ -162,6 +163,7 @@ def pixels(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), int)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_every_measure_and_layer():
     ranking = make_ranking()
     base, seen = pixels(ranking_picture(ranking)), []

@@ -132,6 +132,7 @@ def four(cfg, make_params):
     return params, cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS[:3], ids=lambda part: part.name)
 def test_drawing_with_some_layers_exchanged_is_the_loop(four, clip, apply, error, part):
     found = draw(*four, clip, 3, "none", *PARTS)[1 + PARTS.index(part)]

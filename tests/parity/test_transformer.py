@@ -151,7 +151,7 @@ def test_one_layer(case, layer, error):
     conditions = Conditions(modulation, video_rope(0, frames, rows, columns, cfg.head_dim))
     state = ours.memory.init_state(2, x.shape[1])
     context = ours.cross_attn.encode(jnp.asarray(text))
-    found, _ = ours.block(jnp.asarray(x), conditions, context, state, 0, False)
+    found, _ = ours.block(jnp.asarray(x), conditions, context, state, 0, write=False)
     assert error(found, wanted.detach()) < 5e-6
 
 

@@ -93,6 +93,7 @@ def test_clip_form_is_block_form(cfg, params, noisy, clean, apply, error):
     assert error(predict(params, cfg, told)[0], predict(params, cfg, clean)[0]) < 2e-5
 
 
+@pytest.mark.slow
 def test_flow_is_that_of_the_true_clip(cfg, params, noisy):
     """Noise in what is remembered is not to be predicted; and every parameter matters."""
 
@@ -119,6 +120,7 @@ def test_student_and_teacher_remember_the_same(cfg, params, noisy, clean, error)
     assert error(flow(params, cfg, clean), wanted) > 1e-3
 
 
+@pytest.mark.slow
 def test_stage_one_and_its_start_see_the_noised_past(cfg, params, noisy, clean, monkeypatch):
     monkeypatch.setattr(start, "ROUNDS", 0)
     found = distil(params, cfg, noisy)
