@@ -368,7 +368,12 @@ def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
         assert done.returncode == 0, errors
         return output
 
-    launch("export_weights", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'arl2'}")
+    launch(
+        "export_weights",
+        "--extras=write",
+        f"--run={tmp_path / 'run'}",
+        f"--out={tmp_path / 'arl2'}",
+    )
     told = launch("import_weights", f"--weights={tmp_path / 'arl2'}", f"--out={tmp_path / 'own'}")
     assert "layout      ARL2" in told
     shown = [f"--release={release}", "--prompt=a red sprite", "--frames=5", "--cache="]
