@@ -104,7 +104,7 @@ def flow_errors(
     sampler: SamplerConfig,
     key: Array,
 ) -> dict[str, TeacherError]:
-    """`teacher_error` of whatever predicts the flow of a noised clip, by name."""
+    """Compute `teacher_error` of functions that predict the flow of a noised clip, by name."""
     levels, first = noise_levels(sampler), teacher.cfg.frames_per_block
     sums = {name: [] for name in flows}
     noised = noise_clips(key, clips, teacher.cfg, sampler)
@@ -156,7 +156,7 @@ def _shares(params: Params) -> int:
 
 
 def noise_clips(key: Array, clips: Batch, cfg: ModelConfig, sampler: SamplerConfig) -> NoisedClip:
-    """The clips, every block noised to a level of its own; on the host, whatever their number."""
+    """Noise each block of the clips to a random level; keep the result in host memory."""
     # The noise does not depend on the model: teacher and student share one compilation.
     clip = _noise_clip(key, cfg.teacher(), clips["latents"], clips["text"], sampler)
     return jax.tree.map(np.asarray, clip)

@@ -69,7 +69,7 @@ def chosen_measures(config: Config, choice: RankChoice) -> tuple[tuple[str, ...]
 
 
 def all_hybrid(config: Config, out: epath.PathLike) -> Config:
-    """The run that converts all layers by stage 1, in a folder of its own.
+    """Return the run that converts all layers by stage 1, in a separate folder.
 
     Raises:
       ConfigError: its memory is closed.

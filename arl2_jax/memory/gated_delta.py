@@ -151,7 +151,7 @@ class GatedDelta(nnx.Module):
         if self.gate != "local":
             return rotate(p.q, p.rope), rotate(p.k, p.rope), p.v
         q, k, v = self._memory_heads(p)
-        # As large as the values of the softmax, whatever the read starts with.
+        # P_v may start as c I; divide by c, so that the control starts from the softmax values.
         return rotate(q, p.rope), rotate(k, p.rope), v / self.value_scale
 
     def _memory_heads(self, p: Projections):

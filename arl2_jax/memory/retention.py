@@ -1,7 +1,7 @@
 """How much of the past a gated delta state keeps: measures of what tokens write.
 
 Over a block the update is affine in the state, S -> A S + B (ARL2, section 3): A [K, K] says what
-survives of what stood in the state, whatever that was.
+survives of any earlier state.
 """
 
 import jax

@@ -10,7 +10,7 @@ values), qm = l2norm(rope(q P_q)) and g = sigmoid(x Wg). Both sides are zero in 
 block.
 
 In P_v the error is quadratic, and F^T F and F^T R of the features F = [g_1 y_1, ..., g_H y_H] hold
-all of it: two C x C matrices, whatever the number of tokens (`value_sums`, `solve_values`). With
+all of it: two C x C matrices for any number of tokens (`value_sums`, `solve_values`). With
 P_q and Wg it is a nonlinear least-squares problem without the recurrence: `newton_step` does one
 Gauss-Newton step on all three by conjugate gradients, preconditioned by Kronecker factors of the
 curvature (K-FAC, arXiv 1503.05671).

@@ -52,10 +52,10 @@ class NoisedClip(NamedTuple):
 
 
 def noise_clip(key: Array, cfg: ModelConfig, latents, text, sampler: SamplerConfig) -> NoisedClip:
-    """Noise every block of a clip to a level of its own, and its past to sampler.context_noise.
+    """Noise each block of a clip to a random level, and its past to sampler.context_noise.
 
     Args:
-      key: random key. It gives the same `noisy` copy whatever the past's level.
+      key: random key. The `noisy` copy does not depend on the level of the past.
       cfg: model, for the frames of a block.
       latents: clean latents [B, T, rows, columns, channels].
       text: text embeddings.

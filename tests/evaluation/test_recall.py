@@ -156,6 +156,7 @@ def test_a_smear_is_read_as_nothing(strength, seen):
     ],
 )
 def test_intervals_are_those_of_the_literature(hits, clips, low, high):
+    # The table has four digits.
     np.testing.assert_allclose(wilson(hits / clips, clips), [low, high], atol=5e-5)
     mirrored = wilson(1 - hits / clips, clips)
     np.testing.assert_allclose(mirrored, [1 - high, 1 - low], atol=5e-5)

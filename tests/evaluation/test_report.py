@@ -130,6 +130,7 @@ def test_report_scores_recall(full):
         by_lag = found["recall_by_lag"][model]
         assert sum(lag["clips"] for lag in by_lag.values()) == 8
         mean = sum(lag["clips"] * lag["recall"] for lag in by_lag.values()) / 8
+        # The same float64 numbers, added in another order.
         np.testing.assert_allclose(mean, recall[model]["recall"], rtol=1e-12)
 
 
