@@ -280,7 +280,6 @@ def test_devices_that_share_the_work_change_nothing(ranking, config, tmp_path, m
     for name, values in ranking[1]["measures"].items():
         # Two steps of training amplify float32 rounding, in another order of sums; what is zero
         # but for rounding is that of two programs, squared.
-        # Float32 on two devices adds in another order; what is planted as zero is rounding.
         np.testing.assert_allclose(found["measures"][name], values, rtol=1e-3, atol=1e-11)
 
 
