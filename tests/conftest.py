@@ -1,5 +1,6 @@
 """Eight CPU devices, and a very small model that the tests share with its compiled functions."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -13,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +83,19 @@ def relative_error(x, wanted) -> float:
     """Root mean square of the difference over that of what is wanted, in float64."""
     x, wanted = (np.asarray(y, np.float64) for y in (x, wanted))
     return float(np.sqrt(np.mean((x - wanted) ** 2) / np.mean(wanted**2)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unload_programs():
+    """Unload compiled programs before they fill the memory map of the process.
+
+    Each takes some mappings, and Linux allows a process 65,530: XLA crashes where it gets none.
+    """
+    yield
+    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > int(limit.read_text()) // 4:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
