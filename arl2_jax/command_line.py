@@ -41,10 +41,13 @@ def parse_config(argv: Sequence[str], config: flags.FlagHolder) -> Sequence[str]
             config.value.keys()  # a file that could not be loaded is reported at its first use
         return rest
     except (AttributeError, KeyError) as error:  # a field that the configuration does not have
-        name = str(error).strip("\"'")
+        told = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
+        # The name, and on a second line what was perhaps meant.
+        name, _, meant = (line.strip("\"'") for line in str(told).partition("\n"))
         given = [flag.split("=")[0].lstrip("-") for flag in argv[1:]]
         field = next((flag for flag in given if flag.split(".")[-1] == name), name)
-        sys.exit(f"error: unknown config field {field}; the fields are those of arl2_jax/config")
+        meant = meant or "the fields are those of arl2_jax/config"
+        sys.exit(f"error: unknown config field {field}; {meant[0].lower()}{meant[1:]}")
     except OSError as error:
         reason = str(error).splitlines()[-1].strip()
         sys.exit(f"error: the file of --config cannot be loaded: {reason}")

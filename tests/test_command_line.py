@@ -50,6 +50,19 @@ def test_flags_of_the_sampler_are_its_fields():
     assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("stage2.stepz=3", 'config.stage2.stepz; did you mean "steps" instead of "stepz"?'),
+        ("train.nothing=3", "config.train.nothing; the fields are those of arl2_jax/config"),
+    ],
+)
+def test_unknown_fields_are_named(flag, told):
+    command = ["launch/train.py", "--config=configs/tiny.py", f"--config.{flag}"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: unknown config field {told}\n"
+
+
 def run(error):
     return run_code(f"from arl2_jax.config import ConfigError\ndef main(): raise {error}\n")
 
