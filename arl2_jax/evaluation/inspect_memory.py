@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from arl2_jax.config import ConfigError, ModelConfig
@@ -83,6 +84,7 @@ def inspect_memory(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     cfg = dataclasses.replace(cfg, dtype=dtype)
     clips = read_clips(choice, cfg, seed)
+    _warn_of_other_blocks(cfg, clips["latents"].shape)
     check_writable(file.parent, remedy="name another file")
     params = load_params(path, cfg, jax.random.key(seed), precision="compute", entry=entry)
     measures = retention(params, cfg, clips)
@@ -116,6 +118,18 @@ def _with_memories(
             "converted model"
         )
     return cfg
+
+
+def _warn_of_other_blocks(cfg: ModelConfig, shape: Sequence[int]) -> None:
+    """Warns where clips have blocks of another size than the memory was started for."""
+    rows, columns = shape[2] // cfg.patch_size[1], shape[3] // cfg.patch_size[2]
+    tokens, wanted = cfg.frames_per_block * rows * columns, cfg.delta.block_tokens
+    if wanted and tokens != wanted:
+        logging.warning(
+            "the clips have blocks of %d tokens, but the memory was started for blocks of %d: set "
+            "latent_shape or data so that a frame has %d",
+            tokens, wanted, wanted // cfg.frames_per_block,
+        )  # fmt: skip
 
 
 def read_clips(choice: ClipChoice, cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from one_line import assert_one_line
 from PIL import Image
 from tiny_release import MODEL, random_tree
 
-from arl2_jax.config import ConfigError, to_config_dict
+from arl2_jax.config import ConfigError, GatedDeltaConfig, to_config_dict
 from arl2_jax.data import LatentWriter
 from arl2_jax.evaluation.inspect_memory import ClipChoice, inspect_memory, read_clips
 from arl2_jax.evaluation.retention import retention_of_models, retention_table
@@ -25,7 +25,7 @@ from arl2_jax.training.retention import retention
 from arl2_jax.weights.folder import save_params
 
 ROOT = Path(__file__).parents[2]
-HYBRID = dataclasses.replace(MODEL, hybrid_layers=(1,))
+HYBRID = dataclasses.replace(MODEL, hybrid_layers=(1,), delta=GatedDeltaConfig(block_tokens=24))
 RANDOM = ClipChoice(clips=2, blocks=3, latent_shape=(4, 8))
 
 
@@ -76,6 +76,7 @@ def test_the_command_measures_a_run(saved, tmp_path):
         capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "the memory was started for blocks of 24: set latent_shape" in done.stderr
     lines = done.stdout.splitlines()
     assert lines[2].split()[0] == "1" and all(len(line) <= 80 for line in lines[:3])
     assert str(out) in lines[-1] and Image.open(tmp_path / "memory.png").size[0] > 500
