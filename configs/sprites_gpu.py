@@ -6,7 +6,8 @@ Three or four sprites of 18 identities, each in a lane of its own, pass and rest
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
 converted, and runs/sprites-gpu/report shows what the states remember. Needs 80 GB.
 
-Attention over short clips costs a fifth a frame, so that a teacher learns sooner if it begins there:
+Attention over short clips costs a third a frame, so that a teacher learns sooner if it begins
+there:
 
     python launch/train.py --config=configs/sprites_gpu.py --config.phases="('teacher',)" \
         --config.data.frames=24 --config.data.sprites.pause='(4, 10)' \
