@@ -13,8 +13,8 @@ from configs import sprites_gpu
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
         "short": {
-            "data.frames": 24, "data.sprites.pause": (4, 10), "teacher.batch_size": 32,
-            "teacher.steps": 600,
+            "data.frames": 24, "data.sprites.pause": (4, 10), "data.workers": 4,
+            "teacher.batch_size": 32, "teacher.steps": 600,
         },
         "long": {"teacher.steps": 250, "teacher.learning_rate": 3e-3},
     },
@@ -119,11 +119,15 @@ def all_jobs(seeds: Sequence[int], teachers: Sequence[int]) -> list[str]:
 def base_config(size: str, changes: Mapping[str, Any]) -> Config:
     """The study's configuration.
 
+    Clips are made in the training process: worker processes take seconds to start, in every phase.
+
     Args:
       size: variant of configs/sprites_gpu.py.
       changes: dotted field -> value.
     """
-    return changed(from_config_dict(sprites_gpu.get_config(size)), changes)
+    return changed(
+        from_config_dict(sprites_gpu.get_config(size)), {"data.workers": 0} | {**changes}
+    )
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
