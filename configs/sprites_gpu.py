@@ -49,7 +49,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
             num_heads=2,
             num_layers=4,
             text_dim=32,
-            text_len=8,
+            text_len=64,
             in_dim=12,
             out_dim=12,
             frames_per_block=4,
@@ -118,7 +118,7 @@ def _quick(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same task with 20 tokens a block, heads of 32 and a few steps."""
     fields = cast(Any, tree)
     fields.model.update(
-        dim=64, ffn_dim=128, num_layers=4, freq_dim=32, frames_per_block=2, dtype="float32"
+        dim=64, ffn_dim=128, freq_dim=32, text_len=8, frames_per_block=2, dtype="float32"
     )
     # Tokens of this run's own blocks, which are filled in from its data.
     fields.model.delta.block_tokens = 0

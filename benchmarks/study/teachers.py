@@ -3,17 +3,19 @@
 import json
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
 from arl2_jax import models
 from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import ClipData, open_data
-from arl2_jax.evaluation.gap import Model, held_out_losses
+from arl2_jax.evaluation.gap import Batch, Model, held_out_losses
 from arl2_jax.models import Params
 from arl2_jax.storage import write_whole
 from arl2_jax.training.loop import data_seed
@@ -57,20 +59,27 @@ def run_teacher(
 ) -> tuple[Config, dict[str, Any]] | None:
     """Train and measure a teacher; stages that are finished are read back.
 
+    The programs of all stages are compiled at once, beside the training of the first.
+
     Returns:
       Its configuration and what was measured; None if the time was too short.
     """
     params, stages = None, {}
-    config = base
-    for stage in STAGES[size]:
-        config = stage_config(base, size, stage, changes, job.seed)
-        params, facts = _stage(config, folder.teacher(job.seed, stage), params, clock, every)
-        stages[stage] = facts
-        if not facts["finished"]:
-            logging.warning("%s: cut after %d steps of %s", job.name, facts["steps"], stage)
-            return None
+    configs = {stage: stage_config(base, size, stage, changes, job.seed) for stage in STAGES[size]}
+    with ThreadPoolExecutor(len(configs)) as pool:
+        plans = {
+            stage: _plan(config, folder.teacher(job.seed, stage), pool)
+            for stage, config in configs.items()
+        }
+        for stage, plan in plans.items():
+            params, facts = _stage(plan, params, clock, every)
+            stages[stage] = facts
+            if not facts["finished"]:
+                logging.warning("%s: cut after %d steps of %s", job.name, facts["steps"], stage)
+                return None
     if clock.left() < _TO_STORE:
         return None
+    config = configs[last_stage(size)]
     # As the students will have it: in half precision.
     stored = load_params(folder.teacher(job.seed, last_stage(size)), config.model)
     teacher = Model(jax.tree.map(jax.numpy.asarray, stored), config.model)
@@ -82,45 +91,84 @@ def run_teacher(
     } | measures  # fmt: skip
 
 
+class _Plan(NamedTuple):
+    """What is left to do of a stage.
+
+    Attributes:
+      config: the run, with the steps that are left.
+      place: folder of the weights.
+      facts: what its file tells of earlier sessions; None if there was none.
+      program: the compiled step and the seconds of compilation, to come; None if nothing is left.
+    """
+
+    config: Config
+    place: Path
+    facts: dict[str, Any] | None
+    program: Future | None
+
+
+def _plan(config: Config, place: Path, pool: ThreadPoolExecutor) -> _Plan:
+    file = place.with_suffix(".json")
+    facts = json.loads(file.read_text()) if file.exists() else None
+    if facts and facts["finished"]:
+        return _Plan(config, place, facts, None)
+    left = config.teacher.steps - (facts["steps"] if facts else 0)
+    warmup = min(config.teacher.warmup, max(left // 4, 1))
+    config = changed(config, {"teacher.steps": left, "teacher.warmup": warmup})
+    return _Plan(config, place, facts, pool.submit(_compile, config))
+
+
+def _compile(config: Config) -> tuple[Any, float]:
+    """The step of a teacher, and the seconds that it took to compile."""
+    began, model, size = time.perf_counter(), config.model, config.teacher.batch_size
+    start = lambda: init_state(
+        config, "teacher", models.init_params(model, jax.random.key(0)), jax.random.key(0)
+    )
+    float32 = lambda *shape: jax.ShapeDtypeStruct((size, *shape), np.float32)
+    batch = {
+        "latents": float32(config.data.frames, *config.latent_shape),
+        "text": float32(model.text_len, model.text_dim),
+    }
+    step = jax.jit(make_step(config, "teacher"), donate_argnums=0)
+    program = step.lower(jax.eval_shape(start), {}, batch).compile()
+    return program, time.perf_counter() - began
+
+
 def _stage(
-    config: Config, place: Path, params: Params | None, clock: Clock, every: int
+    plan: _Plan, params: Params | None, clock: Clock, every: int
 ) -> tuple[Params, dict[str, Any]]:
     """Parameters after a stage, and what it took; a stage that was cut goes on from its weights."""
-    file, done, sessions = place.with_suffix(".json"), 0, []
-    if file.exists():
-        facts = json.loads(file.read_text())
-        params = load_params(place, config.model)
-        if facts["finished"]:
+    config, facts = plan.config, plan.facts
+    if facts:
+        params = load_params(plan.place, config.model)
+        if plan.program is None:
             return params, facts
-        done, sessions = facts["steps"], facts["sessions"]
     if params is None:
         params = models.init_params(config.model, jax.random.key(config.train.seed))
-    left = config.teacher.steps - done
-    warmup = min(config.teacher.warmup, max(left // 4, 1))
-    shorter = changed(config, {"teacher.steps": left, "teacher.warmup": warmup})
+    done, sessions = (facts["steps"], facts["sessions"]) if facts else (0, [])
     # Another part of a stage sees other clips.
     seed = data_seed(config, "teacher") + 10**6 * len(sessions)
-    params, session = train(shorter, params, clock, every, seed)
-    done += session["steps"]
+    params, session = _train(plan, params, clock, every, seed)
     facts = {
-        "steps": done,
-        "finished": done >= config.teacher.steps,
+        "steps": done + session["steps"],
+        "finished": session["steps"] == config.teacher.steps,
         "batch_size": config.teacher.batch_size,
         "frames": config.data.frames,
         "sessions": [*sessions, session],
     }
-    save_teacher(place, params, config.model)
-    write_whole(epath.Path(file), (json.dumps(facts) + "\n").encode())
+    save_teacher(plan.place, params, config.model)
+    file = epath.Path(plan.place.with_suffix(".json"))
+    write_whole(file, (json.dumps(facts) + "\n").encode())
     return params, facts
 
 
-def train(
-    config: Config, params: Params, clock: Clock, every: int, seed: int
+def _train(
+    plan: _Plan, params: Params, clock: Clock, every: int, seed: int
 ) -> tuple[Params, dict[str, Any]]:
-    """Train a teacher for `teacher.steps`, or as long as there is time.
+    """Train a teacher for the steps of a plan, or as long as there is time.
 
     Args:
-      config: the run.
+      plan: the stage.
       params: at the start.
       clock: the time that is left.
       every: steps between two tests.
@@ -133,17 +181,18 @@ def train(
     Raises:
       ConfigError: training has diverged.
     """
-    data, steps = open_data(config), config.teacher.steps
-    state = init_state(config, "teacher", params, jax.random.fold_in(jax.random.key(seed), steps))
+    assert plan.program is not None
+    config, steps = plan.config, plan.config.teacher.steps
+    data, key = open_data(config), jax.random.key(seed)
+    state = init_state(config, "teacher", params, key)
+    held_out = data.held_out(min(_LOSS_CLIPS, config.data.held_out))
     batches = data.train_batches(config.teacher.batch_size, seed)
-    began = time.perf_counter()
-    batch = next(batches)
-    lowered = jax.jit(make_step(config, "teacher"), donate_argnums=0).lower(state, {}, batch)
-    step = lowered.compile()
-    compiled = time.perf_counter() - began
-    seconds, curve, done = 0.0, [], 0
+    step, compiled = plan.program.result()
+    seconds = longest = 0.0
+    curve, done = [], 0
     try:
-        while done < steps and clock.left() > _TO_STORE:
+        batch = next(batches)
+        while done < steps and clock.left() > _TO_STORE + longest:
             began = time.perf_counter()
             metrics = {}
             for _ in range(min(every, steps - done)):
@@ -156,29 +205,31 @@ def train(
                     f"teacher.learning_rate={config.teacher.learning_rate}: the loss is {loss} at "
                     f"step {done}; lower it"
                 )
-            scores = _test(config, data, state.ema)
+            scores = _test(config, data, held_out, state.ema)
             point = {"step": done, "loss": loss} | scores | {"seconds": seconds}
             logging.info("teacher: %s", point)
             curve.append(point)
+            if len(curve) > 1:  # the first test compiles
+                longest = max(longest, time.perf_counter() - began)
     finally:
         batches.close()
     return state.ema, {
         "steps": done, "seconds": seconds, "compile_seconds": compiled, "curve": curve,
-        "memory": _device_memory(),
+        "peak_bytes": _device_memory(),
     }  # fmt: skip
 
 
-def _test(config: Config, data: ClipData, params: Params) -> dict[str, float]:
+def _test(config: Config, data: ClipData, held_out: Batch, params: Params) -> dict[str, float]:
+    """Loss on held-out clips, and recall in a small test."""
     fewer = {
         "evaluation.recall_clips": min(_CLIPS, config.evaluation.recall_clips),
         "evaluation.recall_noises": 1,
     }
     model = Model(params, config.model)
-    clips = data.held_out(min(_LOSS_CLIPS, config.data.held_out))
-    key = jax.random.key(0)
+    scores = recall_scores(changed(config, fewer), data, model, only=True)
     return {
-        "held_out_loss": held_out_losses(*model, clips, config.sampler, key),
-        "recall": recall_scores(changed(config, fewer), data, model, only=True)["recall"]["recall"],
+        "held_out_loss": held_out_losses(*model, held_out, config.sampler, jax.random.key(0)),
+        "recall": scores["recall"]["recall"],
     }
 
 
