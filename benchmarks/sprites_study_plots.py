@@ -1,7 +1,7 @@
 """Pictures and tables of the study, from its merged results.
 
-    python benchmarks/sprites_study_plots.py --result=benchmarks/results/sprites_study.json \
-        --rollouts=runs/study/pictures --out=docs/study
+    PYTHONPATH=. python benchmarks/sprites_study_plots.py --rollouts=runs/study/pictures \
+        --result=benchmarks/results/sprites_study.json --out=docs/study
 
 writes recall_by_lag.png, ablations.png, exchange.png, drift.png, training.png, retention_*.png,
 rollout_*.png (of what --rollouts holds) and tables.md; what the results lack is left out.

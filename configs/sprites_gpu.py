@@ -75,7 +75,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
                 colors=6,
                 shapes=3,
                 size=13,
-                speed=(6.0, 8.0),
+                speed=(6.0, 6.0),
                 occluder_width=24,
                 pause=(4, 64),
                 lamp=4,
@@ -124,7 +124,7 @@ def _quick(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     fields.model.delta.block_tokens = 0
     fields.data.update(frames=16, height=16, width=20, workers=0, held_out=8)
     fields.data.sprites.update(
-        count=(2, 2), size=5, speed=(4.0, 5.0), occluder_width=9, pause=(2, 8), lamp=2
+        count=(2, 2), size=5, speed=(4.0, 4.0), occluder_width=9, pause=(2, 8), lamp=2
     )
     for phase in (fields.teacher, fields.stage1, fields.stage2):
         phase.update(steps=4, batch_size=2, warmup=1)

@@ -145,8 +145,8 @@ def made_up(name):
     if job.kind == "rollout":
         row = lambda: {"right": share(), "interval": [0, 1], "videos": 4, "count": 9}
         part = lambda a, b: {"blocks": [a, b], "seen": 0.1, "nothing": 0.5} | row()
-        return common | {"drift": [part(0, 0) | {"returns": row() | {"right": None}},
-                                   part(1, 2) | {"returns": row()}]}  # fmt: skip
+        drift = [part(0, 0) | {"returns": row() | {"right": None}}, part(1, 2) | {"returns": row()}]
+        return common | {"truth": [part(0, 3)], "drift": drift}
     outcome = lambda: {name: share() for name in ("own", "twin", "other", "nothing")}
     exchange = {"none": outcome(), "states": outcome(), "caches": None, "zeroed": outcome(),
                 "carried": {"states": share(), "caches": None}}  # fmt: skip

@@ -153,7 +153,7 @@ def _together(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
 
 def _drift(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drift by part of the rollout, videos of all runs together; parts that all have."""
-    parts = []
+    parts, truth = [], float(np.mean([_seen(run["truth"]) for run in found]))
     for rows in zip(*(run["drift"] for run in found), strict=False):
         if len({tuple(row["blocks"]) for row in rows}) > 1:
             break
@@ -168,11 +168,18 @@ def _drift(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "blocks": rows[0]["blocks"],
                 "seen": float(np.mean([row["seen"] for row in rows])),
                 "nothing": float(np.mean([row["nothing"] for row in rows])),
+                "seen_in_truth": truth,
                 "right": _together(rights) if rights else None,
                 "returns": _together(returns) if returns else None,
             }
         )
     return parts
+
+
+def _seen(parts: Sequence[dict[str, Any]]) -> float:
+    """Share of lanes and blocks in which a whole sprite is seen."""
+    blocks = [part["blocks"][1] - part["blocks"][0] + 1 for part in parts]
+    return float(np.average([part["seen"] for part in parts], weights=blocks))
 
 
 def _spearman(rankings: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -118,11 +118,14 @@ def drift_curves(rollouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes |
                 _line(right, points, color, f"{label(name)}, {text}", style, fill=kind == "right")
         shares = [100 * p["seen"] for p in parts]
         seen.plot(middle, shares, color=color, marker="o", markersize=3, label=label(name))
+        truth = 100 * np.mean([p["seen_in_truth"] for p in parts])
+        seen.axhline(truth, color=color, linestyle="--", linewidth=1)
     for axes in (right, seen):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("own blocks")
     _finish(right, "sprites that are those that went in, %", "Identity over long rollouts")
-    _finish(seen, "lanes with a sprite in full sight, %", "Sprites in sight")
+    _finish(seen, "lanes with a sprite in full sight, %", "Sprites in sight (dashed: in truth)")
     return _png(figure)
 
 
