@@ -100,11 +100,12 @@ def _read_strips(
     columns = jnp.einsum("frwc,irjc->fiwj", strips, difference, precision="highest")
     gains = (squares[None, :, None] - 2 * columns) * seen[:, None]
     # Of the drawing at each place of the strip.
-    errors = sum(gains[:, :, j : j + places, j] for j in range(size))
+    errors = jnp.sum(
+        jnp.stack([gains[:, :, j : j + places, j] for j in range(size)]), axis=0
+    ).reshape(len(strips), -1)
     whole = jnp.stack([seen[j : j + places] for j in range(size)]).all(axis=0)
-    best = jnp.argmin(errors.reshape(len(strips), -1), axis=1)
+    best, least = jnp.argmin(errors, axis=1), jnp.min(errors, axis=1)
     identity, place = best // places, best % places
-    least = errors.reshape(len(strips), -1).min(axis=1)
     clear = (least < 0) & whole[place]
     frame = jnp.argmin(jnp.where(clear, least, 0))
     shown = jnp.where((least < 0).any(), PARTLY, NOTHING)

@@ -90,7 +90,7 @@ def measure_students(
     students = {name: model for name, model in found._asdict().items() if model is not None}
     errors = teacher_errors(students, teacher, clips, config.sampler, key)
     one, noise = data.held_out(1), config.sampler.context_noise
-    kept = lambda model: retention(*model, one, context_noise=noise)
+    kept = lambda model: retention(model.params, model.cfg, one, context_noise=noise)
     return recall_scores(config, data, found.student) | {
         "loss": held_out_losses(*found.student, clips, config.sampler, key),
         "errors": {name: error.mean for name, error in errors.items()},

@@ -56,7 +56,7 @@ def recall_curves(
         rows = {int(lag): row for lag, row in models[name]["recall_by_lag"].items()}
         points = [(lag, rows[lag]["share"], rows[lag]["interval"]) for lag in sorted(rows)]
         _line(axes, points, color, label(name))
-    baseline = 100 * np.mean([models[name]["baseline"] for name in shown])
+    baseline = float(100 * np.mean([models[name]["baseline"] for name in shown]))
     axes.axhline(baseline, color="#333333", linestyle="--", linewidth=1)
     axes.text(
         axes.get_xlim()[1], baseline + 1, "best blind answer", fontsize=8, ha="right", va="bottom"
