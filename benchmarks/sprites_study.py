@@ -74,6 +74,8 @@ def main(_):
         general = {name: value for name, value in changes.items() if ":" not in name}
         study = _Study(folder, base_config(_SIZE.value, general), changes, Clock(_MINUTES.value))
         study.run([parse_job(name) for name in names])
+        if study.failed:
+            sys.exit(f"error: these runs have failed: {', '.join(study.failed)}")
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
@@ -84,6 +86,7 @@ class _Study:
     def __init__(self, folder: Folder, base: Config, changes: dict[str, Any], clock: Clock):
         self._folder, self._base, self._changes, self._clock = folder, base, changes, clock
         self._claims, self._size = Claims(folder.scratch("claims")), _SIZE.value
+        self.failed: list[str] = []
 
     def run(self, jobs: list[Job]) -> None:
         """Run jobs in their order; those whose inputs another process makes wait for them."""
@@ -120,6 +123,9 @@ class _Study:
             result |= {"seconds_all": time.perf_counter() - began, "commit": _COMMIT.value}
             write_result(self._folder, job.name, config, result)
             logging.info("%s took %.0f s", job.name, result["seconds_all"])
+        except Exception:  # what others need time for is not lost with it
+            logging.exception("%s has failed", job.name)
+            self.failed.append(job.name)
         finally:
             self._claims.release(job.name)
 
