@@ -124,7 +124,7 @@ def _pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     return {
         "seeds": [[run["teacher"], run["seed"]] for run in found],
-        "recall": _together([(run["recall"]["recall"], n) for run, n in zip(found, clips)]),  # noqa: B905
+        "recall": _together([(run["recall"]["recall"], run["clips"]) for run in found]),
         "recall_of_seeds": [run["recall"]["recall"] for run in found],
         "recall_by_lag": by_lag,
         "baseline": mean([run["baseline"] for run in found]),
