@@ -1,0 +1,177 @@
+"""Where a long rollout loses the sprites that went in."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from arl2_jax.config import Config, SpriteConfig
+from arl2_jax.data.codec import Codec
+from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, make_clip
+from arl2_jax.data.text import embed_caption
+from arl2_jax.evaluation.lanes import Lanes, lanes_of, read_lanes
+from arl2_jax.evaluation.recall import NOTHING, wilson
+
+# Seeds apart from those of the other held-out clips.
+_FIRST_SEED = HELD_OUT_SEED + 2**41
+
+
+class Beginnings(NamedTuple):
+    """Held-out clips of which a model is given the beginning.
+
+    Attributes:
+      clips: as long as what is given.
+      lanes: of the clips.
+      batch: "latents" [N, given frames, rows, columns, channels] and "text".
+    """
+
+    clips: list[SpriteClip]
+    lanes: Lanes
+    batch: dict[str, np.ndarray]
+
+
+class Readings(NamedTuple):
+    """What was read of a rollout of M blocks.
+
+    Attributes:
+      identities: reading of every lane in every block, see `arl2_jax.evaluation.lanes.read_lanes`.
+      frames: block -> its last frame in the first videos.
+    """
+
+    identities: Int[np.ndarray, "m n s"]
+    frames: dict[int, UInt8[np.ndarray, "k h w 3"]]
+
+
+def beginnings(config: Config, codec: Codec, count: int, blocks: int) -> Beginnings:
+    """Make the first blocks of held-out clips.
+
+    Sprites begin in full sight, so that each has been seen.
+
+    Args:
+      config: the run, on synthetic clips.
+      codec: makes latents of pixels.
+      count: clips.
+      blocks: frame blocks of each.
+    """
+    model = config.model
+    frames = codec.pixel_frames(blocks * model.frames_per_block)
+    clips = [true_clip(config, i, frames) for i in range(count)]
+    pixels = np.stack([clip.video for clip in clips]).astype(np.float32) / 127.5 - 1
+    text = [embed_caption(clip.caption, model.text_len, model.text_dim) for clip in clips]
+    batch = {"latents": np.asarray(codec.encode(pixels)), "text": np.stack(text)}
+    return Beginnings(clips, lanes_of(clips, config.data.sprites), batch)
+
+
+def true_clip(
+    config: Config, index: int, frames: int, identity: Sequence[tuple[int, int]] | None = None
+) -> SpriteClip:
+    """Make the clip of which `beginnings` gives the first frames, of any length.
+
+    Args:
+      config: the run.
+      index: number of the clip.
+      frames: pixel frames.
+      identity: see `arl2_jax.data.sprites.make_clip`.
+    """
+    data = dataclasses.replace(config.data, frames=frames)
+    return make_clip(config.data.sprites, data, _FIRST_SEED + index, identity)
+
+
+def read_rollout(
+    blocks: Iterable[Array],
+    codec: Codec,
+    lanes: Lanes,
+    sprites: SpriteConfig,
+    *,
+    kept: Sequence[int] = (),
+    videos: int = 4,
+) -> Readings:
+    """Read the blocks of a rollout as they come; memory does not grow with their number.
+
+    Args:
+      blocks: latents [N, f, rows, columns, channels] of one block after the other.
+      codec: one whose frames have no past.
+      lanes, sprites: as in `read_lanes`.
+      kept: blocks whose last frame is kept.
+      videos: of how many of the videos.
+    """
+    read = jax.jit(lambda latents: _decode_and_read(codec, latents, lanes, sprites))
+    found, frames = [], {}
+    for i, block in enumerate(blocks):
+        identities, last = read(block)
+        found.append(identities)
+        if i in kept:
+            shown = np.clip(np.rint((np.asarray(last[:videos]) + 1) * 127.5), 0, 255)
+            frames[i] = shown.astype(np.uint8)
+        if i % 16 == 15:
+            # Bounds what is waiting on the device.
+            found = [np.asarray(x, np.int8) for x in found]
+    return Readings(np.stack([np.asarray(x, np.int8) for x in found]), frames)
+
+
+def _decode_and_read(codec: Codec, latents: Array, lanes: Lanes, sprites: SpriteConfig):
+    pixels = codec.decode(latents)
+    return read_lanes(pixels, lanes, sprites), pixels[:, -1]
+
+
+def drift_scores(
+    identities: Int[np.ndarray, "m n s"],
+    wanted: Int[np.ndarray, "n s"],
+    edges: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Shares of what a rollout shows, by block number.
+
+    Args:
+      identities: readings, as in `Readings`.
+      wanted: identities that went in, as in `Lanes`.
+      edges: first blocks of the parts that are told apart, from 0; by default 0, 1, 3, 7, 15, ...
+
+    Returns:
+      For each part "blocks" [first, last]; "seen", the share of lanes and blocks in which a whole
+      sprite is seen; "nothing", in which nothing is; "right", the share of those seen that show the
+      sprite that went in, and its "interval"; "videos" with any. "returns" has "right", "interval",
+      "videos" and "count" of the sprites that come back: a whole one is seen where nothing was in
+      the block before. A share of nothing is None. Intervals count videos: the lanes and blocks of
+      one are not independent.
+    """
+    blocks = len(identities)
+    known = np.broadcast_to(wanted != NOTHING, identities.shape)
+    seen = (identities >= 0) & known
+    right = seen & (identities == wanted)
+    # The last given block is not read: what is seen in block 0 has not come back.
+    before = np.concatenate([seen[:1] | True, identities[:-1] != NOTHING])
+    back = seen & ~before
+    scores = []
+    for first, last in _parts(blocks, edges):
+        part = np.s_[first : last + 1]
+        shares = _shares(seen[part], right[part])
+        scores.append(
+            {
+                "blocks": [first, last],
+                "seen": float(seen[part].sum() / known[part].sum()),
+                "nothing": float(
+                    ((identities[part] == NOTHING) & known[part]).sum() / known[part].sum()
+                ),
+            }
+            | shares
+            | {"returns": _shares(back[part], right[part] & back[part])}
+        )
+    return scores
+
+
+def _parts(blocks: int, edges: Sequence[int] | None) -> list[tuple[int, int]]:
+    if edges is None:
+        edges = [2**i - 1 for i in range(blocks.bit_length())]
+    starts = [edge for edge in edges if edge < blocks]
+    return list(zip(starts, [*(s - 1 for s in starts[1:]), blocks - 1], strict=True))
+
+
+def _shares(asked: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """Share of what was asked that is right, [blocks, videos, lanes] both."""
+    count, videos = int(asked.sum()), int(asked.any(axis=(0, 2)).sum())
+    share = float(right.sum() / count) if count else None
+    interval = None if share is None else wilson(share, videos)
+    return {"right": share, "interval": interval, "videos": videos, "count": count}

@@ -1,0 +1,190 @@
+"""What the study runs: jobs by name, and the configuration of each."""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from arl2_jax.config import Config, ConfigError, from_config_dict, to_config_dict
+from arl2_jax.evaluation.ranking import hybrid_count
+from configs import sprites_gpu
+
+# A teacher begins on short clips with short rests, which cost little and hold many reveals.
+STAGES: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {
+        "short": {
+            "data.frames": 24, "data.sprites.pause": (4, 10), "data.workers": 4,
+            "teacher.batch_size": 32, "teacher.steps": 600,
+        },
+        "long": {"teacher.steps": 250, "teacher.learning_rate": 3e-3},
+    },
+    "quick": {
+        "short": {"data.frames": 12, "data.sprites.pause": (2, 3)},
+        "long": {},
+    },
+}  # fmt: skip
+SHARES = {"all": 1.0, "p75": 0.75, "p50": 0.5}
+INITS = ("by_block", "published")
+# Of the all-hybrid model that starts by block. The fit knows reads of whole blocks alone.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "random_start": {"stage1.start": "random"},
+    "additive": {"model.delta.rule": "additive"},
+    "no_decay": {"model.delta.decay": "none"},
+    "beta_max_1": {"model.delta.beta_max": 1.0},
+    "reset": {"model.delta.span": "block"},
+    "context_noise": {"sampler.context_noise": 0.1},
+    "control_local": {
+        "model.memory_gate": "local", "stage1.start": "random", "phases": ("stage2",),
+    },
+    "token_read": {"model.delta.read": "token", "stage1.start": "random"},
+}  # fmt: skip
+_MAIN = ("all_by_block", "all_published")
+_NAME = re.compile(
+    r"(?P<kind>teacher|ranking|rollout_teacher|rollout_(?P<of>\w+?)|(?P<variant>\w+?))"
+    r"-t(?P<teacher>\d+)(-s(?P<seed>\d+))?"
+)
+
+
+class Job(NamedTuple):
+    """One run of the study, with a result of its own.
+
+    Attributes:
+      name: such as "all_by_block-t0-s1", also that of its file.
+      kind: "teacher", "conversion", "rollout" or "ranking".
+      variant: name of `VARIANTS`, of what is converted or continued; None for teachers.
+      teacher: seed of the teacher.
+      seed: of the conversion; that of the teacher where there is none.
+    """
+
+    name: str
+    kind: str
+    variant: str | None
+    teacher: int
+    seed: int
+
+    @property
+    def conversion(self) -> str | None:
+        """Name of the conversion that a rollout continues with; None for the teacher."""
+        return self.variant and f"{self.variant}-t{self.teacher}-s{self.seed}"
+
+
+def variants() -> list[str]:
+    """Names of all conversions, in an order in which neighbours share programs."""
+    return [f"{share}_{init}" for init in INITS for share in SHARES] + list(ABLATIONS)
+
+
+def parse_job(name: str) -> Job:
+    """The job of a name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    match = _NAME.fullmatch(name)
+    known = match and (match["variant"] or match["of"] or "all_by_block") in variants()
+    # A teacher has no seed but its own.
+    alone = match and match["kind"] in ("teacher", "rollout_teacher")
+    if not match or not known or bool(match["seed"]) == bool(alone):
+        raise ConfigError(
+            f"jobs={name} is unknown; a job is teacher-tT, rollout_teacher-tT, ranking-tT-sS, "
+            f"V-tT-sS or rollout_V-tT-sS with seeds T and S and V one of {', '.join(variants())}"
+        )
+    variant = match["variant"] or match["of"]
+    kind = match["kind"].split("_")[0] if match["variant"] is None else "conversion"
+    teacher = int(match["teacher"])
+    return Job(name, kind, variant, teacher, int(match["seed"] or teacher))
+
+
+def all_jobs(seeds: Sequence[int], teachers: Sequence[int]) -> list[str]:
+    """Every job of the study, those first on which others stand and which say most.
+
+    Args:
+      seeds: of conversions.
+      teachers: seeds of teachers; the conversions of one seed are those of the teacher in the same
+        place, of the last one where there are fewer.
+    """
+    of = {seed: teachers[min(i, len(teachers) - 1)] for i, seed in enumerate(seeds)}
+    place = lambda variant, seed: f"{variant}-t{of[seed]}-s{seed}"
+    jobs = [f"teacher-t{teacher}" for teacher in teachers]
+    first = seeds[0]
+    jobs += [place(variant, first) for variant in _MAIN]
+    jobs += [place("rollout_all_by_block", first), place("ranking", first)]
+    jobs += [place(variant, first) for variant in variants() if variant not in _MAIN]
+    jobs += [f"rollout_teacher-t{teachers[0]}"]
+    for seed in seeds[1:]:
+        jobs += [place(variant, seed) for variant in (*_MAIN, "rollout_all_by_block", "ranking")]
+    rest = [v for v in variants() if v not in (*_MAIN, "token_read")]
+    return jobs + [place(variant, seed) for seed in seeds[1:] for variant in rest]
+
+
+def base_config(size: str, changes: Mapping[str, Any]) -> Config:
+    """The study's configuration.
+
+    Clips are made in the training process: worker processes take seconds to start, in every phase.
+
+    Args:
+      size: variant of configs/sprites_gpu.py.
+      changes: dotted field -> value.
+    """
+    return changed(
+        from_config_dict(sprites_gpu.get_config(size)), {"data.workers": 0} | {**changes}
+    )
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some fields.
+
+    Raises:
+      ConfigError: a field is unknown, or its value is refused.
+    """
+    tree = to_config_dict(config)
+    for name, value in changes.items():
+        *groups, field = name.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"unknown config field {name}; {group} has no fields")
+        place[field] = value
+    return from_config_dict(tree)
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Texts such as "teacher.learning_rate=4e-3" as dotted field -> value.
+
+    Raises:
+      ConfigError: a text is no assignment.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"set={text} must be FIELD=VALUE, such as teacher.learning_rate=4e-3")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found
+
+
+def conversion_config(config: Config, variant: str, seed: int, workdir: str) -> Config:
+    """The run that makes a conversion of a teacher.
+
+    Args:
+      config: the study's, with the teacher's weights.
+      variant: one of `variants()`.
+      seed: of the run.
+      workdir: folder of the run.
+    """
+    changes: dict[str, Any] = {
+        "phases": ("stage1", "stage2"), "evaluation.controls": (), "train.seed": seed,
+        "train.workdir": workdir,
+    }  # fmt: skip
+    if variant in ABLATIONS:
+        # A part of the test is enough to see large differences.
+        fewer = max(config.evaluation.recall_clips // 4 * 2, 2)
+        changes |= {"evaluation.recall_clips": fewer} | ABLATIONS[variant]
+    else:
+        share, _, init = variant.partition("_")
+        layers = hybrid_count(SHARES[share], config.model.num_layers)
+        changes |= {"model.hybrid_layers": tuple(range(layers)), "model.memory_init": init}
+    return changed(config, changes)

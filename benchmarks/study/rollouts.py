@@ -1,0 +1,125 @@
+"""Long rollouts: which sprites are left of those that went in, block by block."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from arl2_jax.config import Config
+from arl2_jax.data import make_codec
+from arl2_jax.evaluation.drift import (
+    Beginnings,
+    beginnings,
+    drift_scores,
+    read_rollout,
+    true_clip,
+)
+from arl2_jax.evaluation.lanes import lanes_of
+from arl2_jax.generation.generator import Generator
+from study.clock import Clock
+from study.conversions import student_params, teacher_params
+from study.measures import memory_bytes
+from study.recipes import Job, conversion_config
+from study.stored import Folder
+
+# Seconds that must be left to go on, so that what was read can be scored and stored.
+_TO_STORE = 15
+# Blocks of true clips that are read for comparison.
+_TRUE_BLOCKS = 64
+
+
+def run_rollout(
+    base: Config, size: str, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int
+) -> tuple[Config, dict[str, Any]]:
+    """Let a model go on from the first third of held-out clips, and read what it draws.
+
+    Args:
+      base, size, job, folder: as elsewhere; a teacher's job continues with the teacher.
+      clock: a rollout ends early where the time does.
+      blocks: to generate, at most; models with softmax layers end at 60.
+      videos: to generate together.
+    """
+    config = base
+    if job.variant is not None:
+        config = conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
+    cfg = config.model if job.variant else config.model.teacher()
+    params = teacher_params(config, folder, job, size)
+    if job.conversion:
+        params = student_params(params, folder, job.conversion)
+    codec = make_codec(config)
+    assert codec is not None  # clips that are made on the fly have one
+    given = beginnings(config, codec, videos, max(config.blocks // 3, 1))
+    softmax = len(cfg.hybrid_layers) < cfg.num_layers
+    blocks = min(blocks, 60) if softmax else blocks
+    generator = Generator(cfg, params, config.sampler, latent_shape=config.latent_shape)
+    stream = generator.stream(
+        given.batch["text"], key=jax.random.key(job.seed), past=given.batch["latents"],
+        frames=blocks * cfg.frames_per_block if softmax else None,
+    )  # fmt: skip
+    timed = _Timed(itertools.islice(stream, blocks), clock)
+    kept = sorted({0, 9, 59, 249, blocks // 2 - 1, blocks - 1})
+    readings = read_rollout(timed, codec, given.lanes, config.data.sprites, kept=kept)
+    wanted = given.lanes.identities
+    made = len(readings.identities)
+    numbers = np.array(sorted(readings.frames))
+    np.savez_compressed(
+        folder.pictures / f"{job.name}.npz",
+        blocks=numbers + 1, frames=np.stack([readings.frames[i] for i in numbers]),
+        given=np.stack([clip.video[-1] for clip in given.clips[:4]]),
+    )  # fmt: skip
+    return config, {
+        "kind": "rollout",
+        "variant": job.variant,
+        "teacher": job.teacher,
+        "seed": job.seed,
+        "videos": videos,
+        "given_blocks": given.batch["latents"].shape[1] // cfg.frames_per_block,
+        "blocks": made,
+        "sampler": {"method": config.sampler.method, "steps": config.sampler.steps},
+        "drift": drift_scores(readings.identities, wanted),
+        "truth": drift_scores(_truth(config, given, min(made, _TRUE_BLOCKS)), wanted),
+        "identities": wanted.tolist(),
+        "readings": readings.identities.tolist() if made <= _TRUE_BLOCKS else None,
+        "first_block_seconds": timed.first,
+        "seconds_a_block": timed.seconds / max(made - 1, 1),
+        "memory_bytes": memory_bytes(config, cfg),
+    }
+
+
+def _truth(config: Config, given: Beginnings, blocks: int) -> np.ndarray:
+    """Readings of the true clips as they go on: how often a sprite is in sight at all."""
+    f, codec = config.model.frames_per_block, make_codec(config)
+    assert codec is not None
+    first = given.clips[0].video.shape[0]
+    clips = [true_clip(config, i, first + blocks * f) for i in range(len(given.clips))]
+
+    def latents() -> Iterator[Any]:
+        for start in range(first, first + blocks * f, f):
+            pixels = np.stack([clip.video[start : start + f] for clip in clips])
+            yield codec.encode(pixels.astype(np.float32) / 127.5 - 1)
+
+    lanes = lanes_of(clips, config.data.sprites)
+    return read_rollout(latents(), codec, lanes, config.data.sprites).identities
+
+
+class _Timed:
+    """Blocks as they come, as long as there is time; how long they took."""
+
+    def __init__(self, blocks: Iterator[Any], clock: Clock):
+        self._blocks, self._clock = blocks, clock
+        self.first = self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        began, block = time.perf_counter(), None
+        for i, block in enumerate(self._blocks):
+            if not i:
+                jax.block_until_ready(block)
+                self.first, began = time.perf_counter() - began, time.perf_counter()
+            yield block
+            if self._clock.left() < _TO_STORE:
+                break
+        jax.block_until_ready(block)
+        self.seconds = time.perf_counter() - began

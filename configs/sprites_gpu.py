@@ -1,0 +1,134 @@
+"""Sprites at true token density on one GPU: blocks of 1600 tokens, heads of 128 dimensions.
+
+    python launch/train.py --config=configs/sprites_gpu.py
+
+Three or four sprites of 18 identities, each in a lane of its own, pass and rest behind an occluder
+for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
+converted, and runs/sprites-gpu/report shows what the states remember. Needs 80 GB.
+
+Attention over short clips costs a third a frame, so that a teacher learns sooner if it begins
+there:
+
+    python launch/train.py --config=configs/sprites_gpu.py --config.phases="('teacher',)" \
+        --config.data.frames=24 --config.data.sprites.pause='(4, 10)' \
+        --config.teacher.batch_size=32 --config.train.workdir=runs/sprites-short
+    python launch/train.py --config=configs/sprites_gpu.py --config.teacher.steps=250 \
+        --config.teacher.weights=runs/sprites-short/teacher/weights
+
+The same task at toy size, for a look at the whole path on a CPU; little is learned:
+
+    python launch/train.py --config=configs/sprites_gpu.py:quick
+"""
+
+from typing import Any, cast
+
+import ml_collections
+
+from arl2_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    SamplerConfig,
+    SpriteConfig,
+    Stage1Config,
+    Stage2Config,
+    TeacherConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+
+def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+    if variant not in ("full", "quick"):
+        raise ValueError(f"configs/sprites_gpu.py:{variant} is not known; known is :quick")
+    config = Config(
+        model=ModelConfig(
+            dim=256,
+            ffn_dim=1024,
+            num_heads=2,
+            num_layers=4,
+            text_dim=32,
+            text_len=64,
+            in_dim=12,
+            out_dim=12,
+            frames_per_block=4,
+            lora_rank=32,
+            lora_alpha=64.0,
+            hybrid_layers=(0, 1, 2, 3),
+            memory_init="by_block",
+            dtype="bfloat16",
+            remat="layer",
+        ),
+        # What a sprite is shows through more noise the more pixels it has: 169 here, 25 in
+        # configs/tiny.py. The shift grows with the root of that, so that as many steps as there
+        # must ask the memory.
+        sampler=SamplerConfig(method="euler", steps=8, shift=16.0),
+        data=DataConfig(
+            frames=72,
+            height=80,
+            width=80,
+            codec_factor=2,
+            workers=4,
+            sprites=SpriteConfig(
+                count=(3, 4),
+                colors=6,
+                shapes=3,
+                size=13,
+                speed=(6.0, 6.0),
+                occluder_width=24,
+                pause=(4, 64),
+                lamp=4,
+                only_reveals=True,
+            ),
+        ),
+        teacher=TeacherConfig(
+            steps=700,
+            batch_size=8,
+            optimizer="muon",
+            learning_rate=6e-3,
+            learning_rates=(("blocks/.*/kernel$", 2.75),),
+            warmup=40,
+        ),
+        stage1=Stage1Config(
+            start="least_squares",
+            start_clips=32,
+            steps=30,
+            batch_size=8,
+            learning_rate=1e-2,
+            warmup=5,
+        ),
+        stage2=Stage2Config(
+            steps=400,
+            batch_size=4,
+            optimizer="muon",
+            learning_rate=1e-2,
+            warmup=15,
+            ema_decay=0.97,
+            layer_loss=0.0,
+        ),
+        train=TrainConfig(workdir="runs/sprites-gpu", checkpoint_every=500, keep=1),
+        evaluation=EvaluationConfig(clips=32, recall_clips=384, recall_noises=1, rollout_length=2),
+    )
+    tree = ml_collections.ConfigDict(to_config_dict(config))
+    return tree if variant == "full" else _quick(tree)
+
+
+def _quick(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same task with 20 tokens a block, heads of 32 and a few steps."""
+    fields = cast(Any, tree)
+    fields.model.update(
+        dim=64, ffn_dim=128, freq_dim=32, text_len=8, frames_per_block=2, dtype="float32"
+    )
+    # Tokens of this run's own blocks, which are filled in from its data.
+    fields.model.delta.block_tokens = 0
+    fields.data.update(frames=16, height=16, width=20, workers=0, held_out=8)
+    fields.data.sprites.update(
+        count=(2, 2), size=5, speed=(4.0, 4.0), occluder_width=9, pause=(2, 8), lamp=2
+    )
+    for phase in (fields.teacher, fields.stage1, fields.stage2):
+        phase.update(steps=4, batch_size=2, warmup=1)
+    fields.stage1.start_clips = 4
+    fields.evaluation.update(clips=2, recall_clips=16, rollout_clips=1)
+    fields.train.workdir = "runs/sprites-quick"
+    return tree
