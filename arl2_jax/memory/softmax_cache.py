@@ -69,19 +69,49 @@ def _attend_blocks(q: Array, k: Array, v: Array) -> Array:
 
     Each [B, copies, blocks, n, H, D].
     """
+    seen = zip(_visible(k), _visible(v), strict=True)
     outputs = []
-    for i in range(q.shape[2]):
+    for i, (keys, values) in enumerate(seen):
         queries = q[:, :, i].reshape(-1, *q.shape[3:])
-        outputs.append(dot_product_attention(queries, _visible(k, i), _visible(v, i)))
+        outputs.append(dot_product_attention(queries, keys, values))
     return jnp.stack(outputs, axis=1).reshape(q.shape)
 
 
-def _visible(x: Array, i: int) -> Array:
-    """What each copy of block i sees.
+@jax.custom_vjp
+def _visible(x: Array) -> tuple[Array, ...]:
+    """What each copy of every block sees.
 
-    [B, copies, blocks, n, ...] -> [B * copies, (i + 1) n, ...]
+    [B, copies, blocks, n, ...] -> one [B * copies, (i + 1) n, ...] for each block i
     """
+    return tuple(_visible_from(x, i) for i in range(x.shape[2]))
+
+
+def _visible_from(x: Array, i: int) -> Array:
     batch, copies = x.shape[:2]
     past = jnp.broadcast_to(x[:, :1, :i], (batch, copies, i, *x.shape[3:]))
     seen = jnp.concatenate([past, x[:, :, i : i + 1]], axis=2)
     return seen.reshape(batch * copies, -1, *x.shape[4:])
+
+
+def _visible_forward(x: Array) -> tuple[tuple[Array, ...], int]:
+    return _visible(x), x.shape[1]
+
+
+def _visible_backward(copies: int, gradients: tuple[Array, ...]) -> tuple[Array]:
+    """Sums block by block: the derivative of slices would fill each up to a whole clip first."""
+    by_block = [
+        g.reshape(-1, copies, i + 1, g.shape[1] // (i + 1), *g.shape[2:])
+        for i, g in enumerate(gradients)
+    ]
+    summed = []
+    for j, own in enumerate(by_block):
+        later = sum(g[:, :, j] for g in by_block[j + 1 :])
+        own = own[:, :, j]
+        if j + 1 < len(by_block):
+            clean = own[:, :1] + jnp.sum(later, axis=1, keepdims=True)
+            own = jnp.concatenate([clean, own[:, 1:]], axis=1)
+        summed.append(own)
+    return (jnp.stack(summed, axis=2),)
+
+
+_visible.defvjp(_visible_forward, _visible_backward)
