@@ -1,4 +1,4 @@
-"""Linear layers over any number of axes: one product, whatever the form that differentiates best."""
+"""Linear layers over any number of axes give the products and derivatives of JAX."""
 
 import jax
 import jax.numpy as jnp
