@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
             ),
         ),
         teacher=TeacherConfig(
-            steps=520,
+            steps=700,
             batch_size=8,
             optimizer="muon",
             learning_rate=8e-3,
@@ -62,16 +62,22 @@ def get_config() -> ml_collections.ConfigDict:
             warmup=40,
         ),
         stage1=Stage1Config(
-            start="least_squares", steps=20, batch_size=16, learning_rate=1e-2, warmup=5
+            start="least_squares",
+            start_clips=32,
+            steps=20,
+            batch_size=16,
+            learning_rate=1e-2,
+            warmup=5,
         ),
         stage2=Stage2Config(
-            steps=500,
+            steps=900,
             batch_size=4,
             optimizer="muon",
             learning_rate=2e-2,
             warmup=15,
             ema_decay=0.97,
             layer_loss=0.0,
+            control_share=0.25,
         ),
     )
     tree = cast(Any, ml_collections.ConfigDict(to_config_dict(config)))

@@ -131,6 +131,8 @@ BROKEN = [
     ("stage1.learning_rates", (("lora",),), "2 entries"),
     ("stage2.layer_loss", -0.1, "negative"),
     ("stage2.self_rollout", 1.5, "[0, 1]"),
+    ("stage2.control_share", 0.0, "(0, 1]"),
+    ("stage2.control_share", 1.5, "(0, 1]"),
     ("train.workdir", "", "name the folder"),
     ("train.log_every", 0, "positive"),
     ("train.checkpoint_every", 0, "positive"),

@@ -99,10 +99,13 @@ class Stage2Config(PhaseConfig):
     Attributes:
       layer_loss: weight of the stage-1 loss next to the end-to-end loss.
       self_rollout: share of the steps (the last ones) whose clean context is the student's own.
+      control_share: steps of each control as a share of `steps`. Without memory there is less to
+        learn; the curves of a run tell whether a control has stopped to improve.
     """
 
     layer_loss: float = 0.1
     self_rollout: float = 0.0
+    control_share: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,6 +113,10 @@ class Stage2Config(PhaseConfig):
         require(
             0 <= self.self_rollout <= 1,
             f"stage2.self_rollout={self.self_rollout} must be a share in [0, 1]",
+        )
+        require(
+            0 < self.control_share <= 1,
+            f"stage2.control_share={self.control_share} must be a share in (0, 1]",
         )
 
 

@@ -17,6 +17,7 @@ from arl2_jax.memory.recurrence import (
     states_before,
 )
 from arl2_jax.nn.attention import attention
+from arl2_jax.nn.linear import dot_general
 from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.rope import rotate
@@ -50,7 +51,13 @@ class GatedDelta(nnx.Module):
         # Xavier-uniform with gain 2^-2.5, whose square is the scale of the variance.
         gentle = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
         make = lambda: nnx.Linear(
-            dim, heads, use_bias=False, kernel_init=gentle, dtype=jnp.float32, rngs=rngs
+            dim,
+            heads,
+            use_bias=False,
+            kernel_init=gentle,
+            dtype=jnp.float32,
+            dot_general=dot_general,
+            rngs=rngs,
         )
         self.a_proj, self.b_proj, self.gate_proj = make(), make(), make()
         start = initial.values(cfg, rngs.params(), rngs.params())

@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
+from arl2_jax.memory.clip_attention import attend_blocks
 from arl2_jax.memory.interface import Projections
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.rope import rotate
 from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, lay_out, per_device
-from pallas_kernels import dot_product_attention
 
 
 class CacheState(NamedTuple):
@@ -51,7 +51,7 @@ class SoftmaxCache(nnx.Module):
         return attention(q, seen.k, seen.v, position + q.shape[1])
 
     def attend_clip(self, p: Projections, blocks, copies):
-        """One call a block, so that no score of an invisible key is ever computed."""
+        """All blocks at once: every copy sees the clean blocks before its own, and its own."""
         by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
         by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
         split = lambda x: lay_out(
@@ -60,28 +60,5 @@ class SoftmaxCache(nnx.Module):
         q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
         # Every block sees all before it. So the devices that had shared out the blocks share out
         # the heads: q, k, v and then the output move between them (all-to-all).
-        out = per_device(_attend_blocks, (by_head,) * 3, by_head)(q, k, v)
+        out = per_device(attend_blocks, (by_head,) * 3, by_head)(q, k, v)
         return lay_out(out, by_block).reshape(p.q.shape), {}
-
-
-def _attend_blocks(q: Array, k: Array, v: Array) -> Array:
-    """Attention of every block to the clean ones before it and to itself.
-
-    Each [B, copies, blocks, n, H, D].
-    """
-    outputs = []
-    for i in range(q.shape[2]):
-        queries = q[:, :, i].reshape(-1, *q.shape[3:])
-        outputs.append(dot_product_attention(queries, _visible(k, i), _visible(v, i)))
-    return jnp.stack(outputs, axis=1).reshape(q.shape)
-
-
-def _visible(x: Array, i: int) -> Array:
-    """What each copy of block i sees.
-
-    [B, copies, blocks, n, ...] -> [B * copies, (i + 1) n, ...]
-    """
-    batch, copies = x.shape[:2]
-    past = jnp.broadcast_to(x[:, :1, :i], (batch, copies, i, *x.shape[3:]))
-    seen = jnp.concatenate([past, x[:, :, i : i + 1]], axis=2)
-    return seen.reshape(batch * copies, -1, *x.shape[4:])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from arl2_jax.config import ModelConfig
 from arl2_jax.memory import GatedDelta, Projections
 from arl2_jax.nn.attention import attention
+from arl2_jax.nn.linear import dot_general
 from arl2_jax.nn.norm import RMSNorm
 from arl2_jax.nn.rope import Rope
 
@@ -23,6 +24,7 @@ class AttentionProjections(nnx.Module):
             cfg.dim,
             kernel_init=nnx.initializers.xavier_uniform(),
             dtype=jnp.dtype(cfg.dtype),
+            dot_general=dot_general,
             rngs=rngs,
         )
         self.q, self.k, self.v, self.o = make(), make(), make(), make()

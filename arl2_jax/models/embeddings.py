@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig
+from arl2_jax.nn.linear import dot_general
 from arl2_jax.nn.mlp import MLP, gelu_tanh
 from arl2_jax.nn.norm import layer_norm
 
@@ -47,6 +48,7 @@ class Head(nnx.Module):
             math.prod(cfg.patch_size) * cfg.out_dim,
             kernel_init=nnx.initializers.zeros,
             dtype=dtype,
+            dot_general=dot_general,
             rngs=rngs,
         )
 
@@ -67,6 +69,7 @@ class Stem(nnx.Module):
             cfg.dim,
             kernel_init=nnx.initializers.xavier_uniform(),
             dtype=dtype,
+            dot_general=dot_general,
             rngs=rngs,
         )
         self.text_embedding = MLP(
@@ -81,6 +84,7 @@ class Stem(nnx.Module):
             6 * cfg.dim,
             kernel_init=nnx.initializers.xavier_uniform(),
             dtype=jnp.float32,
+            dot_general=dot_general,
             rngs=rngs,
         )
         self.head = Head(cfg, dtype, rngs=rngs)

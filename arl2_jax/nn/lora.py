@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from arl2_jax.nn.linear import matmul
+
 
 class LowRank(nnx.Module):
     """x A B * alpha / rank; A is Kaiming-uniform and B zero, so it starts as no update.
@@ -27,4 +29,4 @@ class LowRank(nnx.Module):
     def __call__(self, x):
         """The update alone, to be added to the layer's output."""
         a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
-        return (x.astype(self.dtype) @ a) @ b * self.scale
+        return matmul(matmul(x.astype(self.dtype), a), b) * self.scale

@@ -3,14 +3,18 @@
 import jax
 from flax import nnx
 
+from arl2_jax.nn.linear import dot_general
+
 
 class MLP(nnx.Module):
     """Linear, activation, Linear."""
 
     def __init__(self, in_dim, hidden, out_dim, activation, dtype, *, rngs, kernel_init=None):
         init = kernel_init or nnx.initializers.xavier_uniform()
-        self.fc1 = nnx.Linear(in_dim, hidden, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, out_dim, dtype=dtype, kernel_init=init, rngs=rngs)
+        make = lambda i, o: nnx.Linear(
+            i, o, dtype=dtype, kernel_init=init, dot_general=dot_general, rngs=rngs
+        )
+        self.fc1, self.fc2 = make(in_dim, hidden), make(hidden, out_dim)
         self.activation = activation
 
     def __call__(self, x, lora1=None, lora2=None):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -138,13 +139,14 @@ def control_config(config: Config, memory_gate: str) -> Config:
     """The run of a control without memory: the student's stage 2, from the untrained hybrid.
 
     A closed gate leaves stage 1 nothing to learn: all its gradients are zero. The local control is
-    trained by the same recipe.
+    trained by the same recipe, on the first stage2.control_share of the clips.
     """
+    steps = math.ceil(config.stage2.control_share * config.stage2.steps)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, memory_gate=memory_gate),
         stage1=dataclasses.replace(config.stage1, start="random"),
-        stage2=dataclasses.replace(config.stage2, layer_loss=0.0),
+        stage2=dataclasses.replace(config.stage2, layer_loss=0.0, steps=steps),
     )
 
 

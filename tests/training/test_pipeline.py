@@ -180,6 +180,15 @@ def test_controls_of_a_fitted_run_are_configurations_themselves(config, gate):
     assert found.stage2.steps == config.stage2.steps and found.data == config.data
 
 
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 10), (0.5, 5), (0.25, 3), (1e-9, 1)])
+def test_controls_take_their_share_of_the_steps(config, share, steps):
+    stage2 = dataclasses.replace(config.stage2, steps=10, control_share=share)
+    found = control_config(dataclasses.replace(config, stage2=stage2), "zero").stage2
+    # Their learning rate falls to its end within their own steps.
+    assert found.steps == steps
+    assert dataclasses.replace(found, steps=10) == dataclasses.replace(stage2, layer_loss=0.0)
+
+
 @pytest.mark.parametrize("phases", [("teacher", "stage1"), ("stage1", "stage2")])
 def test_random_teacher_that_is_not_trained_predicts_something(config, tmp_path, phases):
     """Its head starts at zero if it is to be trained; left so, stage 2 would have no target."""
