@@ -11,6 +11,14 @@ The error is taken at the asking tokens of fresh clips: 1 is that of reading not
 
 Values of marked tokens are new in every clip, so that only memory can tell them. Where every block
 begins with nothing but the block before ("only the block before"), lags above 1 must stay at 1.
+
+Settings that separate memories: as many marked tokens as a head has dimensions (--marked) fill a
+state; --loss=all asks all other tokens to read nothing, which needs a gate that can close, and
+--offset gives inputs the constant direction that normalised and modulated inputs have;
+--correlation makes keys alike; --new_keys draws the keys of marked tokens for each clip,
+so that P cannot learn them; --apart gives each head marked tokens of its own, as heads that
+attend to different things; --repeated makes a share of the tokens a still background; --rope
+turns keys by frame.
 """
 
 import dataclasses
@@ -18,7 +26,7 @@ import functools
 import json
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +50,12 @@ _STEPS = flags.DEFINE_integer("steps", 400, "Optimizer steps.")
 _RATE = flags.DEFINE_float("learning_rate", 1e-2, "Adam's learning rate.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights, markers and clips.")
 _STARTS = flags.DEFINE_list("starts", [], "Names to run; by default all of them.")
+_MARKED = flags.DEFINE_integer("marked", 8, "Marked tokens, and those that ask in a later block.")
 _CORRELATION = flags.DEFINE_float("correlation", 0.0, "Share of a direction that all keys have.")
+_OFFSET = flags.DEFINE_float("offset", 0.0, "Share of a direction that all inputs x have.")
+_NEW_KEYS = flags.DEFINE_bool("new_keys", False, "Draw the keys of marked tokens for each clip.")
+_APART = flags.DEFINE_bool("apart", False, "Give each head marked tokens of its own.")
+_REPEATED = flags.DEFINE_float("repeated", 0.0, "Share of tokens that are the same in all blocks.")
 _ROPE = flags.DEFINE_bool("rope", False, "Rotate by frame as in three frames a block.")
 _LOSS = flags.DEFINE_enum(
     "loss", "asking", ["asking", "all"], "Tokens that the loss counts; all others should read 0."
@@ -50,7 +63,6 @@ _LOSS = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_string("dtype", None, "Compute type; bfloat16 on GPUs, else float32.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
-MARKED = 8
 # Share of a marked key's square that its fellow query has too; the rest is drawn for each token.
 MATCH = 0.8
 # Trained, as in stage 1.
@@ -67,11 +79,13 @@ class Start(NamedTuple):
       delta: settings that differ from the defaults.
       published: parameters that are put back to their published start.
       memory_init: of the rest.
+      memory: makes the memory from its configuration.
     """
 
     delta: Mapping[str, Any] = types.MappingProxyType({})
     published: tuple[str, ...] = ()
     memory_init: str = "by_block"
+    memory: Callable[..., GatedDelta] = GatedDelta
 
 
 _DECAY = ("A_log", "dt_bias")
@@ -147,12 +161,13 @@ def retrieval(cfg: ModelConfig, start: Start, seed: int) -> dict[str, Any]:
     module_key, marker_key, train_key, test_key = jax.random.split(jax.random.key(seed), 4)
     delta = dataclasses.replace(cfg.delta, **start.delta)
     made = dataclasses.replace(cfg, memory_init=start.memory_init, delta=delta)
-    params = initial_params(made, module_key)
+    params = initial_params(made, module_key, start.memory)
     published = initial_params(dataclasses.replace(cfg, memory_init="published"), module_key)
     for name in start.published:
         params[name] = published.get(name, jnp.zeros_like(params[name]))
     trained = {name: params.pop(name) for name in TRAINED if name in params}
-    programs = make_programs(dataclasses.replace(made, delta=_without_initial_values(delta)))
+    program_of = dataclasses.replace(made, delta=_without_initial_values(delta))
+    programs = make_programs(program_of, start.memory)
     markers = draw_markers(cfg, marker_key)
 
     state = programs.optimizer.init(trained)
@@ -187,9 +202,9 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache
-def make_programs(cfg: ModelConfig) -> Programs:
+def make_programs(cfg: ModelConfig, memory: Callable[..., GatedDelta]) -> Programs:
     """Makes the training step and the test, both jitted."""
-    graph = nnx.split(nnx.eval_shape(lambda: GatedDelta(cfg, rngs=nnx.Rngs(0))))[0]
+    graph = nnx.split(nnx.eval_shape(lambda: memory(cfg, rngs=nnx.Rngs(0))))[0]
     optimizer = optax.adam(_RATE.value)
 
     def read(trained, params, markers, key):
@@ -220,46 +235,63 @@ def make_programs(cfg: ModelConfig) -> Programs:
     return Programs(optimizer, step, test)
 
 
-def initial_params(cfg: ModelConfig, key) -> dict[str, jax.Array]:
+def initial_params(cfg: ModelConfig, key, memory=GatedDelta) -> dict[str, jax.Array]:
     """A fresh memory's parameters."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(GatedDelta(cfg, rngs=nnx.Rngs(key)))[1]))()
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(memory(cfg, rngs=nnx.Rngs(key)))[1]))()
 
 
 class Markers(NamedTuple):
     """Directions that stay the same over all clips, entries of unit variance."""
 
-    key: jax.Array  # of each marked token, [8, C]
+    key: jax.Array  # of each marked token, [marked, C]
     marked: jax.Array  # in x of a marked token, [C]
     asks: jax.Array  # in x of an asking token, [C]
     common: jax.Array  # in all keys and queries, [C]
+    offset: jax.Array  # in all x, [C]
 
 
 def draw_markers(cfg: ModelConfig, key) -> Markers:
     """Draws the directions of one seed."""
-    rows = jax.random.normal(key, (MARKED + 3, cfg.dim))
-    return Markers(rows[:MARKED], *rows[MARKED:])
+    rows = jax.random.normal(key, (_MARKED.value + 3, cfg.dim))
+    offset = jax.random.normal(jax.random.fold_in(key, 0), (cfg.dim,))
+    return Markers(rows[: _MARKED.value], *rows[_MARKED.value :], offset)
 
 
 def draw_clip(cfg: ModelConfig, markers: Markers, key):
-    """A clip of one video: projections, targets [1, T, H, D], and asking tokens [blocks, 8]."""
+    """A clip of one video: projections, targets [1, T, H, D], and asking tokens."""
     blocks, n, dtype = _BLOCKS.value, _TOKENS.value, jnp.dtype(cfg.dtype)
     place_key, *noise_keys = jax.random.split(key, 5)
     x, q, k, v = (
         jax.random.normal(jax.random.clone(noise_key), (blocks, n, cfg.dim), dtype)
         for noise_key in noise_keys
     )
-    shared = jnp.sqrt(jnp.asarray(_CORRELATION.value, dtype))
-    alone = jnp.sqrt(jnp.asarray(1 - _CORRELATION.value, dtype))
-    q, k = (shared * markers.common.astype(dtype) + alone * y for y in (q, k))
-    draw = lambda key: jax.random.permutation(key, n)[:MARKED]
+    still = jnp.arange(n)[:, None] < _REPEATED.value * n
+    x, q, k, v = (jnp.where(still, y[:1], y) for y in (x, q, k, v))
+    share = lambda y, of, direction: of**0.5 * direction.astype(dtype) + (1 - of) ** 0.5 * y
+    q, k = (share(y, _CORRELATION.value, markers.common) for y in (q, k))
+    # Without --apart one group of marked tokens serves all heads; its features are all of them.
+    groups = cfg.num_heads if _APART.value else 1
+    owner = jnp.repeat(jnp.arange(groups), _MARKED.value)
+    own = jnp.arange(cfg.dim) // (cfg.dim // groups) == owner[:, None]
+    draw = lambda key: jax.random.permutation(key, n)[: len(owner)]
     places = jax.vmap(draw)(jax.random.split(place_key, blocks))  # marked in block 0, else asking
     rows = jnp.arange(blocks)[:, None]
-    mix = lambda y, direction: (MATCH**0.5 * direction + (1 - MATCH) ** 0.5 * y).astype(dtype)
-    k = k.at[0, places[0]].set(mix(k[0, places[0]], markers.key))
-    q = q.at[rows[1:], places[1:]].set(mix(q[rows[1:], places[1:]], markers.key))
-    x = x.at[0, places[0]].set(mix(x[0, places[0]], markers.marked))
-    x = x.at[rows[1:], places[1:]].set(mix(x[rows[1:], places[1:]], markers.asks))
-    target = jnp.zeros_like(v).at[rows[1:], places[1:]].set(v[0, places[0]])
+    keys = markers.key
+    if _NEW_KEYS.value:
+        keys = jax.random.normal(jax.random.fold_in(key, 0), keys.shape)
+    keys = jnp.tile(keys, (groups, 1))
+    marked, asks = (
+        jnp.stack([jnp.roll(x, i) for i in range(groups)])[owner]
+        for x in (markers.marked, markers.asks)
+    )
+    mix = lambda y, direction: share(y, MATCH, direction)
+    put = lambda y, at, direction: y.at[at].set(jnp.where(own, mix(y[at], direction), y[at]))
+    first, later = (0, places[0]), (rows[1:], places[1:])
+    k, q = put(k, first, keys), put(q, later, keys)
+    x = x.at[first].set(mix(x[first], marked))
+    x = x.at[later].set(mix(x[later], asks))
+    x = share(x, _OFFSET.value, markers.offset)
+    target = jnp.zeros_like(v).at[later].set(jnp.where(own, v[first], 0))
     flat = lambda y: y.reshape(1, blocks * n, *y.shape[2:])
     heads = lambda y: flat(y).reshape(1, blocks * n, cfg.num_heads, cfg.head_dim)
     scale = jnp.ones(cfg.dim)
@@ -279,13 +311,13 @@ def _rope(cfg: ModelConfig) -> Rope:
 
 
 def _write(rows: dict[str, Any]) -> None:
-    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "correlation",
-             "loss", "rope")  # fmt: skip
+    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "marked",
+             "new_keys", "apart", "correlation", "offset", "repeated", "loss", "rope")  # fmt: skip
     shapes = {name: flags.FLAGS[name].value for name in names}
     result = {
         "what": "relative squared error of what a layer's memory brings back, by lag in blocks",
         "timed": "wall time of the training steps, compilation apart",
-        "shapes": shapes | {"dtype": _config().dtype, "marked": MARKED, "test_clips": _TEST_CLIPS},
+        "shapes": shapes | {"dtype": _config().dtype, "test_clips": _TEST_CLIPS},
         **describe_device(),
         "starts": rows,
     }
