@@ -232,6 +232,8 @@ CONDITIONS = {
     "loss_all": {"loss": "all"},
     "correlation_0.5": {"correlation": 0.5},
     "rope": {"rope": True},
+    "loss_all_new_keys": {"loss": "all", "new_keys": True},
+    "loss_all_apart": {"loss": "all", "new_keys": True, "apart": True},
     "loss_all_offset": {"loss": "all", "offset": 0.5},
     "repeated_0.9": {"repeated": 0.9},
     "marked_64": {"marked": 64},
