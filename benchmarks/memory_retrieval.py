@@ -4,10 +4,11 @@
     python benchmarks/memory_retrieval.py --tokens=4680 --head_dim=128 --heads=12 --steps=1200
 
 One layer, trained as in stage 1: q, k and v are given, the gates and the projections P learn.
-Block 0 has eight marked tokens among its n; every later block has eight that ask for them, by
-a key that fits one of the marked tokens. What softmax would bring back is the value of that token,
-and nothing for all others. The loss is the squared error over all tokens over the squared target.
-The error is taken at the asking tokens of fresh clips: 1 is that of reading nothing.
+Block 0 has marked tokens among its n; every later block has as many that ask for them, by a key
+that fits one of the marked tokens. What softmax would bring back is the value of that token, and
+nothing for all others. The loss is the squared error of the asking tokens, or of all (--loss), over
+the squared target. The error is taken at the asking tokens of fresh clips: 1 is that of reading
+nothing.
 
 Values of marked tokens are new in every clip, so that only memory can tell them. Where every block
 begins with nothing but the block before ("only the block before"), lags above 1 must stay at 1.
@@ -26,7 +27,7 @@ import functools
 import json
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,11 +52,12 @@ _RATE = flags.DEFINE_float("learning_rate", 1e-2, "Adam's learning rate.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights, markers and clips.")
 _STARTS = flags.DEFINE_list("starts", [], "Names to run; by default all of them.")
 _MARKED = flags.DEFINE_integer("marked", 8, "Marked tokens, and those that ask in a later block.")
-_CORRELATION = flags.DEFINE_float("correlation", 0.0, "Share of a direction that all keys have.")
-_OFFSET = flags.DEFINE_float("offset", 0.0, "Share of a direction that all inputs x have.")
+_share = functools.partial(flags.DEFINE_float, default=0.0, lower_bound=0.0, upper_bound=1.0)
+_CORRELATION = _share("correlation", help="Share of a direction that all keys have.")
+_OFFSET = _share("offset", help="Share of a direction that all inputs x have.")
 _NEW_KEYS = flags.DEFINE_bool("new_keys", False, "Draw the keys of marked tokens for each clip.")
 _APART = flags.DEFINE_bool("apart", False, "Give each head marked tokens of its own.")
-_REPEATED = flags.DEFINE_float("repeated", 0.0, "Share of tokens that are the same in all blocks.")
+_REPEATED = _share("repeated", help="Share of tokens that are the same in all blocks.")
 _ROPE = flags.DEFINE_bool("rope", False, "Rotate by frame as in three frames a block.")
 _LOSS = flags.DEFINE_enum(
     "loss", "asking", ["asking", "all"], "Tokens that the loss counts; all others should read 0."
@@ -79,13 +81,11 @@ class Start(NamedTuple):
       delta: settings that differ from the defaults.
       published: parameters that are put back to their published start.
       memory_init: of the rest.
-      memory: makes the memory from its configuration.
     """
 
     delta: Mapping[str, Any] = types.MappingProxyType({})
     published: tuple[str, ...] = ()
     memory_init: str = "by_block"
-    memory: Callable[..., GatedDelta] = GatedDelta
 
 
 _DECAY = ("A_log", "dt_bias")
@@ -116,6 +116,8 @@ def main(_):
     unknown = [name for name in _STARTS.value if name not in STARTS]
     if unknown:
         raise app.UsageError(f"--starts has {unknown[0]!r}; known are {', '.join(STARTS)}")
+    if (marked := _MARKED.value * (_HEADS.value if _APART.value else 1)) > _TOKENS.value:
+        raise app.UsageError(f"{marked} marked tokens do not fit --tokens={_TOKENS.value}")
     lags = [lag for lag in LAGS if lag < _BLOCKS.value]
     print(f"{'relative error at lag':32}" + "".join(f"{lag:>7}" for lag in lags) + "  seconds")
     for name in _STARTS.value or STARTS:
@@ -161,13 +163,12 @@ def retrieval(cfg: ModelConfig, start: Start, seed: int) -> dict[str, Any]:
     module_key, marker_key, train_key, test_key = jax.random.split(jax.random.key(seed), 4)
     delta = dataclasses.replace(cfg.delta, **start.delta)
     made = dataclasses.replace(cfg, memory_init=start.memory_init, delta=delta)
-    params = initial_params(made, module_key, start.memory)
+    params = initial_params(made, module_key)
     published = initial_params(dataclasses.replace(cfg, memory_init="published"), module_key)
     for name in start.published:
         params[name] = published.get(name, jnp.zeros_like(params[name]))
     trained = {name: params.pop(name) for name in TRAINED if name in params}
-    program_of = dataclasses.replace(made, delta=_without_initial_values(delta))
-    programs = make_programs(program_of, start.memory)
+    programs = make_programs(dataclasses.replace(made, delta=_without_initial_values(delta)))
     markers = draw_markers(cfg, marker_key)
 
     state = programs.optimizer.init(trained)
@@ -202,9 +203,9 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache
-def make_programs(cfg: ModelConfig, memory: Callable[..., GatedDelta]) -> Programs:
+def make_programs(cfg: ModelConfig) -> Programs:
     """Makes the training step and the test, both jitted."""
-    graph = nnx.split(nnx.eval_shape(lambda: memory(cfg, rngs=nnx.Rngs(0))))[0]
+    graph = nnx.split(nnx.eval_shape(lambda: GatedDelta(cfg, rngs=nnx.Rngs(0))))[0]
     optimizer = optax.adam(_RATE.value)
 
     def read(trained, params, markers, key):
@@ -235,9 +236,9 @@ def make_programs(cfg: ModelConfig, memory: Callable[..., GatedDelta]) -> Progra
     return Programs(optimizer, step, test)
 
 
-def initial_params(cfg: ModelConfig, key, memory=GatedDelta) -> dict[str, jax.Array]:
+def initial_params(cfg: ModelConfig, key) -> dict[str, jax.Array]:
     """A fresh memory's parameters."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(memory(cfg, rngs=nnx.Rngs(key)))[1]))()
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(GatedDelta(cfg, rngs=nnx.Rngs(key)))[1]))()
 
 
 class Markers(NamedTuple):
@@ -258,7 +259,7 @@ def draw_markers(cfg: ModelConfig, key) -> Markers:
 
 
 def draw_clip(cfg: ModelConfig, markers: Markers, key):
-    """A clip of one video: projections, targets [1, T, H, D], and asking tokens."""
+    """A clip of one video: projections, targets [1, T, H, D], and indices of asking tokens."""
     blocks, n, dtype = _BLOCKS.value, _TOKENS.value, jnp.dtype(cfg.dtype)
     place_key, *noise_keys = jax.random.split(key, 5)
     x, q, k, v = (
@@ -267,37 +268,45 @@ def draw_clip(cfg: ModelConfig, markers: Markers, key):
     )
     still = jnp.arange(n)[:, None] < _REPEATED.value * n
     x, q, k, v = (jnp.where(still, y[:1], y) for y in (x, q, k, v))
-    share = lambda y, of, direction: of**0.5 * direction.astype(dtype) + (1 - of) ** 0.5 * y
-    q, k = (share(y, _CORRELATION.value, markers.common) for y in (q, k))
-    # Without --apart one group of marked tokens serves all heads; its features are all of them.
-    groups = cfg.num_heads if _APART.value else 1
-    owner = jnp.repeat(jnp.arange(groups), _MARKED.value)
-    own = jnp.arange(cfg.dim) // (cfg.dim // groups) == owner[:, None]
-    draw = lambda key: jax.random.permutation(key, n)[: len(owner)]
-    places = jax.vmap(draw)(jax.random.split(place_key, blocks))  # marked in block 0, else asking
-    rows = jnp.arange(blocks)[:, None]
-    keys = markers.key
-    if _NEW_KEYS.value:
-        keys = jax.random.normal(jax.random.fold_in(key, 0), keys.shape)
-    keys = jnp.tile(keys, (groups, 1))
-    marked, asks = (
-        jnp.stack([jnp.roll(x, i) for i in range(groups)])[owner]
-        for x in (markers.marked, markers.asks)
-    )
-    mix = lambda y, direction: share(y, MATCH, direction)
-    put = lambda y, at, direction: y.at[at].set(jnp.where(own, mix(y[at], direction), y[at]))
-    first, later = (0, places[0]), (rows[1:], places[1:])
-    k, q = put(k, first, keys), put(q, later, keys)
-    x = x.at[first].set(mix(x[first], marked))
-    x = x.at[later].set(mix(x[later], asks))
-    x = share(x, _OFFSET.value, markers.offset)
-    target = jnp.zeros_like(v).at[later].set(jnp.where(own, v[first], 0))
+    q, k = (_share_of(y, _CORRELATION.value, markers.common) for y in (q, k))
+    x, q, k, target, places = _mark(cfg, markers, key, place_key, (x, q, k, v))
+    x = _share_of(x, _OFFSET.value, markers.offset)
     flat = lambda y: y.reshape(1, blocks * n, *y.shape[2:])
     heads = lambda y: flat(y).reshape(1, blocks * n, cfg.num_heads, cfg.head_dim)
     scale = jnp.ones(cfg.dim)
     clip = Projections(flat(x), flat(q), flat(k), heads(q), heads(k), heads(v), scale, scale,
                        _rope(cfg) if _ROPE.value else None)  # fmt: skip
     return clip, heads(target).astype(jnp.float32), places
+
+
+def _mark(cfg: ModelConfig, markers: Markers, key, place_key, tokens):
+    """Marks tokens of block 0 and lets later ones ask: x, q, k, the targets and the places."""
+    x, q, k, v = tokens
+    blocks, n, _ = x.shape
+    # Without --apart one group of marked tokens serves all heads; its features are all of them.
+    groups = cfg.num_heads if _APART.value else 1
+    owner = jnp.repeat(jnp.arange(groups), _MARKED.value)
+    own = jnp.arange(cfg.dim) // (cfg.dim // groups) == owner[:, None]
+    draw = lambda key: jax.random.permutation(key, n)[: len(owner)]
+    places = jax.vmap(draw)(jax.random.split(place_key, blocks))  # marked in block 0, else asking
+    keys = markers.key
+    if _NEW_KEYS.value:
+        keys = jax.random.normal(jax.random.fold_in(key, 0), keys.shape)
+    keys = jnp.tile(keys, (groups, 1))
+    by_group = lambda direction: jnp.stack([jnp.roll(direction, i) for i in range(groups)])[owner]
+    mix = lambda y, direction: _share_of(y, MATCH, direction)
+    put = lambda y, at, direction: y.at[at].set(jnp.where(own, mix(y[at], direction), y[at]))
+    first, later = (0, places[0]), (jnp.arange(1, blocks)[:, None], places[1:])
+    k, q = put(k, first, keys), put(q, later, keys)
+    x = x.at[first].set(mix(x[first], by_group(markers.marked)))
+    x = x.at[later].set(mix(x[later], by_group(markers.asks)))
+    target = jnp.zeros_like(v).at[later].set(jnp.where(own, v[first], 0))
+    return x, q, k, target, places
+
+
+def _share_of(y, share: float, direction):
+    """Vectors of unit variance that have a share of their square from a common direction."""
+    return share**0.5 * direction.astype(y.dtype) + (1 - share) ** 0.5 * y
 
 
 def _rope(cfg: ModelConfig) -> Rope:
