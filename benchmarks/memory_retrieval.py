@@ -4,13 +4,22 @@
     python benchmarks/memory_retrieval.py --tokens=4680 --head_dim=128 --heads=12 --steps=1200
 
 One layer, trained as in stage 1: q, k and v are given, the gates and the projections P learn.
-Block 0 has eight marked tokens among its n; every later block has eight that ask for them, by
-a key that fits one of the marked tokens. What softmax would bring back is the value of that token,
-and nothing for all others. The loss is the squared error over all tokens over the squared target.
-The error is taken at the asking tokens of fresh clips: 1 is that of reading nothing.
+Block 0 has marked tokens among its n; every later block has as many that ask for them, by a key
+that fits one of the marked tokens. What softmax would bring back is the value of that token, and
+nothing for all others. The loss is the squared error of the asking tokens, or of all (--loss), over
+the squared target. The error is taken at the asking tokens of fresh clips: 1 is that of reading
+nothing.
 
 Values of marked tokens are new in every clip, so that only memory can tell them. Where every block
 begins with nothing but the block before ("only the block before"), lags above 1 must stay at 1.
+
+Settings that separate memories: as many marked tokens as a head has dimensions (--marked) fill a
+state; --loss=all asks all other tokens to read nothing, which needs a gate that can close, and
+--offset gives inputs the constant direction that normalised and modulated inputs have;
+--correlation makes keys alike; --new_keys draws the keys of marked tokens for each clip,
+so that P cannot learn them; --apart gives each head marked tokens of its own, as heads that
+attend to different things; --repeated makes a share of the tokens a still background; --rope
+turns keys by frame.
 """
 
 import dataclasses
@@ -42,7 +51,13 @@ _STEPS = flags.DEFINE_integer("steps", 400, "Optimizer steps.")
 _RATE = flags.DEFINE_float("learning_rate", 1e-2, "Adam's learning rate.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights, markers and clips.")
 _STARTS = flags.DEFINE_list("starts", [], "Names to run; by default all of them.")
-_CORRELATION = flags.DEFINE_float("correlation", 0.0, "Share of a direction that all keys have.")
+_MARKED = flags.DEFINE_integer("marked", 8, "Marked tokens, and those that ask in a later block.")
+_share = functools.partial(flags.DEFINE_float, default=0.0, lower_bound=0.0, upper_bound=1.0)
+_CORRELATION = _share("correlation", help="Share of a direction that all keys have.")
+_OFFSET = _share("offset", help="Share of a direction that all inputs x have.")
+_NEW_KEYS = flags.DEFINE_bool("new_keys", False, "Draw the keys of marked tokens for each clip.")
+_APART = flags.DEFINE_bool("apart", False, "Give each head marked tokens of its own.")
+_REPEATED = _share("repeated", help="Share of tokens that are the same in all blocks.")
 _ROPE = flags.DEFINE_bool("rope", False, "Rotate by frame as in three frames a block.")
 _LOSS = flags.DEFINE_enum(
     "loss", "asking", ["asking", "all"], "Tokens that the loss counts; all others should read 0."
@@ -50,7 +65,6 @@ _LOSS = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_string("dtype", None, "Compute type; bfloat16 on GPUs, else float32.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
-MARKED = 8
 # Share of a marked key's square that its fellow query has too; the rest is drawn for each token.
 MATCH = 0.8
 # Trained, as in stage 1.
@@ -102,6 +116,8 @@ def main(_):
     unknown = [name for name in _STARTS.value if name not in STARTS]
     if unknown:
         raise app.UsageError(f"--starts has {unknown[0]!r}; known are {', '.join(STARTS)}")
+    if (marked := _MARKED.value * (_HEADS.value if _APART.value else 1)) > _TOKENS.value:
+        raise app.UsageError(f"{marked} marked tokens do not fit --tokens={_TOKENS.value}")
     lags = [lag for lag in LAGS if lag < _BLOCKS.value]
     print(f"{'relative error at lag':32}" + "".join(f"{lag:>7}" for lag in lags) + "  seconds")
     for name in _STARTS.value or STARTS:
@@ -228,44 +244,69 @@ def initial_params(cfg: ModelConfig, key) -> dict[str, jax.Array]:
 class Markers(NamedTuple):
     """Directions that stay the same over all clips, entries of unit variance."""
 
-    key: jax.Array  # of each marked token, [8, C]
+    key: jax.Array  # of each marked token, [marked, C]
     marked: jax.Array  # in x of a marked token, [C]
     asks: jax.Array  # in x of an asking token, [C]
     common: jax.Array  # in all keys and queries, [C]
+    offset: jax.Array  # in all x, [C]
 
 
 def draw_markers(cfg: ModelConfig, key) -> Markers:
     """Draws the directions of one seed."""
-    rows = jax.random.normal(key, (MARKED + 3, cfg.dim))
-    return Markers(rows[:MARKED], *rows[MARKED:])
+    rows = jax.random.normal(key, (_MARKED.value + 3, cfg.dim))
+    offset = jax.random.normal(jax.random.fold_in(key, 0), (cfg.dim,))
+    return Markers(rows[: _MARKED.value], *rows[_MARKED.value :], offset)
 
 
 def draw_clip(cfg: ModelConfig, markers: Markers, key):
-    """A clip of one video: projections, targets [1, T, H, D], and asking tokens [blocks, 8]."""
+    """A clip of one video: projections, targets [1, T, H, D], and indices of asking tokens."""
     blocks, n, dtype = _BLOCKS.value, _TOKENS.value, jnp.dtype(cfg.dtype)
     place_key, *noise_keys = jax.random.split(key, 5)
     x, q, k, v = (
         jax.random.normal(jax.random.clone(noise_key), (blocks, n, cfg.dim), dtype)
         for noise_key in noise_keys
     )
-    shared = jnp.sqrt(jnp.asarray(_CORRELATION.value, dtype))
-    alone = jnp.sqrt(jnp.asarray(1 - _CORRELATION.value, dtype))
-    q, k = (shared * markers.common.astype(dtype) + alone * y for y in (q, k))
-    draw = lambda key: jax.random.permutation(key, n)[:MARKED]
-    places = jax.vmap(draw)(jax.random.split(place_key, blocks))  # marked in block 0, else asking
-    rows = jnp.arange(blocks)[:, None]
-    mix = lambda y, direction: (MATCH**0.5 * direction + (1 - MATCH) ** 0.5 * y).astype(dtype)
-    k = k.at[0, places[0]].set(mix(k[0, places[0]], markers.key))
-    q = q.at[rows[1:], places[1:]].set(mix(q[rows[1:], places[1:]], markers.key))
-    x = x.at[0, places[0]].set(mix(x[0, places[0]], markers.marked))
-    x = x.at[rows[1:], places[1:]].set(mix(x[rows[1:], places[1:]], markers.asks))
-    target = jnp.zeros_like(v).at[rows[1:], places[1:]].set(v[0, places[0]])
+    still = jnp.arange(n)[:, None] < _REPEATED.value * n
+    x, q, k, v = (jnp.where(still, y[:1], y) for y in (x, q, k, v))
+    q, k = (_share_of(y, _CORRELATION.value, markers.common) for y in (q, k))
+    x, q, k, target, places = _mark(cfg, markers, key, place_key, (x, q, k, v))
+    x = _share_of(x, _OFFSET.value, markers.offset)
     flat = lambda y: y.reshape(1, blocks * n, *y.shape[2:])
     heads = lambda y: flat(y).reshape(1, blocks * n, cfg.num_heads, cfg.head_dim)
     scale = jnp.ones(cfg.dim)
     clip = Projections(flat(x), flat(q), flat(k), heads(q), heads(k), heads(v), scale, scale,
                        _rope(cfg) if _ROPE.value else None)  # fmt: skip
     return clip, heads(target).astype(jnp.float32), places
+
+
+def _mark(cfg: ModelConfig, markers: Markers, key, place_key, tokens):
+    """Marks tokens of block 0 and lets later ones ask: x, q, k, the targets and the places."""
+    x, q, k, v = tokens
+    blocks, n, _ = x.shape
+    # Without --apart one group of marked tokens serves all heads; its features are all of them.
+    groups = cfg.num_heads if _APART.value else 1
+    owner = jnp.repeat(jnp.arange(groups), _MARKED.value)
+    own = jnp.arange(cfg.dim) // (cfg.dim // groups) == owner[:, None]
+    draw = lambda key: jax.random.permutation(key, n)[: len(owner)]
+    places = jax.vmap(draw)(jax.random.split(place_key, blocks))  # marked in block 0, else asking
+    keys = markers.key
+    if _NEW_KEYS.value:
+        keys = jax.random.normal(jax.random.fold_in(key, 0), keys.shape)
+    keys = jnp.tile(keys, (groups, 1))
+    by_group = lambda direction: jnp.stack([jnp.roll(direction, i) for i in range(groups)])[owner]
+    mix = lambda y, direction: _share_of(y, MATCH, direction)
+    put = lambda y, at, direction: y.at[at].set(jnp.where(own, mix(y[at], direction), y[at]))
+    first, later = (0, places[0]), (jnp.arange(1, blocks)[:, None], places[1:])
+    k, q = put(k, first, keys), put(q, later, keys)
+    x = x.at[first].set(mix(x[first], by_group(markers.marked)))
+    x = x.at[later].set(mix(x[later], by_group(markers.asks)))
+    target = jnp.zeros_like(v).at[later].set(jnp.where(own, v[first], 0))
+    return x, q, k, target, places
+
+
+def _share_of(y, share: float, direction):
+    """Vectors of unit variance that have a share of their square from a common direction."""
+    return share**0.5 * direction.astype(y.dtype) + (1 - share) ** 0.5 * y
 
 
 def _rope(cfg: ModelConfig) -> Rope:
@@ -279,13 +320,13 @@ def _rope(cfg: ModelConfig) -> Rope:
 
 
 def _write(rows: dict[str, Any]) -> None:
-    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "correlation",
-             "loss", "rope")  # fmt: skip
+    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "marked",
+             "new_keys", "apart", "correlation", "offset", "repeated", "loss", "rope")  # fmt: skip
     shapes = {name: flags.FLAGS[name].value for name in names}
     result = {
         "what": "relative squared error of what a layer's memory brings back, by lag in blocks",
         "timed": "wall time of the training steps, compilation apart",
-        "shapes": shapes | {"dtype": _config().dtype, "marked": MARKED, "test_clips": _TEST_CLIPS},
+        "shapes": shapes | {"dtype": _config().dtype, "test_clips": _TEST_CLIPS},
         **describe_device(),
         "starts": rows,
     }
