@@ -45,7 +45,8 @@ def attend_together(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
     batch, copies, blocks, n, heads, width = q.shape
     first = lambda x: x.astype(jnp.float32).transpose(0, 4, 1, 2, 3, 5)
     by_head = lambda x: first(x).reshape(batch * heads, copies, blocks, n, width)
-    q_heads, k_heads, v_heads = map(by_head, (q * width**-0.5, k, v))
+    q_heads, k_heads, v_heads = map(by_head, (q, k, v))
+    q_heads = q_heads * width**-0.5
     rows = lambda x: x.reshape(batch * heads, copies * n, x.shape[-1])
     scores = jnp.einsum("gsmqd,gsmkd->gsmqk", q_heads, k_heads, **_PRODUCT)
     own_weights, sums, reads = [], [], []
