@@ -61,7 +61,7 @@ NOISY = dataclasses.replace(GUIDED, context_noise=0.3)
 
 @pytest.mark.parametrize(
     ("cfg", "sampler"),
-    [(HYBRID, SAMPLER), (MIXED, GUIDED), (MIXED, NOISY)],
+    [(HYBRID, SAMPLER), pytest.param(MIXED, GUIDED, marks=pytest.mark.slow), (MIXED, NOISY)],
     ids=["hybrid", "mixed, guided", "noisy writes"],
 )
 def test_stream_equals_rollout(cfg, sampler):

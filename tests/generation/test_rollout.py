@@ -66,7 +66,8 @@ def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None):
 
 # Guidance takes Euler steps too.
 @pytest.mark.parametrize(
-    "name", ["few_step", pytest.param("euler", marks=pytest.mark.slow), "guided", "noisy"]
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("few_step", "euler")), "guided", "noisy"],
 )
 def test_rollout_is_the_loop(params, cfg, clip, apply, error, name):
     """Four blocks after a given one: beyond the three of a training clip."""

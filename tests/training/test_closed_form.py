@@ -157,6 +157,7 @@ def test_nothing_but_the_readout_changes(params, fitted):
     assert all(after[path].dtype == before[path].dtype for path in before)
 
 
+@pytest.mark.slow
 def test_devices_share_out_the_fit(cfg, params, make_clip, error, monkeypatch):
     monkeypatch.setattr(start, "ROUNDS", 1)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
@@ -188,6 +189,7 @@ class Batches:
         yield from [{"latents": clean, "text": text}] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_begins_where_it_began(config, make_clip, tmp_path):
     stage1 = dataclasses.replace(config.stage1, start="least_squares", start_clips=16)
     config = dataclasses.replace(config, stage1=stage1)

@@ -101,7 +101,12 @@ def assert_same_step(found, wanted, start, error, *, ignore=()):
 
 
 @pytest.mark.parametrize(
-    "phase", ["teacher", "stage1", pytest.param("stage2", marks=pytest.mark.slow)]
+    "phase",
+    [
+        pytest.param("teacher", marks=pytest.mark.slow),
+        "stage1",
+        pytest.param("stage2", marks=pytest.mark.slow),
+    ],
 )
 def test_accumulation_is_one_large_batch(run, start, error, phase):
     # Roots of mean squares are averaged over micro-batches, which is not the root of the mean.
@@ -111,7 +116,12 @@ def test_accumulation_is_one_large_batch(run, start, error, phase):
 
 @pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
 @pytest.mark.parametrize(
-    "phase", [pytest.param("teacher", marks=pytest.mark.slow), "stage1", "stage2"]
+    "phase",
+    [
+        pytest.param("teacher", marks=pytest.mark.slow),
+        "stage1",
+        pytest.param("stage2", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_are_one(run, start, error, phase, mesh):
     found = run(phase, mesh=mesh)
