@@ -41,13 +41,15 @@ def parse_config(argv: Sequence[str], config: flags.FlagHolder) -> Sequence[str]
             config.value.keys()  # a file that could not be loaded is reported at its first use
         return rest
     except (AttributeError, KeyError) as error:  # a field that the configuration does not have
-        told = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
-        # The name, and on a second line what was perhaps meant.
-        name, _, meant = (line.strip("\"'") for line in str(told).partition("\n"))
+        reason = error.args[0]
+        if isinstance(reason, KeyError):  # as ml_collections wraps it
+            reason = reason.args[0]
+        # The name, and perhaps a second line with a suggestion.
+        name, _, hint = (line.strip("\"'") for line in str(reason).partition("\n"))
         given = [flag.split("=")[0].lstrip("-") for flag in argv[1:]]
         field = next((flag for flag in given if flag.split(".")[-1] == name), name)
-        meant = meant or "the fields are those of arl2_jax/config"
-        sys.exit(f"error: unknown config field {field}; {meant[0].lower()}{meant[1:]}")
+        hint = hint or "the fields are those of arl2_jax/config"
+        sys.exit(f"error: unknown config field {field}; {hint[0].lower()}{hint[1:]}")
     except OSError as error:
         reason = str(error).splitlines()[-1].strip()
         sys.exit(f"error: the file of --config cannot be loaded: {reason}")

@@ -2,6 +2,7 @@
 
 import json
 import logging as std_logging
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -128,3 +130,14 @@ def quiet_orbax() -> None:
 def _not_orbax(record: std_logging.LogRecord) -> bool:
     from_orbax = os.path.join("orbax", "checkpoint") in record.pathname
     return not from_orbax or (record.levelno >= std_logging.WARNING and not record.exc_info)
+
+
+def plain_json(tree: Any) -> Any:
+    """A tree of what JSON knows; numbers that are not finite become null."""
+    if isinstance(tree, dict):
+        return {str(name): plain_json(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple | np.ndarray):
+        return [plain_json(value) for value in tree]
+    if isinstance(tree, np.generic):
+        tree = tree.item()
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -17,7 +17,7 @@ Settings that separate memories: as many marked tokens as a head has dimensions 
 state; --loss=all asks all other tokens to read nothing, which needs a gate that can close, and
 --offset gives inputs the constant direction that normalised and modulated inputs have;
 --correlation makes keys alike; --new_keys draws the keys of marked tokens for each clip,
-so that P cannot learn them; --apart gives each head marked tokens of its own, as heads that
+so that P cannot learn them; --apart marks different tokens for each head, as heads that
 attend to different things; --repeated makes a share of the tokens a still background; --rope
 turns keys by frame.
 """
@@ -56,7 +56,7 @@ _share = functools.partial(flags.DEFINE_float, default=0.0, lower_bound=0.0, upp
 _CORRELATION = _share("correlation", help="Share of a direction that all keys have.")
 _OFFSET = _share("offset", help="Share of a direction that all inputs x have.")
 _NEW_KEYS = flags.DEFINE_bool("new_keys", False, "Draw the keys of marked tokens for each clip.")
-_APART = flags.DEFINE_bool("apart", False, "Give each head marked tokens of its own.")
+_APART = flags.DEFINE_bool("apart", False, "Mark different tokens for each head.")
 _REPEATED = _share("repeated", help="Share of tokens that are the same in all blocks.")
 _ROPE = flags.DEFINE_bool("rope", False, "Rotate by frame as in three frames a block.")
 _LOSS = flags.DEFINE_enum(

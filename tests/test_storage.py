@@ -1,10 +1,11 @@
-"""Folders that cannot be used are refused in one line."""
+"""Folders that cannot be used are refused in one line; JSON holds what it knows."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from one_line import assert_one_line
 
-from arl2_jax.storage import StorageError, check_writable
+from arl2_jax.storage import StorageError, check_writable, plain_json
 from arl2_jax.training.checkpoint import Checkpointer
 from arl2_jax.weights.folder import save_params
 
@@ -23,3 +24,8 @@ def test_a_disk_that_is_too_small_is_one_line(tmp_path):
     with pytest.raises(StorageError, match="GiB free") as error:
         check_writable(tmp_path, size=1 << 60)
     assert_one_line(error, tmp_path)
+
+
+def test_numbers_that_are_not_finite_become_null():
+    tree = {"a": float("nan"), "b": (np.float32(1.5), np.inf), "c": np.arange(2), "d": None}
+    assert plain_json(tree) == {"a": None, "b": [1.5, None], "c": [0, 1], "d": None}

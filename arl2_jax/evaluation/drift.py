@@ -127,7 +127,7 @@ def drift_scores(
     Args:
       identities: readings, as in `Readings`.
       wanted: identities that went in, as in `Lanes`.
-      edges: first blocks of the parts that are told apart, from 0; by default 0, 1, 3, 7, 15, ...
+      edges: first block of each part, from 0; by default 0, 1, 3, 7, 15, ...
 
     Returns:
       For each part "blocks" [first, last]; "seen", the share of lanes and blocks in which a whole

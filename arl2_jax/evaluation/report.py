@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import time
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, Sharding
 
@@ -41,7 +39,7 @@ from arl2_jax.evaluation.recall import RecallTest, recall_test
 from arl2_jax.evaluation.recall_sheet import recall_sheet
 from arl2_jax.evaluation.retention import retention_of_models
 from arl2_jax.models import Params
-from arl2_jax.storage import write_whole
+from arl2_jax.storage import plain_json, write_whole
 from arl2_jax.training.pipeline import Converted, control_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "arl2_jax")
@@ -92,7 +90,7 @@ def write_report(
         write_whole(folder / "report" / "retention.png", picture)
     report = gap.result() | scores | {"retention": retention or None} | _facts(config, converted)
     report |= {"seconds_report": time.perf_counter() - began, "config": to_config_dict(config)}
-    report = _plain(report)
+    report = plain_json(report)
     if jax.process_index() == 0:
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
         write_whole(folder / "report" / "report.json", content.encode())
@@ -188,14 +186,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _plain(tree: Any) -> Any:
-    """A tree of what JSON knows; numbers that are not finite become null."""
-    if isinstance(tree, dict):
-        return {str(name): _plain(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple | np.ndarray):
-        return [_plain(value) for value in tree]
-    if isinstance(tree, np.generic):
-        tree = tree.item()
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

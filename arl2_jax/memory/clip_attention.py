@@ -73,7 +73,7 @@ def attend_together(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
 
 
 def _beside(past: Float[Array, "b past h d"], own: Float[Array, "b copies n h d"]) -> Array:
-    """The past, and next to it what each copy has of its own: [B * copies, past + n, H, D]."""
+    """Append each copy's own tokens to the shared past: [B * copies, past + n, H, D]."""
     shared = jnp.broadcast_to(past[:, None], (*own.shape[:2], *past.shape[1:]))
     seen = jnp.concatenate([shared, own], axis=2)
     return seen.reshape(-1, *seen.shape[2:])

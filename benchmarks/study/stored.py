@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from arl2_jax.config import Config, ModelConfig, to_config_dict
 from arl2_jax.models import Params
-from arl2_jax.storage import write_whole
+from arl2_jax.storage import plain_json, write_whole
 from arl2_jax.training.partition import split_params
 from arl2_jax.weights.export import export_params
 
@@ -60,7 +60,7 @@ def write_result(folder: Folder, name: str, config: Config, result: dict[str, An
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     facts |= {"shapes": _shapes(config), "config": to_config_dict(config)}
-    content = json.dumps(_plain(facts), indent=1, allow_nan=False) + "\n"
+    content = json.dumps(plain_json(facts), indent=1, allow_nan=False) + "\n"
     write_whole(epath.Path(folder.result(name)), content.encode())
 
 
@@ -113,14 +113,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _plain(tree: Any) -> Any:
-    """A tree of what JSON knows; numbers that are not finite become null."""
-    if isinstance(tree, dict):
-        return {str(name): _plain(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple | np.ndarray):
-        return [_plain(value) for value in tree]
-    if isinstance(tree, np.generic):
-        tree = tree.item()
-    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
