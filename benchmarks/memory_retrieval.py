@@ -102,6 +102,8 @@ STARTS = {
     "strong writes": Start(published=("beta_bias",)),
     "read gain 0.1": Start({"read_gain": 0.1}),
     "read gain 1": Start({"read_gain": 1.0}),
+    "decay in 2 to 200 blocks": Start({"time_constants": (2.0, 200.0)}),
+    "decay in 8 to 200 blocks": Start({"time_constants": (8.0, 200.0)}),
     "decay in 0.5 to 20 blocks": Start({"time_constants": (0.5, 20.0)}),
     "decay in 20 to 2000 blocks": Start({"time_constants": (20.0, 2000.0)}),
     "no decay": Start({"decay": "none"}),
@@ -132,9 +134,15 @@ def main(_):
         spread = errors.max(0) - errors.min(0)
         print(f"{name:32}" + "".join(f"{e:7.3f}" for e in errors.mean(0))
               + f"  {sum(run['seconds'] for run in runs):.1f}"
-              + f"  (spread {spread.max():.3f} over {len(runs)} seeds)", flush=True)  # fmt: skip
+              + f"  (spread {spread.max():.3f} over {len(runs)} seeds)"
+              + f"  heads lost {[_lost_heads(run) for run in runs]}", flush=True)  # fmt: skip
         if _OUT.value:
             _write(rows)
+
+
+def _lost_heads(run: dict[str, Any]) -> int:
+    """Heads that bring back less than half."""
+    return sum(error > 0.5 for error in run["error_by_head"])
 
 
 def _config() -> ModelConfig:
@@ -184,8 +192,9 @@ def retrieval(cfg: ModelConfig, start: Start, seed: int) -> dict[str, Any]:
     keys = (jax.random.fold_in(test_key, i) for i in range(_TEST_CLIPS))
     sums = jax.device_get([programs.test(trained, params, markers, key) for key in keys])
     error, target = (np.sum(x, axis=0) for x in zip(*sums, strict=True))
-    by_lag = (error[1:] / target[1:]).tolist()
-    return {"seed": seed, "error_by_lag": by_lag, "seconds": seconds, "losses": losses}
+    over = lambda axis: (error[1:].sum(axis) / target[1:].sum(axis)).tolist()
+    errors = {"error_by_lag": over(1), "error_by_head": over(0)}
+    return {"seed": seed} | errors | {"seconds": seconds, "losses": losses}
 
 
 def _without_initial_values(delta: GatedDeltaConfig) -> GatedDeltaConfig:
@@ -230,7 +239,7 @@ def make_programs(cfg: ModelConfig) -> Programs:
     @jax.jit
     def test(trained, params, markers, key):
         value, target, pick = read(trained, params, markers, key)
-        square = lambda x: jnp.sum(jnp.square(x), axis=(1, 2, 3))
+        square = lambda x: jnp.sum(jnp.square(x), axis=(1, 3))  # [blocks, H]
         return square(pick(value - target)), square(pick(target))
 
     return Programs(optimizer, step, test)

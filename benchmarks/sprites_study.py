@@ -12,7 +12,7 @@ may work on one folder at once: each takes runs that no other has.
     --jobs=teacher-t0,all_by_block-t0-s0     these runs alone, in this order
     --minutes=9                              start nothing that would take longer, end in time
     --set=teacher.learning_rate=4e-3         a field of the configuration, may be repeated
-    --set=short:teacher.steps=300            the same of one stage of the teacher's training
+    --set=short:teacher.steps=300            the same of one stage of training
     --size=quick                             everything at toy size, for a CPU
 
 Recipes of a teacher are compared by one folder each, with --jobs=teacher-t0. Where
@@ -135,7 +135,7 @@ class _Study:
             case "teacher":
                 return run_teacher(*common, self._clock, self._changes, _EVERY.value)
             case "conversion":
-                return run_conversion(*common)
+                return run_conversion(*common, self._changes)
             case "ranking":
                 return run_ranking(*common, _RANK_STEPS.value)
         return run_rollout(*common, self._clock, _BLOCKS.value, _VIDEOS.value)

@@ -10,6 +10,7 @@ import jax
 
 from arl2_jax import sharding
 from arl2_jax.config import Config
+from arl2_jax.data import open_data
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.rank_choice import RankChoice
 from arl2_jax.evaluation.rank_layers import rank_layers
@@ -18,7 +19,7 @@ from arl2_jax.training.partition import merge_params
 from arl2_jax.training.pipeline import convert, prepare
 from arl2_jax.weights import load_params
 from study.measures import Students, measure_students
-from study.recipes import Job, changed, conversion_config
+from study.recipes import Job, changed, conversion_config, conversion_stages
 from study.stored import Folder, load_student, save_student
 from study.teachers import last_stage
 
@@ -33,35 +34,45 @@ def with_teacher(base: Config, size: str, job: Job, folder: Folder) -> Config:
 
 
 def run_conversion(
-    base: Config, size: str, job: Job, folder: Folder
+    base: Config, size: str, job: Job, folder: Folder, changes: dict[str, Any]
 ) -> tuple[Config, dict[str, Any]]:
-    """Convert a teacher and measure what comes of it."""
+    """Convert a teacher, stage by stage, and measure what comes of it.
+
+    Args:
+      base, size, job, folder: as elsewhere.
+      changes: of single stages, "stage:field" -> value.
+    """
     assert job.variant is not None
     scratch = folder.scratch(job.name)
-    config = conversion_config(
-        with_teacher(base, size, job, folder), job.variant, job.seed, str(scratch)
-    )
-    place, data, params = prepare(config)
-    converted = convert(config, place, data, params)
-    assert converted.stage2 is not None
-    save_student(folder.student(job.name), converted.stage2)
+    config = conversion_config(with_teacher(base, size, job, folder), job.variant, job.seed)
+    runs = conversion_stages(config, size, str(scratch), changes)
+    params, done = None, {}
+    for name, run in runs.items():
+        place, data, start = prepare(run)
+        done[name] = convert(run, place, data, start if params is None else params)
+        params = done[name].stage2 or done[name].stage1
+    assert params is not None
+    save_student(folder.student(job.name), params)
+    untrained = next(iter(done.values())).untrained
     # As it is read back for rollouts.
-    stored = student_params(without_delta(converted.untrained), folder, job.name)
-    stage1 = converted.stage1 and Model(converted.stage1, config.model)
-    found = Students(Model(converted.untrained, config.model), stage1, Model(stored, config.model))
-    teacher = Model(without_delta(converted.untrained), config.model.teacher())
+    stored = student_params(without_delta(untrained), folder, job.name)
+    started = done["start"].stage1 if "start" in done else None
+    stage1 = Model(started, config.model) if started else None
+    found = Students(Model(untrained, config.model), stage1, Model(stored, config.model))
+    teacher = Model(without_delta(untrained), config.model.teacher())
     began = time.perf_counter()
-    measures = measure_students(config, data, teacher, found)
+    measures = measure_students(config, open_data(config), teacher, found)
+    phases = [(name, phase) for name in done for phase in runs[name].phases]
     result = {
         "kind": "conversion",
         "variant": job.variant,
         "teacher": job.teacher,
         "seed": job.seed,
-        "seconds": converted.seconds,
-        "compile_seconds": converted.compile_seconds,
+        "seconds": {name: done[name].seconds[phase] for name, phase in phases},
+        "compile_seconds": {name: done[name].compile_seconds[phase] for name, phase in phases},
         "seconds_measures": time.perf_counter() - began,
-        "fit": _read(scratch / "stage1" / "start.json"),
-        "curves": {name: _curve(scratch / name) for name in ("stage1", "stage2")},
+        "fit": _read(scratch / "start" / "stage1" / "start.json"),
+        "curves": {name: _curve(scratch / name / phase) for name, phase in phases},
     }
     shutil.rmtree(scratch, ignore_errors=True)
     return config, result | measures

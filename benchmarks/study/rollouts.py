@@ -44,7 +44,7 @@ def run_rollout(
     """
     config = base
     if job.variant is not None:
-        config = conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
+        config = conversion_config(base, job.variant, job.seed)
     cfg = config.model if job.variant else config.model.teacher()
     params = teacher_params(config, folder, job, size)
     if job.conversion:

@@ -23,7 +23,7 @@ from arl2_jax.training.step import init_state, make_step
 from arl2_jax.weights import load_params
 from study.clock import Clock
 from study.measures import measure_teacher, recall_scores
-from study.recipes import STAGES, Job, changed
+from study.recipes import STAGES, Job, changed, stage_changes
 from study.stored import Folder, save_teacher
 
 # Clips of the test along the way, and of the loss beside it.
@@ -47,11 +47,8 @@ def stage_config(base: Config, size: str, stage: str, changes: dict[str, Any], s
       changes: of single stages, "stage:field" -> value.
       seed: of the teacher.
     """
-    own = {
-        name.split(":")[1]: value for name, value in changes.items() if name.startswith(f"{stage}:")
-    }
     run = {"model.hybrid_layers": (), "phases": ("teacher",), "train.seed": seed}
-    return changed(base, run | STAGES[size][stage] | own)
+    return changed(base, run | STAGES[size][stage] | stage_changes(changes, stage))
 
 
 def run_teacher(
