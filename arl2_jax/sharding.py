@@ -63,8 +63,13 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return mesh
 
 
-def check_blocks(mesh: Mesh, blocks: int) -> None:
+def check_blocks(mesh: Mesh, blocks: int, *, frames: str = "data.frames") -> None:
     """Every device must get whole frame blocks of a clip.
+
+    Args:
+      mesh: devices.
+      blocks: of a clip.
+      frames: the field that sets how many frames a clip has.
 
     Raises:
       ConfigError: they cannot be shared out evenly.
@@ -72,7 +77,7 @@ def check_blocks(mesh: Mesh, blocks: int) -> None:
     if blocks % mesh.shape["context"]:
         raise ConfigError(
             f"train.mesh.context={mesh.shape['context']} must divide the {blocks} frame blocks of "
-            "a clip, data.frames / model.frames_per_block; change one of them"
+            f"a clip, {frames} / model.frames_per_block; change one of them"
         )
 
 

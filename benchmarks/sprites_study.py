@@ -6,16 +6,16 @@
 Teachers of configs/sprites_gpu.py are trained, converted in several ways, measured, and continued
 for a thousand blocks; their layers are ranked. Every run leaves a result in OUT/results and is not
 repeated; what later ones need is in OUT/teachers (10 MB a teacher) and OUT/students (2 MB each).
-So the study can be cut anywhere and go on elsewhere, with these folders alone. Several processes
-may work on one folder at once: each takes runs that no other has.
+So the study can go on elsewhere with these folders alone. A run that is cut goes on from its last
+checkpoint, in OUT/scratch. Several processes may work on one folder at once: each takes runs that
+no other has.
 
     --jobs=teacher-t0,all_by_block-t0-s0     these runs alone, in this order
-    --minutes=9                              start nothing that would take longer, end in time
+    --minutes=9                              start nothing that would take longer
     --set=teacher.learning_rate=4e-3         a field of the configuration, may be repeated
-    --set=short:teacher.steps=300            the same of one stage of training
     --size=quick                             everything at toy size, for a CPU
 
-Recipes of a teacher are compared by one folder each, with --jobs=teacher-t0. Where
+Recipes are compared by one folder each. Where
 JAX_COMPILATION_CACHE_DIR is not set, programs are kept in OUT/cache.
 """
 
@@ -33,7 +33,7 @@ from study.conversions import run_conversion, run_ranking
 from study.recipes import Job, all_jobs, base_config, parse_changes, parse_job
 from study.rollouts import run_rollout
 from study.stored import Folder, write_result
-from study.teachers import last_stage, run_teacher
+from study.teachers import run_teacher
 
 from arl2_jax.config import Config, ConfigError
 
@@ -43,18 +43,17 @@ _JOBS = flags.DEFINE_list("jobs", [], "Runs to make, in order; by default all.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the conversions, for all jobs.")
 _TEACHERS = flags.DEFINE_list("teachers", ["0"], "Seeds of the teachers, for all jobs.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Time that this call may take.")
-_SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of the configuration, or STAGE:FIELD.")
-_EVERY = flags.DEFINE_integer("every", 50, "Steps between two tests of a teacher.")
+_SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of the configuration.")
 _BLOCKS = flags.DEFINE_integer("blocks", 1000, "Blocks of a rollout.")
 _VIDEOS = flags.DEFINE_integer("videos", 32, "Videos of a rollout.")
-_RANK_STEPS = flags.DEFINE_integer("rank_steps", 60, "Steps of stage 2 for each ranked layer.")
+_RANK_STEPS = flags.DEFINE_integer("rank_steps", 100, "Steps of stage 2 for each ranked layer.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to note where there is no repository.")
 _COLLECT = flags.DEFINE_bool("collect", False, "Merge the results, and run nothing.")
 _RESULT = flags.DEFINE_string(
     "result", "benchmarks/results/sprites_study.json", "File of the merged results."
 )
 # Seconds that a run takes at most as long as none of its kind is known.
-_GUESS = {"teacher": 60.0, "conversion": 240.0, "rollout": 60.0, "ranking": 300.0}
+_GUESS = {"teacher": 700.0, "conversion": 700.0, "rollout": 60.0, "ranking": 400.0}
 _POLL = 5.0
 
 
@@ -70,9 +69,8 @@ def main(_):
             jax.config.update("jax_compilation_cache_dir", str(folder.path.absolute() / "cache"))
         seeds, teachers = (list(map(int, flag.value)) for flag in (_SEEDS, _TEACHERS))
         names = _JOBS.value or all_jobs(seeds, teachers)
-        changes = parse_changes(_SET.value)
-        general = {name: value for name, value in changes.items() if ":" not in name}
-        study = _Study(folder, base_config(_SIZE.value, general), changes, Clock(_MINUTES.value))
+        base = base_config(_SIZE.value, parse_changes(_SET.value))
+        study = _Study(folder, base, Clock(_MINUTES.value))
         study.run([parse_job(name) for name in names])
         if study.failed:
             sys.exit(f"error: these runs have failed: {', '.join(study.failed)}")
@@ -83,9 +81,9 @@ def main(_):
 class _Study:
     """The runs of one process."""
 
-    def __init__(self, folder: Folder, base: Config, changes: dict[str, Any], clock: Clock):
-        self._folder, self._base, self._changes, self._clock = folder, base, changes, clock
-        self._claims, self._size = Claims(folder.scratch("claims")), _SIZE.value
+    def __init__(self, folder: Folder, base: Config, clock: Clock):
+        self._folder, self._base, self._clock = folder, base, clock
+        self._claims = Claims(folder.scratch("claims"))
         self.failed: list[str] = []
 
     def run(self, jobs: list[Job]) -> None:
@@ -116,10 +114,7 @@ class _Study:
         logging.info("%s begins; %.0f s are left", job.name, self._clock.left())
         began = time.perf_counter()
         try:
-            found = self._make(job)
-            if found is None:
-                return
-            config, result = found
+            config, result = self._make(job)
             result |= {"seconds_all": time.perf_counter() - began, "commit": _COMMIT.value}
             write_result(self._folder, job.name, config, result)
             logging.info("%s took %.0f s", job.name, result["seconds_all"])
@@ -129,13 +124,13 @@ class _Study:
         finally:
             self._claims.release(job.name)
 
-    def _make(self, job: Job) -> tuple[Config, dict[str, Any]] | None:
-        common = (self._base, self._size, job, self._folder)
+    def _make(self, job: Job) -> tuple[Config, dict[str, Any]]:
+        common = (self._base, job, self._folder)
         match job.kind:
             case "teacher":
-                return run_teacher(*common, self._clock, self._changes, _EVERY.value)
+                return run_teacher(*common)
             case "conversion":
-                return run_conversion(*common, self._changes)
+                return run_conversion(*common)
             case "ranking":
                 return run_ranking(*common, _RANK_STEPS.value)
         return run_rollout(*common, self._clock, _BLOCKS.value, _VIDEOS.value)
@@ -152,8 +147,7 @@ class _Study:
         job = parse_job(name)
         if job.kind == "conversion":
             return self._folder.student(name).exists()
-        file = self._folder.teacher(job.teacher, last_stage(self._size)).with_suffix(".json")
-        return file.exists() and json.loads(file.read_text())["finished"]
+        return (self._folder.teacher(job.teacher) / "config.json").exists()
 
     def _enough_time(self, job: Job) -> bool:
         enough = self._clock.left() > self._expected(job)
@@ -163,7 +157,7 @@ class _Study:
 
     def _expected(self, job: Job) -> float:
         """Seconds of the longest run of a kind that is known, or a guess."""
-        if job.kind in ("teacher", "rollout"):  # they end in time
+        if job.kind == "rollout":  # it ends in time
             return _GUESS[job.kind]
         known = (json.loads(file.read_text()) for file in self._folder.results.glob("*.json"))
         times = [run["seconds_all"] for run in known if run["kind"] == job.kind]

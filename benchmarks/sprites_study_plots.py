@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/sprites_study_plots.py --rollouts=runs/study/pictures \
         --result=benchmarks/results/sprites_study.json --out=docs/study
 
-writes recall_by_lag.png, ablations.png, exchange.png, drift.png, training.png, retention_*.png,
+writes recall_by_lag.png, ablations.png, exchange.png, drift.png, training_*.png, retention_*.png,
 rollout_*.png (of what --rollouts holds) and tables.md; what the results lack is left out.
 """
 
@@ -53,7 +53,8 @@ def draw(merged: dict[str, Any]) -> dict[str, bytes | None]:
     """Pictures by name; None where the results lack what one shows."""
     summary, runs = merged["summary"], merged["runs"]
     models = summary["models"]
-    teachers = {name: run for name, run in runs.items() if run["kind"] == "teacher"}
+    config = merged["config"]
+    training = lambda phase: training_curves(runs, phase, config[phase]["short_steps"])
     pictures = {
         "recall_by_lag": recall_curves(models, _MAIN, "Recall by lag"),
         "ablations": recall_curves(
@@ -61,7 +62,8 @@ def draw(merged: dict[str, Any]) -> dict[str, bytes | None]:
         ),
         "exchange": exchange_bars(models, _MAIN),
         "drift": drift_curves(summary["rollouts"]),
-        "training": training_curves(teachers),
+        "training_teacher": training("teacher"),
+        "training_stage2": training("stage2"),
     }
     for variant in _WITH_RETENTION:
         found = [run for run in runs.values() if run.get("variant") == variant]

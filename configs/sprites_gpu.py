@@ -6,14 +6,8 @@ Three or four sprites of 18 identities, each in a lane of its own, pass and rest
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
 converted, and runs/sprites-gpu/report shows what the states remember. Needs 80 GB.
 
-Attention over short clips costs a third a frame, so that a teacher learns sooner if it begins
-there:
-
-    python launch/train.py --config=configs/sprites_gpu.py --config.phases="('teacher',)" \
-        --config.data.frames=24 --config.data.sprites.pause='(4, 10)' \
-        --config.teacher.batch_size=32 --config.train.workdir=runs/sprites-short
-    python launch/train.py --config=configs/sprites_gpu.py --config.teacher.steps=250 \
-        --config.teacher.weights=runs/sprites-short/teacher/weights
+Training begins on clips of a third of the length with short rests: attention over them costs less
+a frame, and they hold more reveals. A teacher learns what to look for there, a memory what to keep.
 
 The same task at toy size, for a look at the whole path on a CPU; little is learned:
 
@@ -30,6 +24,7 @@ from arl2_jax.config import (
     EvaluationConfig,
     ModelConfig,
     SamplerConfig,
+    ShortClipsConfig,
     SpriteConfig,
     Stage1Config,
     Stage2Config,
@@ -81,9 +76,11 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
                 lamp=4,
                 only_reveals=True,
             ),
+            short=ShortClipsConfig(frames=24, pause=(4, 10)),
         ),
         teacher=TeacherConfig(
-            steps=700,
+            steps=900,
+            short_steps=600,
             batch_size=8,
             optimizer="muon",
             learning_rate=6e-3,
@@ -99,7 +96,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
             warmup=5,
         ),
         stage2=Stage2Config(
-            steps=400,
+            steps=1200,
+            short_steps=900,
             batch_size=4,
             optimizer="muon",
             learning_rate=1e-2,
@@ -122,12 +120,15 @@ def _quick(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     )
     # Tokens of this run's own blocks, which are filled in from its data.
     fields.model.delta.block_tokens = 0
-    fields.data.update(frames=16, height=16, width=20, workers=0, held_out=8)
+    fields.data.update(frames=24, height=16, width=20, workers=0, held_out=8)
     fields.data.sprites.update(
         count=(2, 2), size=5, speed=(4.0, 4.0), occluder_width=9, pause=(2, 8), lamp=2
     )
+    fields.data.short.update(frames=12, pause=(2, 3))
     for phase in (fields.teacher, fields.stage1, fields.stage2):
         phase.update(steps=4, batch_size=2, warmup=1)
+    for phase in (fields.teacher, fields.stage2):
+        phase.short_steps = 2
     fields.stage1.start_clips = 4
     fields.evaluation.update(clips=2, recall_clips=16, rollout_clips=1)
     fields.train.workdir = "runs/sprites-quick"

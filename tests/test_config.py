@@ -51,6 +51,13 @@ def refused(path, value):
 
 # Field, bad value, and what the message must say besides the field.
 BROKEN = [
+    ("teacher.short_steps", 1001, "0..1000"),
+    ("stage2.short_steps", -1, "0..1000"),
+    ("stage1.short_steps", 5, "data.short.frames"),
+    ("data.short.frames", -2, "negative"),
+    ("data.short.frames", 3, "divides data.frames=10"),
+    ("data.short.frames", 4, "divides data.frames=10"),
+    ("data.short.pause", (3, 2), "rising"),
     ("model.dim", 0, "positive"),
     ("model.dim", 130, "even head dimension"),
     ("model.num_heads", 64, "even head dimension"),

@@ -20,20 +20,19 @@ from study.clock import Claims, Clock  # noqa: E402
 from study.collect import markdown, merge  # noqa: E402
 from study.plots import rollout_sheet  # noqa: E402
 from study.recipes import (  # noqa: E402
-    STAGES,
     all_jobs,
     base_config,
     changed,
     conversion_config,
     parse_changes,
     parse_job,
+    teacher_config,
     variants,
 )
 from study.stored import load_student, save_student, save_teacher  # noqa: E402
-from study.teachers import stage_config  # noqa: E402
 
 from arl2_jax import models  # noqa: E402
-from arl2_jax.config import ConfigError, to_config_dict  # noqa: E402
+from arl2_jax.config import ConfigError, short_run, to_config_dict  # noqa: E402
 from arl2_jax.data import sprites  # noqa: E402
 from arl2_jax.training.partition import merge_params  # noqa: E402
 from arl2_jax.weights import load_params  # noqa: E402
@@ -71,10 +70,9 @@ def test_unknown_jobs_are_refused(name):
 def test_every_configuration_holds(size):
     base = base_config(size, {})
     assert base.model.delta.block_tokens == base.model.frames_per_block * base.tokens_per_frame
-    for stage in STAGES[size]:
-        config = stage_config(base, size, stage, {f"{stage}:teacher.steps": 7}, 3)
-        sprites.check(config)
-        assert config.teacher.steps == 7 and config.train.seed == 3
+    for phase in ("teacher", "stage2"):
+        sprites.check(short_run(base, phase))
+    sprites.check(teacher_config(base, 3, "runs/x"))
     for variant in variants():
         config = conversion_config(base, variant, 1, "runs/x")
         assert config.model.delta.block_tokens == base.model.delta.block_tokens
@@ -92,8 +90,8 @@ def test_the_full_task_is_as_dense_as_it_says():
 
 
 def test_changes():
-    assert parse_changes(["teacher.steps=3", "data.codec=wan_vae", "a:b.c=(1, 2)"]) == {
-        "teacher.steps": 3, "data.codec": "wan_vae", "a:b.c": (1, 2),
+    assert parse_changes(["teacher.steps=3", "data.codec=wan_vae", "a.b.c=(1, 2)"]) == {
+        "teacher.steps": 3, "data.codec": "wan_vae", "a.b.c": (1, 2),
     }  # fmt: skip
     base = base_config("quick", {"teacher.steps": 3})
     assert base.teacher.steps == 3 and base.data.workers == 0
@@ -156,11 +154,11 @@ def made_up(name):
         "loss": share(),
     }  # fmt: skip
     if job.kind == "teacher":
-        point = {"step": 2, "recall": 0.5, "seconds": 3.0}
-        return result | {"stages": {"long": {"sessions": [{"seconds": 4.0, "curve": [point]}]}}}
+        return result | {"curves": {"teacher": [{"step": 10, "loss": 0.5}]}}
     table = [[share(), share()]] * 4
     kept = dict.fromkeys(("retention", "tokens", "read_to_local", "load"), table)
     kept |= {"layers": [0, 1, 2, 3], "tokens_per_block": 40, "head_dim": 32, "blocks_per_clip": 8}
+    result |= {"curves": {"stage2": [{"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.1}]}}
     return result | {"errors": {"student": 0.1}, "retention": {"untrained": kept, "student": kept}}
 
 
@@ -191,7 +189,7 @@ def test_tables_of_merged_results(runs):
         assert needed in text
 
 
-@pytest.mark.slow  # nine pictures
+@pytest.mark.slow  # ten pictures
 def test_pictures_of_merged_results(runs):
     pictures = draw(json.loads(json.dumps(merge(runs))))
     assert all(pictures.values())

@@ -5,12 +5,12 @@ Facts of a released model stand in the presets of `ModelConfig`; choices stand i
 """
 
 from arl2_jax.config.convert import from_config_dict, to_config_dict
-from arl2_jax.config.data import DataConfig, SpriteConfig
+from arl2_jax.config.data import DataConfig, ShortClipsConfig, SpriteConfig
 from arl2_jax.config.encoders import UMT5Config, VAEConfig
 from arl2_jax.config.memory import RULE_FIELDS, GatedDeltaConfig
 from arl2_jax.config.model import ModelConfig, SamplerConfig
 from arl2_jax.config.rules import ConfigError
-from arl2_jax.config.run import PHASES, Config, EvaluationConfig
+from arl2_jax.config.run import PHASES, Config, EvaluationConfig, short_run
 from arl2_jax.config.training import (
     MeshConfig,
     PhaseConfig,
@@ -18,6 +18,7 @@ from arl2_jax.config.training import (
     Stage2Config,
     TeacherConfig,
     TrainConfig,
+    with_steps,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ModelConfig",
     "PhaseConfig",
     "SamplerConfig",
+    "ShortClipsConfig",
     "SpriteConfig",
     "Stage1Config",
     "Stage2Config",
@@ -40,5 +42,7 @@ __all__ = [
     "UMT5Config",
     "VAEConfig",
     "from_config_dict",
+    "short_run",
     "to_config_dict",
+    "with_steps",
 ]

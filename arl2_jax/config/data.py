@@ -48,14 +48,36 @@ class SpriteConfig:
             0 < self.speed[0] <= self.speed[1],
             f"data.sprites.speed={self.speed} must be a rising range above 0",
         )
-        require(
-            0 <= self.pause[0] <= self.pause[1],
-            f"data.sprites.pause={self.pause} must be a rising range from at least 0",
-        )
+        _check_pause("data.sprites.pause", self.pause)
         require(self.lamp >= 0, f"data.sprites.lamp={self.lamp} must not be negative")
         require(2 <= self.colors <= 8, f"data.sprites.colors={self.colors} must be in 2..8")
         require(1 <= self.shapes <= 5, f"data.sprites.shapes={self.shapes} must be in 1..5")
         require(self.size >= 3, f"data.sprites.size={self.size} must be at least 3 pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortClipsConfig:
+    """Short clips, which a phase may begin with (its `short_steps`).
+
+    Attention over the past costs less a frame in them, and with short rests they ask more of the
+    memory.
+
+    Attributes:
+      frames: latent frames; a multiple of model.frames_per_block that divides data.frames. Of
+        stored latents these are the first.
+      pause: data.sprites.pause of short clips.
+    """
+
+    frames: int = 0
+    pause: tuple[int, int] = (0, 0)
+
+    def __post_init__(self):
+        require(self.frames >= 0, f"data.short.frames={self.frames} must not be negative")
+        _check_pause("data.short.pause", self.pause)
+
+
+def _check_pause(name: str, pause: tuple[int, int]) -> None:
+    require(0 <= pause[0] <= pause[1], f"{name}={pause} must be a rising range from at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +98,7 @@ class DataConfig:
         videos; without it the report has none.
       held_out: clips kept apart for evaluation.
       sprites: the procedural videos.
+      short: short clips, for the start of a phase.
       workers: grain worker processes; 0 reads in the training process.
     """
 
@@ -90,6 +113,7 @@ class DataConfig:
     vae: str = ""
     held_out: int = 64
     sprites: SpriteConfig = SpriteConfig()
+    short: ShortClipsConfig = ShortClipsConfig()
     workers: int = 0
 
     def __post_init__(self):

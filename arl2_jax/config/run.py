@@ -83,6 +83,7 @@ class Config:
             f"data.frames={self.data.frames} must be a multiple of "
             f"model.frames_per_block={self.model.frames_per_block}",
         )
+        self._check_short_clips()
         stages = [p for p in self.phases if p != "teacher"]
         require(
             not stages or bool(self.model.hybrid_layers),
@@ -104,6 +105,20 @@ class Config:
                 f"data.{axis} gives {latents} latents, not a multiple of the patch {patch} in "
                 "model.patch_size; change it",
             )
+
+    def _check_short_clips(self) -> None:
+        short, block = self.data.short.frames, self.model.frames_per_block
+        phases = [p for p in self.phases if getattr(self, p).short_steps]
+        require(
+            not phases or bool(short),
+            f"{phases and phases[0]}.short_steps needs clips of data.short.frames frames, which is "
+            "0; set it, such as data.frames / 3",
+        )
+        require(
+            not short or (short % block == 0 and self.data.frames % short == 0),
+            f"data.short.frames={short} must be a multiple of model.frames_per_block={block} that "
+            f"divides data.frames={self.data.frames}",
+        )
 
     def _fill_in_block_tokens(self) -> None:
         """Let the clips say how many tokens a block has, where the model does not."""
@@ -128,3 +143,23 @@ class Config:
     def blocks(self) -> int:
         """Frame blocks in a training clip."""
         return self.data.frames // self.model.frames_per_block
+
+
+def short_run(config: Config, phase: str) -> Config:
+    """The run that a phase's steps on short clips belong to.
+
+    Args:
+      config: a run with data.short.frames.
+      phase: "teacher", "stage1" or "stage2"; its batches grow to as many frames.
+    """
+    data, settings = config.data, getattr(config, phase)
+    sprites = dataclasses.replace(data.sprites, pause=data.short.pause)
+    size = settings.batch_size * (data.frames // data.short.frames)
+    changes = {"batch_size": size, "short_steps": 0}
+    if phase == "stage1":
+        changes["start"] = "random"  # its start is behind it
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, frames=data.short.frames, sprites=sprites),
+        **{phase: dataclasses.replace(settings, **changes)},
+    )

@@ -12,6 +12,8 @@ class PhaseConfig:
 
     Attributes:
       steps: optimizer steps.
+      short_steps: the first of them, which see data.short clips: data.frames / data.short.frames
+        times as many, so that a step has as many frames.
       batch_size: clips in one optimizer step, over all devices.
       accumulation: micro-batches that a step is split into; their gradients are averaged.
       optimizer: "adamw", or "muon" for the matrices inside the layers and AdamW for the rest;
@@ -29,6 +31,7 @@ class PhaseConfig:
     """
 
     steps: int = 1000
+    short_steps: int = 0
     batch_size: int = 16
     accumulation: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -47,10 +50,20 @@ class PhaseConfig:
             require(value > 0, f"{name}={value} must be positive in every phase")
         require(self.steps >= 0, f"steps={self.steps} must not be negative in any phase")
         require(
+            0 <= self.short_steps <= self.steps,
+            f"short_steps={self.short_steps} must be in 0..{self.steps}, the steps of the phase",
+        )
+        require(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}",
         )
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be in [0, 1)")
+
+
+def with_steps(settings: PhaseConfig, steps: int) -> PhaseConfig:
+    """Change the number of steps; those on short clips keep their share."""
+    short = round(settings.short_steps * steps / max(settings.steps, 1))
+    return dataclasses.replace(settings, steps=steps, short_steps=short)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +112,8 @@ class Stage2Config(PhaseConfig):
     Attributes:
       layer_loss: weight of the stage-1 loss next to the end-to-end loss.
       self_rollout: share of the steps (the last ones) whose clean context is the student's own.
-      control_share: steps of each control as a share of `steps`. Without memory there is less to
-        learn; the curves of a run tell whether a control has stopped to improve.
+      control_share: steps of each control as a share of the student's. Without memory there is less
+        to learn; the curves of a run tell whether a control has stopped to improve.
     """
 
     layer_loss: float = 0.1

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config, ConfigError, short_run
 from arl2_jax.data import sprites
 from arl2_jax.data.codec import Codec, make_codec
 from arl2_jax.data.latents import LatentSource
@@ -77,6 +77,28 @@ class EncodedClips:
         pixels = video.astype(np.float32) / 127.5 - 1
         latents = np.asarray(self.codec.encode(pixels[None])[0], np.float32)
         return {"latents": latents, "text": embed_caption(caption, self.text_len, self.text_dim)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstFrames:
+    """The first `frames` latent frames of other clips."""
+
+    clips: Clips
+    frames: int
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def training(self, index: int, rng: np.random.Generator) -> Example:
+        """Cuts a training clip."""
+        return self._cut(self.clips.training(index, rng))
+
+    def held_out(self, index: int) -> Example:
+        """Cuts a held-out clip."""
+        return self._cut(self.clips.held_out(index))
+
+    def _cut(self, example: Example) -> Example:
+        return {**example, "latents": example["latents"][: self.frames]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +175,22 @@ class _Draw:
         return self.clips.training(int(index), np.random.default_rng((self.seed, place)))
 
 
+def open_short_data(config: Config, phase: str) -> ClipData:
+    """Opens the short clips that a phase begins with; its `config` is that of `short_run`.
+
+    Raises:
+      ConfigError: as `open_data`, of the short clips.
+    """
+    short = short_run(config, phase)
+    if config.data.source != "latents":
+        try:
+            return open_data(short)
+        except ConfigError as error:
+            raise ConfigError(f"short clips, as data.short sets them: {error}") from None
+    whole = open_data(config)
+    return ClipData(whole.codec, FirstFrames(whole.clips, short.data.frames), short)
+
+
 def open_data(config: Config) -> ClipData:
     """Opens the source that `config.data` names, after checking that it can give what is asked.
 
@@ -174,6 +212,8 @@ def open_data(config: Config) -> ClipData:
         sprites.check(config)
         block = codec.pixel_frames(model.frames_per_block)
         pixel_clips = SpriteClips(dataclasses.replace(data, frames=frames), block)
+        if data.sprites.only_reveals:
+            pixel_clips.held_out(0)  # fails where there are no such clips
     else:
         pixel_clips = VideoClips(data, frames)
     clips = EncodedClips(pixel_clips, codec, model.text_len, model.text_dim)

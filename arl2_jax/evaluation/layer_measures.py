@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from arl2_jax.config import Config, ModelConfig
+from arl2_jax.config import Config, ModelConfig, with_steps
 from arl2_jax.data import ClipData
 from arl2_jax.evaluation.exchange import draw_test, layer_flips
 from arl2_jax.evaluation.gap import Model, micro_batches, noise_clips, teacher_errors
@@ -117,13 +117,12 @@ def train_alone(candidates: Candidates, steps: int) -> dict[str, Model]:
       steps: optimizer steps; a quarter of them at most warms up.
     """
     config, students = candidates.config, {}
-    short = dataclasses.replace(
-        config.stage2, steps=steps, warmup=min(config.stage2.warmup, steps // 4)
-    )
+    fewer = with_steps(config.stage2, steps)
+    fewer = dataclasses.replace(fewer, warmup=min(fewer.warmup, steps // 4))
     for layer in candidates.layers:
         cfg = dataclasses.replace(config.model, hybrid_layers=(layer,))
         alone = _with_memory_of(candidates.params, layer)
-        run = dataclasses.replace(config, model=cfg, stage2=short)
+        run = dataclasses.replace(config, model=cfg, stage2=fewer)
         place = candidates.folder / f"stage2_{steps}" / f"layer_{layer:02d}"
         title = f"layer {layer}"
         result = run_phase(

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -13,12 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arl2_jax import sharding
 from arl2_jax.config import Config, ConfigError
-from arl2_jax.data import ClipData
+from arl2_jax.data import ClipData, open_short_data
 from arl2_jax.models import Params
 from arl2_jax.training.checkpoint import Checkpointer
 from arl2_jax.training.metrics import JsonLinesWriter, MultiWriter, ProgressBar, TensorBoardWriter
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.training.step import TrainState, init_state, make_step
+
+# Short clips come in an order of their own.
+_SHORT_SEED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +61,16 @@ def run_phase(
       folder: where checkpoints and logs of this phase are kept.
       title: name in the progress bar, by default the phase.
     """
-    settings, title = getattr(config, phase), title or phase
+    title = title or phase
     key = jax.random.fold_in(jax.random.key(config.train.seed), list(TRAINED).index(phase))
     trained, frozen = split_params(params, TRAINED[phase])
     state = jax.eval_shape(lambda p: init_state(config, phase, p, key), trained)
     layout = sharding.tree_shardings(state, mesh)
-    batches = data.train_batches(settings.batch_size, data_seed(config, phase))
-
     fingerprint = {"phase": phase, "model": dataclasses.asdict(config.model)}
     with Checkpointer(
         folder / "checkpoints", keep=config.train.keep, fingerprint=fingerprint
     ) as checkpointer:
-        seconds = 0.0
+        position = {"data": None, "seconds": 0.0}
         if checkpointer.latest_step() is None:
             start = jax.jit(lambda p: init_state(config, phase, p, key), out_shardings=layout)
             state = start(trained)
@@ -79,46 +81,96 @@ def run_phase(
                 layout,
             )
             state, position = checkpointer.restore(abstract)
-            batches.set_state(position["data"])
-            seconds = position["seconds"]
             logging.info("%s resumes after step %d", title, int(state.step))
         del trained
         frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
-        session = _Session(config, phase, title, state, frozen, batches, mesh, layout)
-        writers = _open_writers(folder, title, settings.steps, session.step)
+        session = _Session(config, phase, title, state, frozen, mesh, layout)
+        writers = _open_writers(folder, title, session.settings.steps, session.step)
         try:
-            session.run(writers, checkpointer, seconds)
+            session.run(_parts(config, phase, data), writers, checkpointer, position)
         finally:
             writers.close()
-            batches.close()
-    averaged = session.state.ema if settings.ema_decay else session.state.params
+    averaged = session.state.ema if session.settings.ema_decay else session.state.params
     return PhaseResult(merge_params(averaged, frozen), session.seconds, session.compile_seconds)
+
+
+class _Part(NamedTuple):
+    """Steps of a phase on clips of one length.
+
+    Attributes:
+      config: the run whose clips these are.
+      data: the clips.
+      seed: of their order.
+      start, end: numbers of its first step and of that behind its last.
+    """
+
+    config: Config
+    data: ClipData
+    seed: int
+    start: int
+    end: int
+
+
+def _parts(config: Config, phase: str, data: ClipData) -> list[_Part]:
+    settings, seed = getattr(config, phase), data_seed(config, phase)
+    short = settings.short_steps
+    parts = [_Part(config, data, seed, short, settings.steps)]
+    if short:
+        own = open_short_data(config, phase)
+        parts.insert(0, _Part(own.config, own, seed + _SHORT_SEED, 0, short))
+    return parts
 
 
 class _Session:
     """The steps of one process lifetime."""
 
-    def __init__(self, config, phase, title, state: TrainState, frozen, batches, mesh, layout):
+    def __init__(self, config, phase, title, state: TrainState, frozen, mesh, layout):
         self.config, self.phase, self.title = config, phase, title
         self.mesh, self.layout = mesh, layout
         self.settings = getattr(config, phase)
-        self.state, self.frozen, self.batches = state, frozen, batches
+        self.state, self.frozen = state, frozen
         self.step = int(state.step)
         self.seconds = self.compile_seconds = 0.0
         share = config.stage2.self_rollout if phase == "stage2" else 0.0
         self.first_rollout_step = round(self.settings.steps * (1 - share))
 
-    def run(self, writers: MultiWriter, checkpointer: Checkpointer, earlier: float) -> None:
-        """Steps to the end of the phase; the last step is logged and checkpointed."""
-        self.seconds = earlier
+    def run(
+        self,
+        parts: Sequence[_Part],
+        writers: MultiWriter,
+        checkpointer: Checkpointer,
+        position: Mapping[str, Any],
+    ) -> None:
+        """Step to the end of the phase; the last step is logged and checkpointed.
+
+        Args:
+          parts: of the phase, in order.
+          writers, checkpointer: where logs and checkpoints go.
+          position: "seconds" of earlier sessions, and "data", where their last step left the clips
+            of its part.
+        """
+        self.seconds = position["seconds"]
+        for part in parts:
+            if self.step >= part.end:
+                continue
+            size = getattr(part.config, self.phase).batch_size
+            batches = part.data.train_batches(size, part.seed)
+            if self.step > part.start and position["data"] is not None:
+                batches.set_state(position["data"])
+            try:
+                self._run_part(part, batches, writers, checkpointer)
+            finally:
+                batches.close()
+
+    def _run_part(self, part: _Part, batches, writers, checkpointer) -> None:
         compiled: dict[bool, Any] = {}
-        began = time.perf_counter()
-        while self.step < self.settings.steps:
-            batch = sharding.put_batch(next(self.batches), self.mesh)
+        earlier, began = self.seconds, time.perf_counter()
+        while self.step < part.end:
+            batch = sharding.put_batch(next(batches), self.mesh)
             own_past = self.step >= self.first_rollout_step
             if own_past not in compiled:
                 paused = time.perf_counter()
-                compiled[own_past] = self._compile(own_past, batch)
+                compiled[own_past] = self._compile(part.config, own_past, batch)
                 spent = time.perf_counter() - paused
                 self.compile_seconds, began = self.compile_seconds + spent, began + spent
                 logging.info("%s: compiled in %.1f s", self.title, spent)
@@ -127,10 +179,12 @@ class _Session:
             last = self.step == self.settings.steps
             if last or self.step % self.config.train.log_every == 0:
                 writers.write(self.step, metrics)
-            if last or self.step % self.config.train.checkpoint_every == 0:
+            saves = last or self.step % self.config.train.checkpoint_every == 0
+            if saves or self.step == part.end:
                 self._check_finite(metrics)
                 self.seconds = earlier + time.perf_counter() - began
-                position = {"data": self.batches.get_state(), "seconds": self.seconds}
+            if saves:
+                position = {"data": batches.get_state(), "seconds": self.seconds}
                 checkpointer.save(self.step, self.state, position)
 
     def _check_finite(self, metrics) -> None:
@@ -142,11 +196,11 @@ class _Session:
                 f"step {self.step}; lower it and start again in another train.workdir"
             )
 
-    def _compile(self, own_past: bool, batch):
+    def _compile(self, config: Config, own_past: bool, batch):
         """The step, compiled ahead of time: another shape later on would be an error."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(
-            make_step(self.config, self.phase, self_rollout=own_past),
+            make_step(config, self.phase, self_rollout=own_past),
             donate_argnums=0,
             out_shardings=(self.layout, everywhere),
         )

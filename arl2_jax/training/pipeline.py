@@ -10,8 +10,8 @@ from absl import logging
 from etils import epath
 
 from arl2_jax import models, sharding
-from arl2_jax.config import Config, ConfigError, to_config_dict
-from arl2_jax.data import ClipData, open_data
+from arl2_jax.config import Config, ConfigError, to_config_dict, with_steps
+from arl2_jax.data import ClipData, open_data, open_short_data
 from arl2_jax.models import Params
 from arl2_jax.storage import OTHER_FOLDER, check_writable, write_whole
 from arl2_jax.training.loop import read_json, run_phase
@@ -66,6 +66,9 @@ def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, 
     for phase in config.phases:
         settings = getattr(config, phase)
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation, phase)
+        if settings.short_steps:
+            short = open_short_data(config, phase).config
+            sharding.check_blocks(mesh, short.blocks, frames="data.short.frames")
     folder = epath.Path(config.train.workdir)
     table = sharding.sharding_table(models.param_shapes(config.model), mesh)
     _check_same_run(folder, config, remedy)
@@ -139,14 +142,14 @@ def control_config(config: Config, memory_gate: str) -> Config:
     """The run of a control without memory: the student's stage 2, from the untrained hybrid.
 
     A closed gate leaves stage 1 nothing to learn: all its gradients are zero. The local control is
-    trained by the same recipe, on the first stage2.control_share of the clips.
+    trained by the same recipe, for stage2.control_share of its steps.
     """
     steps = math.ceil(config.stage2.control_share * config.stage2.steps)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, memory_gate=memory_gate),
         stage1=dataclasses.replace(config.stage1, start="random"),
-        stage2=dataclasses.replace(config.stage2, layer_loss=0.0, steps=steps),
+        stage2=dataclasses.replace(with_steps(config.stage2, steps), layer_loss=0.0),
     )
 
 

@@ -1,6 +1,7 @@
 """Pictures of the study's merged results."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,29 +152,29 @@ def rollout_sheet(blocks: np.ndarray, frames: np.ndarray, given: np.ndarray) -> 
     return _png(figure)
 
 
-def training_curves(teachers: Mapping[str, Mapping[str, Any]]) -> bytes | None:
-    """Draw recall of teachers along their training; None if there is no teacher.
+def training_curves(
+    runs: Mapping[str, Mapping[str, Any]], phase: str, short_steps: int
+) -> bytes | None:
+    """Draw the losses of a phase along its steps; None if no run has it.
 
     Args:
-      teachers: name -> result of its run.
+      runs: name -> result.
+      phase: "teacher" or "stage2".
+      short_steps: where its short clips end.
     """
-    if not teachers:
+    curves = {name: run.get("curves", {}).get(phase) for name, run in runs.items()}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
         return None
     figure = Figure(figsize=(7.2, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    for (name, run), color in zip(teachers.items(), _COLORS, strict=False):
-        start = 0.0
-        for stage, facts in run["stages"].items():
-            seconds, recalls = [], []
-            for session in facts["sessions"]:
-                for point in session["curve"]:
-                    seconds.append(start + point["seconds"])
-                    recalls.append(100 * point["recall"])
-                start += session["seconds"]
-            style = "-" if stage == "long" else "--"
-            axes.plot(seconds, recalls, style, color=color, label=f"{name}, {stage} clips")
-    axes.set_xlabel("seconds of training")
-    _finish(axes, "drawn right, %", "Teachers: recall on a small test")
+    for (name, curve), color in zip(curves.items(), itertools.cycle(_COLORS)):
+        steps, losses = ([point[field] for point in curve] for field in ("step", "loss"))
+        axes.semilogy(steps, losses, color=color, linewidth=1, label=name)
+    axes.axvline(short_steps, color="0.6", linewidth=0.8)
+    axes.text(short_steps, axes.get_ylim()[1], " longer clips", fontsize=8, va="top")
+    axes.set_xlabel("step")
+    _finish(axes, "loss", f"Training, {phase}", shares=False)
     return _png(figure)
 
 
@@ -188,8 +189,9 @@ def _line(
     axes.plot(x, 100 * np.array(shares), style, color=color, marker="o", markersize=3.5, label=text)
 
 
-def _finish(axes: Axes, ylabel: str, title: str) -> None:
-    axes.set_ylim(0, 102)
+def _finish(axes: Axes, ylabel: str, title: str, *, shares: bool = True) -> None:
+    if shares:
+        axes.set_ylim(0, 102)
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(alpha=0.25, linewidth=0.6)

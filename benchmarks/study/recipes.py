@@ -9,31 +9,6 @@ from arl2_jax.config import Config, ConfigError, from_config_dict, to_config_dic
 from arl2_jax.evaluation.ranking import hybrid_count
 from configs import sprites_gpu
 
-# Training begins on short clips with short rests, which hold many reveals for their cost.
-_SHORT: dict[str, dict[str, Any]] = {
-    "full": {"data.frames": 24, "data.sprites.pause": (4, 10)},
-    "quick": {"data.frames": 12, "data.sprites.pause": (2, 3)},
-}
-STAGES: dict[str, dict[str, dict[str, Any]]] = {
-    "full": {
-        "short": _SHORT["full"] | {"teacher.batch_size": 32, "teacher.steps": 600},
-        "long": {"teacher.steps": 250, "teacher.learning_rate": 3e-3},
-    },
-    "quick": {"short": _SHORT["quick"], "long": {}},
-}
-CONVERSION: dict[str, dict[str, dict[str, Any]]] = {
-    "full": {
-        "start": {"phases": ("stage1",)},
-        "short": _SHORT["full"]
-        | {"phases": ("stage2",), "stage2.batch_size": 12, "stage2.steps": 500},
-        "long": {"phases": ("stage2",), "stage2.steps": 250, "stage2.learning_rate": 5e-3},
-    },
-    "quick": {
-        "start": {"phases": ("stage1",)},
-        "short": _SHORT["quick"] | {"phases": ("stage2",)},
-        "long": {"phases": ("stage2",)},
-    },
-}
 SHARES = {"all": 1.0, "p75": 0.75, "p50": 0.5}
 INITS = ("by_block", "published")
 # Of the all-hybrid model that starts by block. The fit knows reads of whole blocks alone.
@@ -44,7 +19,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "beta_max_1": {"model.delta.beta_max": 1.0},
     "reset": {"model.delta.span": "block"},
     "context_noise": {"sampler.context_noise": 0.1},
-    "control_local": {"model.memory_gate": "local", "stage1.start": "random"},
+    "control_local": {
+        "model.memory_gate": "local", "stage1.start": "random", "phases": ("stage2",),
+    },
     "token_read": {"model.delta.read": "token", "stage1.start": "random"},
 }  # fmt: skip
 _MAIN = ("all_by_block", "all_published")
@@ -175,22 +152,25 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def stage_changes(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """Those of the changes that are of one stage, "stage:field" -> value, by field."""
-    return {
-        name.split(":")[1]: value for name, value in changes.items() if name.startswith(f"{stage}:")
-    }
+def teacher_config(config: Config, seed: int, workdir: str) -> Config:
+    """The run that trains a teacher; arguments as of `conversion_config`."""
+    run = {"model.hybrid_layers": (), "phases": ("teacher",)}
+    return changed(config, run | {"train.seed": seed, "train.workdir": workdir})
 
 
-def conversion_config(config: Config, variant: str, seed: int) -> Config:
-    """The configuration of a conversion, whatever its stage.
+def conversion_config(config: Config, variant: str, seed: int, workdir: str) -> Config:
+    """The run that makes a conversion of a teacher.
 
     Args:
       config: the study's, with the teacher's weights.
       variant: one of `variants()`.
       seed: of the run.
+      workdir: folder of the run.
     """
-    changes: dict[str, Any] = {"evaluation.controls": (), "train.seed": seed}
+    changes: dict[str, Any] = {
+        "phases": ("stage1", "stage2"), "evaluation.controls": (), "train.seed": seed,
+        "train.workdir": workdir,
+    }  # fmt: skip
     if variant in ABLATIONS:
         # A part of the test is enough to see large differences.
         fewer = max(config.evaluation.recall_clips // 4 * 2, 2)
@@ -200,25 +180,3 @@ def conversion_config(config: Config, variant: str, seed: int) -> Config:
         layers = hybrid_count(SHARES[share], config.model.num_layers)
         changes |= {"model.hybrid_layers": tuple(range(layers)), "model.memory_init": init}
     return changed(config, changes)
-
-
-def conversion_stages(
-    config: Config, size: str, workdir: str, changes: Mapping[str, Any]
-) -> dict[str, Config]:
-    """The runs of a conversion, one after the other, by the names of its stages.
-
-    Args:
-      config: as `conversion_config` makes it.
-      size: variant of configs/sprites_gpu.py.
-      workdir: folder of the runs.
-      changes: of single stages, "stage:field" -> value.
-    """
-    stages = dict(CONVERSION[size])
-    if config.model.memory_gate != "learned":
-        stages.pop("start")  # without a memory there is nothing to learn layer by layer
-    return {
-        name: changed(
-            config, {"train.workdir": f"{workdir}/{name}"} | fields | stage_changes(changes, name)
-        )
-        for name, fields in stages.items()
-    }

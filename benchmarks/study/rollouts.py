@@ -32,21 +32,21 @@ _TRUE_BLOCKS = 64
 
 
 def run_rollout(
-    base: Config, size: str, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int
+    base: Config, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int
 ) -> tuple[Config, dict[str, Any]]:
     """Let a model go on from the first third of held-out clips, and read what it draws.
 
     Args:
-      base, size, job, folder: as elsewhere; a teacher's job continues with the teacher.
+      base, job, folder: as elsewhere; a teacher's job continues with the teacher.
       clock: a rollout ends early where the time does.
       blocks: to generate, at most; models with softmax layers end at 60.
       videos: to generate together.
     """
     config = base
     if job.variant is not None:
-        config = conversion_config(base, job.variant, job.seed)
+        config = conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
     cfg = config.model if job.variant else config.model.teacher()
-    params = teacher_params(config, folder, job, size)
+    params = teacher_params(config, folder, job)
     if job.conversion:
         params = student_params(params, folder, job.conversion)
     codec = make_codec(config)

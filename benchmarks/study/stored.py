@@ -39,9 +39,9 @@ class Folder:
         """The file of a run's result."""
         return self.results / f"{name}.json"
 
-    def teacher(self, seed: int, stage: str) -> Path:
-        """The weights of a teacher after a stage, which `load_params` reads."""
-        return self.teachers / f"t{seed}-{stage}"
+    def teacher(self, seed: int) -> Path:
+        """The weights of a teacher, which `load_params` reads."""
+        return self.teachers / f"t{seed}"
 
     def student(self, name: str) -> Path:
         """What a conversion has added to its teacher."""
@@ -84,6 +84,15 @@ def load_student(path: Path) -> Params:
     with np.load(path) as found:
         flat = {name: jnp.asarray(found[name], jnp.float32) for name in found.files}
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def loss_curve(folder: Path) -> list[dict[str, float]]:
+    """Loss over the steps of a phase, from its logs."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return []
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: record[name] for name in ("step", "loss")} for record in records]
 
 
 def _half(leaf: Any) -> np.ndarray:

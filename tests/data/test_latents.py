@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,8 +6,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from data_sizes import make_data, tiny_model
 
-from arl2_jax.config import Config, ConfigError, EvaluationConfig
-from arl2_jax.data import LatentSource, LatentWriter, open_data
+from arl2_jax.config import Config, ConfigError, EvaluationConfig, ShortClipsConfig
+from arl2_jax.data import LatentSource, LatentWriter, open_data, open_short_data
 from arl2_jax.data.latents import LatentFolder, check_latents
 from arl2_jax.data.manifest import sha256
 
@@ -81,6 +82,20 @@ def write_some(path, clips, stop, **options):
             if index == stop:
                 raise RuntimeError
             writer.write(*(part[index] for part in clips))
+
+
+def test_short_clips_are_the_first_frames(tmp_path):
+    latents, _ = write(tmp_path)
+    config = make_config(tmp_path)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, short=ShortClipsConfig(frames=2))
+    )
+    data = open_short_data(config, "stage2")
+    assert data.config.blocks == 1 and data.config.stage2.batch_size == 2 * config.stage2.batch_size
+    np.testing.assert_array_equal(data.held_out(3)["latents"], latents[7:, :2])
+    batch = next(data.train_batches(7, 0))["latents"]
+    order = [np.flatnonzero((latents[:, :2] == clip).all((1, 2, 3, 4)))[0] for clip in batch]
+    assert sorted(order) == list(range(7))
 
 
 def test_a_failed_run_leaves_no_manifest_and_no_half_shard(tmp_path):

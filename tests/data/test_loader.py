@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import threading
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 from data_sizes import make_data, make_sprites, tiny_model
 
-from arl2_jax.config import Config, ConfigError
-from arl2_jax.data import make_clip, open_data, reveals
+from arl2_jax.config import Config, ConfigError, ShortClipsConfig
+from arl2_jax.data import make_clip, open_data, open_short_data, reveals
 from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.data.sprites import HELD_OUT_SEED
 
@@ -145,3 +146,22 @@ def test_only_reveals_leaves_out_clips_that_ask_nothing(only):
 def test_impossible_sprites_are_refused_on_opening():
     with pytest.raises(ConfigError, match=r"data\.sprites\.size=13"):
         open_data(make_config(sprites=make_sprites(size=13)))
+
+
+def test_impossible_short_clips_are_refused_on_opening():
+    """Rests that fit a whole clip let nothing come out again within a short one."""
+    sprites = make_sprites(pause=(2, 4))
+    config = make_config(sprites=sprites, short=ShortClipsConfig(frames=6, pause=(4, 5)))
+    open_data(config)
+    with pytest.raises(ConfigError, match=r"data\.short.*data\.sprites\.pause=\(4, 5\)") as error:
+        open_short_data(config, "teacher")
+    assert "\n" not in str(error.value)
+    # Not one clip in which a sprite has passed and come out again.
+    asks = dataclasses.replace(sprites, only_reveals=True)
+    asks = make_config(frames=24, sprites=asks, short=ShortClipsConfig(frames=4))
+    open_data(asks)
+    with pytest.raises(ConfigError, match=r"data\.short.*64 clips in a row have no reveal"):
+        open_short_data(asks, "teacher")
+    good = dataclasses.replace(config.data, short=ShortClipsConfig(frames=6))
+    short = open_short_data(dataclasses.replace(config, data=good), "teacher")
+    assert next(short.train_batches(2, 0))["latents"].shape[1] == 6

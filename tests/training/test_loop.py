@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from arl2_jax import sharding
+from arl2_jax.config import ShortClipsConfig
 from arl2_jax.data import open_data
 from arl2_jax.training import loop
 from arl2_jax.training.checkpoint import Checkpointer
@@ -30,12 +31,13 @@ class Trace:
 
     saved: dict = dataclasses.field(default_factory=dict)
     logged: list = dataclasses.field(default_factory=list)
+    shapes: list = dataclasses.field(default_factory=list)
     compiled: list = dataclasses.field(default_factory=list)
     result: object = None
 
 
 @pytest.fixture(scope="module")
-def short(config):
+def six_steps(config):
     """The last two of six steps train on the model's own past."""
     return dataclasses.replace(
         config, stage2=dataclasses.replace(config.stage2, self_rollout=1 / 3, batch_size=4)
@@ -43,10 +45,10 @@ def short(config):
 
 
 @pytest.fixture(scope="module")
-def train(short, make_params):
-    data, mesh = open_data(short), sharding.make_mesh(short.train.mesh, jax.devices()[:1])
+def train(six_steps, make_params):
+    data, mesh = open_data(six_steps), sharding.make_mesh(six_steps.train.mesh, jax.devices()[:1])
 
-    def run(folder, *, stop_at=None):
+    def run(folder, *, stop_at=None, config=six_steps):
         trace = Trace()
 
         class Saving(Checkpointer):
@@ -64,15 +66,21 @@ def train(short, make_params):
                 trace.logged.append(step)
                 trace.compiled.append(len(COMPILED))
 
+        def put(batch, mesh):
+            trace.shapes.append(batch["latents"].shape[:2])
+            return sharding_put(batch, mesh)
+
+        sharding_put = sharding.put_batch
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "Checkpointer", Saving)
             patch.setattr(loop, "MultiWriter", Logging)
-            params = make_params(short.model)
+            patch.setattr(loop.sharding, "put_batch", put)
+            params = make_params(six_steps.model)
             if stop_at is None:
-                trace.result = run_phase(short, "stage2", params, data, mesh, folder)
+                trace.result = run_phase(config, "stage2", params, data, mesh, folder)
             else:
                 with pytest.raises(StoppedError):
-                    run_phase(short, "stage2", params, data, mesh, folder)
+                    run_phase(config, "stage2", params, data, mesh, folder)
         return trace
 
     return run
@@ -121,9 +129,9 @@ def test_log_of_a_resumed_phase_has_every_step_once(whole, resumed, folders):
     assert other == one
 
 
-def test_phase_hands_on_the_average(whole, make_params, short):
+def test_phase_hands_on_the_average(whole, make_params, six_steps):
     params, state = whole.result.params, whole.saved[6][0]
-    start = make_params(short.model)["blocks"]["0"]
+    start = make_params(six_steps.model)["blocks"]["0"]
     found, average, last = (
         tree["blocks"]["0"]["delta"]["phi_k"] for tree in (params, state.ema, state.params)
     )
@@ -150,9 +158,29 @@ def test_finished_phase_takes_no_step(train, whole, folders):
     assert again.result.seconds == pytest.approx(whole.result.seconds, rel=0.5)
 
 
-def test_phase_of_no_steps_changes_nothing(short, make_params, tmp_path):
-    none = dataclasses.replace(short, stage1=dataclasses.replace(short.stage1, steps=0))
-    params = make_params(short.model)
-    mesh = sharding.make_mesh(short.train.mesh, jax.devices()[:1])
+@pytest.mark.slow
+def test_short_clips_come_first_and_resume_anywhere(six_steps, train, tmp_path):
+    """Stopped among the short clips, where they end, and behind: the same phase, bit for bit."""
+    config = dataclasses.replace(
+        six_steps,
+        data=dataclasses.replace(six_steps.data, short=ShortClipsConfig(frames=2)),
+        stage2=dataclasses.replace(six_steps.stage2, steps=8, short_steps=4, self_rollout=0.0),
+    )
+    whole = train(epath.Path(tmp_path / "whole"), config=config)
+    assert whole.shapes == [(8, 2)] * 4 + [(4, 4)] * 4
+    folder = epath.Path(tmp_path / "stopped")
+    for stop, saved in ((3, [2]), (5, [4]), (7, [6])):
+        assert list(train(folder, stop_at=stop, config=config).saved) == saved
+    last = train(folder, config=config)
+    assert last.logged == [7, 8] and last.shapes == [(4, 4)] * 2
+    assert_equal(last.saved[8][0], whole.saved[8][0])
+    assert last.saved[8][1] == whole.saved[8][1]
+    assert_equal(last.result.params, whole.result.params)
+
+
+def test_phase_of_no_steps_changes_nothing(six_steps, make_params, tmp_path):
+    none = dataclasses.replace(six_steps, stage1=dataclasses.replace(six_steps.stage1, steps=0))
+    params = make_params(six_steps.model)
+    mesh = sharding.make_mesh(six_steps.train.mesh, jax.devices()[:1])
     result = run_phase(none, "stage1", params, open_data(none), mesh, epath.Path(tmp_path))
     assert_equal(result.params, params)

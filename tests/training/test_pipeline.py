@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from arl2_jax.config import Config, ConfigError, MeshConfig, from_config_dict
+from arl2_jax.config import Config, ConfigError, MeshConfig, ShortClipsConfig, from_config_dict
 from arl2_jax.models import without_delta
 from arl2_jax.training import pipeline
 from arl2_jax.training.pipeline import control_config, convert, prepare
@@ -182,11 +182,29 @@ def test_controls_of_a_fitted_run_are_configurations_themselves(config, gate):
 
 @pytest.mark.parametrize(("share", "steps"), [(1.0, 10), (0.5, 5), (0.25, 3), (1e-9, 1)])
 def test_controls_take_their_share_of_the_steps(config, share, steps):
-    stage2 = dataclasses.replace(config.stage2, steps=10, control_share=share)
-    found = control_config(dataclasses.replace(config, stage2=stage2), "zero").stage2
-    # Their learning rate falls to its end within their own steps.
-    assert found.steps == steps
-    assert dataclasses.replace(found, steps=10) == dataclasses.replace(stage2, layer_loss=0.0)
+    stage2 = dataclasses.replace(config.stage2, steps=10, short_steps=8, control_share=share)
+    data = dataclasses.replace(config.data, short=ShortClipsConfig(frames=2))
+    found = control_config(dataclasses.replace(config, data=data, stage2=stage2), "zero").stage2
+    # Their learning rate falls to its end within their own steps, and short clips keep their share.
+    assert found.steps == steps and found.short_steps == round(0.8 * steps)
+    as_before = dataclasses.replace(found, steps=10, short_steps=8)
+    assert as_before == dataclasses.replace(stage2, layer_loss=0.0)
+
+
+def test_short_clips_that_devices_cannot_share_out_are_refused(config, tmp_path):
+    """Before anything is compiled, as those of full length are."""
+    run = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, frames=8, short=ShortClipsConfig(frames=2)),
+        teacher=dataclasses.replace(config.teacher, short_steps=2),
+        train=dataclasses.replace(
+            config.train, workdir=str(tmp_path), mesh=MeshConfig(data=4, context=2)
+        ),
+    )
+    wanted = r"context=2 must divide the 1 frame blocks of a clip, data\.short\.frames"
+    with pytest.raises(ConfigError, match=wanted):
+        prepare(run)
+    prepare(dataclasses.replace(run, teacher=config.teacher))
 
 
 @pytest.mark.parametrize("phases", [("teacher", "stage1"), ("stage1", "stage2")])
