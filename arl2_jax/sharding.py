@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -145,9 +145,22 @@ def put(tree: Any, shardings: Any) -> Any:
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A process's share of a batch as part of global arrays: clips, and the frames of latents."""
-    specs = {name: BATCH for name in batch} | {"latents": PartitionSpec(CLIPS, BLOCKS)}
     make = jax.make_array_from_process_local_data
-    return {name: make(NamedSharding(mesh, specs[name]), x) for name, x in batch.items()}
+    return {name: make(_batch_sharding(name, mesh), x) for name, x in batch.items()}
+
+
+def abstract_batch(
+    shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `put_batch` makes of float32 arrays whose shapes over all processes are these."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, np.float32, sharding=_batch_sharding(name, mesh))
+        for name, shape in shapes.items()
+    }
+
+
+def _batch_sharding(name: str, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(CLIPS, BLOCKS) if name == "latents" else BATCH)
 
 
 def per_device(

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ class PhaseResult:
     Attributes:
       params: all parameters after the phase, trained ones averaged if the phase averages.
       seconds: wall time of its steps over all its sessions, compilation apart.
-      compile_seconds: wall time of compilation in the last session.
+      compile_seconds: wall time that the steps of the last session waited for compilation.
     """
 
     params: Params
@@ -75,12 +76,7 @@ def run_phase(
             start = jax.jit(lambda p: init_state(config, phase, p, key), out_shardings=layout)
             state = start(trained)
         else:
-            abstract = jax.tree.map(
-                lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-                state,
-                layout,
-            )
-            state, position = checkpointer.restore(abstract)
+            state, position = checkpointer.restore(_abstract(state, layout))
             logging.info("%s resumes after step %d", title, int(state.step))
         del trained
         frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
@@ -92,6 +88,12 @@ def run_phase(
             writers.close()
     averaged = session.state.ema if session.settings.ema_decay else session.state.params
     return PhaseResult(merge_params(averaged, frozen), session.seconds, session.compile_seconds)
+
+
+def _abstract(state: TrainState, layout: TrainState) -> TrainState:
+    """Shapes, types and places of a state."""
+    struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+    return jax.tree.map(struct, state, layout)
 
 
 class _Part(NamedTuple):
@@ -129,6 +131,7 @@ class _Session:
         self.mesh, self.layout = mesh, layout
         self.settings = getattr(config, phase)
         self.state, self.frozen = state, frozen
+        self.abstract_state = _abstract(state, layout)
         self.step = int(state.step)
         self.seconds = self.compile_seconds = 0.0
         share = config.stage2.self_rollout if phase == "stage2" else 0.0
@@ -150,31 +153,51 @@ class _Session:
             of its part.
         """
         self.seconds = position["seconds"]
-        for part in parts:
-            if self.step >= part.end:
-                continue
-            size = getattr(part.config, self.phase).batch_size
-            batches = part.data.train_batches(size, part.seed)
-            if self.step > part.start and position["data"] is not None:
-                batches.set_state(position["data"])
+        # Later programs are compiled beside the steps of earlier ones.
+        with ThreadPoolExecutor(1) as pool:
+            programs = {
+                (part.start, own_past): pool.submit(self._compile, part, own_past)
+                for part, own_past in self._kinds(parts)
+            }
             try:
-                self._run_part(part, batches, writers, checkpointer)
+                for part in parts:
+                    if self.step < part.end:
+                        self._run_part(part, programs, writers, checkpointer, position["data"])
             finally:
-                batches.close()
+                pool.shutdown(cancel_futures=True)
 
-    def _run_part(self, part: _Part, batches, writers, checkpointer) -> None:
-        compiled: dict[bool, Any] = {}
+    def _kinds(self, parts: Sequence[_Part]) -> list[tuple[_Part, bool]]:
+        """The programs still needed: of which part, and whether on the model's own past."""
+        found = []
+        for part in parts:
+            first = max(self.step, part.start)
+            if first < min(part.end, self.first_rollout_step):
+                found.append((part, False))
+            if max(first, self.first_rollout_step) < part.end:
+                found.append((part, True))
+        return found
+
+    def _run_part(self, part: _Part, programs, writers, checkpointer, position) -> None:
+        size = getattr(part.config, self.phase).batch_size
+        batches = part.data.train_batches(size, part.seed)
+        if self.step > part.start and position is not None:
+            batches.set_state(position)
+        try:
+            self._steps(part, programs, batches, writers, checkpointer)
+        finally:
+            batches.close()
+
+    def _steps(self, part: _Part, programs, batches, writers, checkpointer) -> None:
         earlier, began = self.seconds, time.perf_counter()
         while self.step < part.end:
             batch = sharding.put_batch(next(batches), self.mesh)
-            own_past = self.step >= self.first_rollout_step
-            if own_past not in compiled:
+            program = programs[part.start, self.step >= self.first_rollout_step]
+            if not program.done():
                 paused = time.perf_counter()
-                compiled[own_past] = self._compile(part.config, own_past, batch)
-                spent = time.perf_counter() - paused
-                self.compile_seconds, began = self.compile_seconds + spent, began + spent
-                logging.info("%s: compiled in %.1f s", self.title, spent)
-            self.state, metrics = compiled[own_past](self.state, self.frozen, batch)
+                program.result()
+                waited = time.perf_counter() - paused
+                self.compile_seconds, began = self.compile_seconds + waited, began + waited
+            self.state, metrics = program.result()(self.state, self.frozen, batch)
             self.step += 1
             last = self.step == self.settings.steps
             if last or self.step % self.config.train.log_every == 0:
@@ -196,17 +219,26 @@ class _Session:
                 f"step {self.step}; lower it and start again in another train.workdir"
             )
 
-    def _compile(self, config: Config, own_past: bool, batch):
+    def _compile(self, part: _Part, own_past: bool):
         """The step, compiled ahead of time: another shape later on would be an error."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        began, everywhere = time.perf_counter(), NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(
-            make_step(config, self.phase, self_rollout=own_past),
+            make_step(part.config, self.phase, self_rollout=own_past),
             donate_argnums=0,
             out_shardings=(self.layout, everywhere),
         )
+        model, data = part.config.model, part.config.data
+        size = getattr(part.config, self.phase).batch_size
+        shapes = {
+            "latents": (size, data.frames, *part.config.latent_shape),
+            "text": (size, model.text_len, model.text_dim),
+        }
+        batch = sharding.abstract_batch(shapes, self.mesh)
         # Where kernels look for the devices that they are to share out their work to.
         with jax.set_mesh(self.mesh):
-            return step.lower(self.state, self.frozen, batch).compile()
+            program = step.lower(self.abstract_state, self.frozen, batch).compile()
+        logging.info("%s: compiled in %.1f s", self.title, time.perf_counter() - began)
+        return program
 
 
 def _open_writers(folder: epath.Path, title: str, steps: int, start: int) -> MultiWriter:
