@@ -49,6 +49,9 @@ _HEADS = flags.DEFINE_integer("heads", 4, "Heads.")
 _BLOCKS = flags.DEFINE_integer("blocks", 17, "Blocks of a clip; lags go up to one less.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Optimizer steps.")
 _RATE = flags.DEFINE_float("learning_rate", 1e-2, "Adam's learning rate.")
+_GATE_RATE = flags.DEFINE_float(
+    "gate_rate", 1.0, "Learning-rate factor of the projections to decay, strength and gate."
+)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights, markers and clips.")
 _STARTS = flags.DEFINE_list("starts", [], "Names to run; by default all of them.")
 _MARKED = flags.DEFINE_integer("marked", 8, "Marked tokens, and those that ask in a later block.")
@@ -70,6 +73,7 @@ MATCH = 0.8
 # Trained, as in stage 1.
 TRAINED = ("a_proj", "b_proj", "gate_proj", "A_log", "dt_bias", "beta_bias", "phi_q", "phi_k",
            "phi_v")  # fmt: skip
+GATES = ("a_proj", "b_proj", "gate_proj")
 LAGS = (1, 2, 3, 4, 8, 16)
 _TEST_CLIPS = 16
 
@@ -215,7 +219,10 @@ class Programs(NamedTuple):
 def make_programs(cfg: ModelConfig) -> Programs:
     """Makes the training step and the test, both jitted."""
     graph = nnx.split(nnx.eval_shape(lambda: GatedDelta(cfg, rngs=nnx.Rngs(0))))[0]
-    optimizer = optax.adam(_RATE.value)
+    optimizer = optax.partition(
+        {"gates": optax.adam(_RATE.value * _GATE_RATE.value), "rest": optax.adam(_RATE.value)},
+        lambda params: jax.tree_util.tree_map_with_path(_group, params),
+    )
 
     def read(trained, params, markers, key):
         clip, target, asking = draw_clip(cfg, markers, key)
@@ -243,6 +250,11 @@ def make_programs(cfg: ModelConfig) -> Programs:
         return square(pick(value - target)), square(pick(target))
 
     return Programs(optimizer, step, test)
+
+
+def _group(path, _) -> str:
+    """Which learning rate a parameter has."""
+    return "gates" if path[0].key in GATES else "rest"
 
 
 def initial_params(cfg: ModelConfig, key) -> dict[str, jax.Array]:
@@ -329,8 +341,9 @@ def _rope(cfg: ModelConfig) -> Rope:
 
 
 def _write(rows: dict[str, Any]) -> None:
-    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "marked",
-             "new_keys", "apart", "correlation", "offset", "repeated", "loss", "rope")  # fmt: skip
+    names = ("tokens", "head_dim", "heads", "blocks", "steps", "learning_rate", "gate_rate",
+             "marked", "new_keys", "apart", "correlation", "offset", "repeated", "loss",
+             "rope")  # fmt: skip
     shapes = {name: flags.FLAGS[name].value for name in names}
     result = {
         "what": "relative squared error of what a layer's memory brings back, by lag in blocks",
