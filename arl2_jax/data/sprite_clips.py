@@ -6,7 +6,7 @@ import numpy as np
 
 from arl2_jax.config import ConfigError, DataConfig
 from arl2_jax.data.reveals import reveals
-from arl2_jax.data.sprites import HELD_OUT_SEED, make_clip
+from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, make_clip
 
 # Seeds that are tried for one clip, and how far apart they lie: neighbours stay apart.
 _TRIES, _STRIDE = 64, 2**40
@@ -40,19 +40,22 @@ class SpriteClips:
         return self._clip(HELD_OUT_SEED + index)
 
     def _clip(self, seed: int) -> tuple[np.ndarray, str]:
-        sprites = self._data.sprites
-        if sprites.only_reveals:
-            seed = self._with_reveal(seed)
-        clip = make_clip(sprites, dataclasses.replace(self._data, frames=self._frames), seed)
+        clip = None
+        if self._data.sprites.only_reveals:
+            seed, clip = self._with_reveal(seed)
+        if clip is None or len(clip.video) != self._frames:
+            data = dataclasses.replace(self._data, frames=self._frames)
+            clip = make_clip(data.sprites, data, seed)
         return clip.video, clip.caption
 
-    def _with_reveal(self, seed: int) -> int:
+    def _with_reveal(self, seed: int) -> tuple[int, SpriteClip]:
         """The first of some seeds, all of training or all held out, whose clip has a reveal."""
         begin = seed // HELD_OUT_SEED * HELD_OUT_SEED
         for i in range(_TRIES):
             tried = begin + (seed - begin + i * _STRIDE) % HELD_OUT_SEED
-            if reveals(make_clip(self._data.sprites, self._data, tried), self._block):
-                return tried
+            clip = make_clip(self._data.sprites, self._data, tried)
+            if reveals(clip, self._block):
+                return tried, clip
         raise ConfigError(
             f"data.sprites.only_reveals=True, but {_TRIES} clips in a row have no reveal; raise "
             "data.sprites.speed or data.frames, or set it to False"
