@@ -4,8 +4,8 @@
 
 Three or four sprites of 18 identities, each in a lane of its own, pass and rest behind an occluder
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
-converted, and runs/sprites-gpu/report shows what the states remember. About 27 minutes on an H100, by
-calculation from the times of its steps.
+converted, and runs/sprites-gpu/report shows what the states remember. By calculation from the times
+of its steps, that takes 27 minutes on an H100.
 
 Training begins on clips of a third of the length with short rests: attention over them costs less
 a frame, and they hold more reveals. A teacher learns what to look for there, a memory what to keep.
