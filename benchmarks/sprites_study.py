@@ -15,8 +15,8 @@ no other has.
     --set=teacher.learning_rate=4e-3         a field of the configuration, may be repeated
     --size=quick                             everything at toy size, for a CPU
 
-Recipes are compared by one folder each. Where
-JAX_COMPILATION_CACHE_DIR is not set, programs are kept in OUT/cache.
+Recipes are compared by one folder each. Where JAX_COMPILATION_CACHE_DIR is not set, programs are
+kept in OUT/cache.
 """
 
 import json
