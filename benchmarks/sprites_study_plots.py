@@ -57,14 +57,15 @@ def draw(merged: dict[str, Any]) -> dict[str, bytes | None]:
     training = lambda phase: training_curves(runs, phase, config[phase]["short_steps"])
     pictures = {
         "recall_by_lag": recall_curves(models, _MAIN, "Recall by lag"),
-        "ablations": recall_curves(
-            models, ["all_by_block", *ABLATIONS], "Recall by lag, all layers hybrid"
-        ),
         "exchange": exchange_bars(models, _MAIN),
         "drift": drift_curves(summary["rollouts"]),
         "training_teacher": training("teacher"),
         "training_stage2": training("stage2"),
     }
+    if not models.keys().isdisjoint(ABLATIONS):
+        pictures["ablations"] = recall_curves(
+            models, ["all_by_block", *ABLATIONS], "Recall by lag, all layers hybrid"
+        )
     for variant in _WITH_RETENTION:
         found = [run for run in runs.values() if run.get("variant") == variant]
         measures = next((run["retention"] for run in found if "retention" in run), None)

@@ -5,7 +5,9 @@
 Three or four sprites of 18 identities, each in a lane of its own, pass and rest behind an occluder
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
 converted, and runs/sprites-gpu/report shows what the states remember. By calculation from the times
-of its steps, that takes 27 minutes on an H100.
+of its parts, that takes 24 minutes on an H200. XLA must be left to tune its matrix products: without
+(XLA_FLAGS=--xla_gpu_autotune_level=0) a step takes up to 3.7 times as long. docs/study.md has what
+was measured.
 
 Training begins on clips of a third of the length with short rests: attention over them costs less
 a frame, and they hold more reveals. A teacher learns what to look for there, a memory what to keep.
@@ -80,7 +82,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
             short=ShortClipsConfig(frames=24, pause=(4, 10)),
         ),
         teacher=TeacherConfig(
-            steps=900,
+            steps=1150,
             short_steps=600,
             batch_size=8,
             optimizer="muon",
@@ -97,8 +99,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
             warmup=5,
         ),
         stage2=Stage2Config(
-            steps=1200,
-            short_steps=900,
+            steps=4000,
+            short_steps=3000,
             batch_size=4,
             optimizer="muon",
             learning_rate=1e-2,

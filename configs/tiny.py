@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
             warmup=15,
             ema_decay=0.97,
             layer_loss=0.0,
-            control_share=0.5,
+            control_share=0.25,
         ),
     )
     tree = cast(Any, ml_collections.ConfigDict(to_config_dict(config)))
