@@ -53,7 +53,7 @@ _RESULT = flags.DEFINE_string(
     "result", "benchmarks/results/sprites_study.json", "File of the merged results."
 )
 # Seconds that a run takes at most as long as none of its kind is known.
-_GUESS = {"teacher": 700.0, "conversion": 700.0, "rollout": 60.0, "ranking": 400.0}
+_GUESS = {"teacher": 700.0, "conversion": 700.0, "rollout": 60.0, "ranking": 600.0}
 _POLL = 5.0
 
 

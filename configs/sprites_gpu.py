@@ -5,9 +5,9 @@
 Three or four sprites of 18 identities, each in a lane of its own, pass and rest behind an occluder
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
 converted, and runs/sprites-gpu/report shows what the states remember. By calculation from the times
-of its parts, that takes 24 minutes on an H200. XLA must be left to tune its matrix products: without
-(XLA_FLAGS=--xla_gpu_autotune_level=0) a step takes up to 3.7 times as long. docs/study.md has what
-was measured.
+of its parts, that takes 24 minutes on an H200. Leave XLA's autotuning on: with
+XLA_FLAGS=--xla_gpu_autotune_level=0 a step takes up to 3.7 times as long. docs/study.md has what was
+measured.
 
 Training begins on clips of a third of the length with short rests: attention over them costs less
 a frame, and they hold more reveals. A teacher learns what to look for there, a memory what to keep.
