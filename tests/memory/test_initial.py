@@ -98,8 +98,9 @@ def test_the_published_start_forgets_a_block_of_many_tokens():
     ("tokens", "load"), [(512, 0.5), (64, 0.3), pytest.param(2048, 1.0, marks=pytest.mark.slow)]
 )
 def test_writes_leave_what_their_load_says(tokens, load):
-    """Without decay; the share of what random keys leave varies by a few per cent."""
+    """Without decay."""
     cfg = make_cfg(tokens, write_load=load, decay="none")
+    # What random keys leave varies by a few per cent from draw to draw.
     np.testing.assert_allclose(retention(cfg, tokens), np.exp(-load), rtol=0.06)
     beta = initial_strength(tokens, cfg.head_dim, load)
     np.testing.assert_allclose((1 - beta * (2 - beta) / 32) ** (tokens / 2), np.exp(-load))
