@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from arl2_jax.evaluation.drift import (
     read_rollout,
     true_clip,
 )
+from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.lanes import lanes_of
 from arl2_jax.generation.generator import Generator
 from study.clock import Clock
@@ -31,16 +32,27 @@ _TO_STORE = 15
 _TRUE_BLOCKS = 64
 
 
+class Rollout(NamedTuple):
+    """What a long rollout shows.
+
+    Attributes:
+      measures: drift, that of the true clips, and times; for JSON.
+      frames: "blocks" [M], counted from 1, "frames" uint8 [M, K, H, W, 3] of the first videos after
+        them, and "given" uint8 [K, H, W, 3], the last frame that went in.
+    """
+
+    measures: dict[str, Any]
+    frames: dict[str, np.ndarray]
+
+
 def run_rollout(
     base: Config, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int
 ) -> tuple[Config, dict[str, Any]]:
-    """Let a model go on from the first third of held-out clips, and read what it draws.
+    """Let a model of the study go on from the first third of held-out clips.
 
     Args:
       base, job, folder: as elsewhere; a teacher's job continues with the teacher.
-      clock: a rollout ends early where the time does.
-      blocks: to generate, at most; models with softmax layers end at 60.
-      videos: to generate together.
+      clock, blocks, videos: as `roll_out` takes them.
     """
     config = base
     if job.variant is not None:
@@ -49,6 +61,26 @@ def run_rollout(
     params = teacher_params(config, folder, job)
     if job.conversion:
         params = student_params(params, folder, job.conversion)
+    found = roll_out(config, Model(params, cfg), job.seed, clock, blocks, videos)
+    np.savez_compressed(folder.pictures / f"{job.name}.npz", **found.frames)  # pyright: ignore
+    facts = {"kind": "rollout", "variant": job.variant, "teacher": job.teacher, "seed": job.seed}
+    return config, facts | found.measures
+
+
+def roll_out(
+    config: Config, model: Model, seed: int, clock: Clock, blocks: int, videos: int
+) -> Rollout:
+    """Let a model go on from the first third of held-out clips, and read what it draws.
+
+    Args:
+      config: the run.
+      model: the model.
+      seed: of the noise.
+      clock: a rollout ends early where the time does.
+      blocks: to generate, at most; models with softmax layers end at 60.
+      videos: to generate together.
+    """
+    params, cfg = model
     codec = make_codec(config)
     assert codec is not None  # clips that are made on the fly have one
     given = beginnings(config, codec, videos, max(config.blocks // 3, 1))
@@ -56,7 +88,7 @@ def run_rollout(
     blocks = min(blocks, 60) if softmax else blocks
     generator = Generator(cfg, params, config.sampler, latent_shape=config.latent_shape)
     stream = generator.stream(
-        given.batch["text"], key=jax.random.key(job.seed), past=given.batch["latents"],
+        given.batch["text"], key=jax.random.key(seed), past=given.batch["latents"],
         frames=blocks * cfg.frames_per_block if softmax else None,
     )  # fmt: skip
     timed = _Timed(itertools.islice(stream, blocks), clock)
@@ -65,20 +97,19 @@ def run_rollout(
     wanted = given.lanes.identities
     made = len(readings.identities)
     numbers = np.array(sorted(readings.frames))
-    np.savez_compressed(
-        folder.pictures / f"{job.name}.npz",
-        blocks=numbers + 1, frames=np.stack([readings.frames[i] for i in numbers]),
-        given=np.stack([clip.video[-1] for clip in given.clips[:4]]),
-    )  # fmt: skip
-    return config, {
-        "kind": "rollout",
-        "variant": job.variant,
-        "teacher": job.teacher,
-        "seed": job.seed,
+    frames = {
+        "blocks": numbers + 1,
+        "frames": np.stack([readings.frames[i] for i in numbers]),
+        "given": np.stack([clip.video[-1] for clip in given.clips[:4]]),
+    }
+    sampler = config.sampler
+    measures = {
         "videos": videos,
         "given_blocks": given.batch["latents"].shape[1] // cfg.frames_per_block,
         "blocks": made,
-        "sampler": {"method": config.sampler.method, "steps": config.sampler.steps},
+        "sampler": {
+            name: getattr(sampler, name) for name in ("method", "steps", "shift", "context_noise")
+        },
         "drift": drift_scores(readings.identities, wanted),
         "truth": drift_scores(_truth(config, given, min(made, _TRUE_BLOCKS)), wanted),
         "identities": wanted.tolist(),
@@ -87,6 +118,7 @@ def run_rollout(
         "seconds_a_block": timed.seconds / max(made - 1, 1),
         "memory_bytes": memory_bytes(config, cfg),
     }
+    return Rollout(measures, frames)
 
 
 def _truth(config: Config, given: Beginnings, blocks: int) -> np.ndarray:
