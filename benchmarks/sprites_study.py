@@ -3,12 +3,15 @@
     PYTHONPATH=. python benchmarks/sprites_study.py --out=runs/study
     PYTHONPATH=. python benchmarks/sprites_study.py --out=runs/study --collect
 
-Teachers of configs/sprites_gpu.py are trained, converted in several ways, measured, and continued
-for a thousand blocks; their layers are ranked. Every run leaves a result in OUT/results and is not
-repeated; what later ones need is in OUT/teachers (10 MB a teacher) and OUT/students (2 MB each).
-So the study can go on elsewhere with these folders alone. A run that is cut goes on from its last
-checkpoint, in OUT/scratch. Several processes may work on one folder at once: each takes runs that
-no other has.
+Teachers of configs/sprites_gpu.py are trained, converted in several ways, and measured. Models
+then go on alone for a thousand blocks (rollouts), and are asked in true videos of that length
+(streams). The layers of teachers are ranked. Conversions take half of the configuration's steps of
+stage 2, and all of them where the name ends in _long.
+
+Every run leaves a result in OUT/results and is not repeated; what later ones need is in
+OUT/teachers (10 MB a teacher) and OUT/students (2 MB each). So the study can go on elsewhere with
+these folders alone. A run that is cut goes on from its last checkpoint, in OUT/scratch. Several
+processes may work on one folder at once: each takes runs that no other has.
 
     --jobs=teacher-t0,all_by_block-t0-s0     these runs alone, in this order
     --minutes=9                              start nothing that would take longer
@@ -31,7 +34,7 @@ from study.clock import Claims, Clock
 from study.collect import collect
 from study.conversions import run_conversion, run_ranking
 from study.recipes import Job, all_jobs, base_config, parse_changes, parse_job
-from study.rollouts import run_rollout
+from study.rollouts import run_rollout, run_stream
 from study.stored import Folder, write_result
 from study.teachers import run_teacher
 
@@ -44,8 +47,9 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the conversions, 
 _TEACHERS = flags.DEFINE_list("teachers", ["0"], "Seeds of the teachers, for all jobs.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Time that this call may take.")
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of the configuration.")
-_BLOCKS = flags.DEFINE_integer("blocks", 1000, "Blocks of a rollout.")
-_VIDEOS = flags.DEFINE_integer("videos", 32, "Videos of a rollout.")
+_BLOCKS = flags.DEFINE_integer("blocks", 1000, "Blocks of a rollout or a stream.")
+_VIDEOS = flags.DEFINE_integer("videos", 32, "Videos of a rollout or a stream.")
+_ROLLOUT_STEPS = flags.DEFINE_integer("rollout_steps", 32, "Steps of a rollout's sampler.")
 _RANK_STEPS = flags.DEFINE_integer("rank_steps", 100, "Steps of stage 2 for each ranked layer.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to note where there is no repository.")
 _COLLECT = flags.DEFINE_bool("collect", False, "Merge the results, and run nothing.")
@@ -53,7 +57,13 @@ _RESULT = flags.DEFINE_string(
     "result", "benchmarks/results/sprites_study.json", "File of the merged results."
 )
 # Seconds that a run takes at most as long as none of its kind is known.
-_GUESS = {"teacher": 700.0, "conversion": 700.0, "rollout": 60.0, "ranking": 600.0}
+_GUESS = {
+    "teacher": 700.0,
+    "conversion": 700.0,
+    "rollout": 200.0,
+    "stream": 150.0,
+    "ranking": 600.0,
+}
 _POLL = 5.0
 
 
@@ -133,14 +143,18 @@ class _Study:
                 return run_conversion(*common)
             case "ranking":
                 return run_ranking(*common, _RANK_STEPS.value)
-        return run_rollout(*common, self._clock, _BLOCKS.value, _VIDEOS.value)
+            case "stream":
+                return run_stream(*common, _BLOCKS.value, _VIDEOS.value)
+        length = _BLOCKS.value, _VIDEOS.value
+        return run_rollout(*common, self._clock, *length, _ROLLOUT_STEPS.value)
 
     def _needs(self, job: Job) -> list[str]:
         """Names of the runs that a job stands on."""
         teacher = f"teacher-t{job.teacher}"
         if job.kind == "teacher":
             return []
-        return [teacher] + ([job.conversion] if job.kind == "rollout" and job.conversion else [])
+        of_student = job.kind in ("rollout", "stream") and job.conversion
+        return [teacher] + ([job.conversion] if of_student else [])
 
     def _has(self, name: str) -> bool:
         """Whether what a run leaves to others is there."""

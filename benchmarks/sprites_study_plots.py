@@ -21,7 +21,7 @@ from study.plots import (
     rollout_sheet,
     training_curves,
 )
-from study.recipes import ABLATIONS, INITS, SHARES
+from study.recipes import ABLATIONS, INITS, LONGER, SHARES
 
 from arl2_jax.evaluation.retention_plot import retention_picture
 
@@ -30,8 +30,8 @@ _RESULT = flags.DEFINE_string(
 )
 _ROLLOUTS = flags.DEFINE_string("rollouts", None, "Folder with frames of the rollouts.")
 _OUT = flags.DEFINE_string("out", "docs/study", "Folder to write.")
-_MAIN = ["teacher", *(f"{share}_{init}" for init in INITS for share in SHARES)]
-_WITH_RETENTION = ("all_by_block", "all_published")
+_MAIN = ["teacher", *LONGER, *(f"{share}_{init}" for init in INITS for share in SHARES)]
+_WITH_RETENTION = LONGER
 
 
 def main(_):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 
 from arl2_jax.config import Config, SpriteConfig
 from arl2_jax.data.codec import Codec
@@ -132,18 +132,17 @@ def drift_scores(
     Returns:
       For each part "blocks" [first, last]; "seen", the share of lanes and blocks in which a whole
       sprite is seen; "nothing", in which nothing is; "right", the share of those seen that show the
-      sprite that went in, and its "interval"; "videos" with any. "returns" has "right", "interval",
-      "videos" and "count" of the sprites that come back: a whole one is seen where nothing was in
-      the block before. A share of nothing is None. Intervals count videos: the lanes and blocks of
-      one are not independent.
+      sprite that went in, its "interval", "videos" with any, and their "count". "returns" and
+      "same" have the like of the sprites that come back, whole after a block in which nothing was
+      seen: those that went in first, and those that their lane showed last, which is what a memory
+      carries that trusts its own drawings. A share of nothing is None. Intervals count videos: the
+      lanes and blocks of one are not independent.
     """
     blocks = len(identities)
     known = np.broadcast_to(wanted != NOTHING, identities.shape)
     seen = (identities >= 0) & known
     right = seen & (identities == wanted)
-    # The last given block is not read: what is seen in block 0 has not come back.
-    before = np.concatenate([seen[:1] | True, identities[:-1] != NOTHING])
-    back = seen & ~before
+    back, shown = returns(identities, wanted)
     scores = []
     for first, last in _parts(blocks, edges):
         part = np.s_[first : last + 1]
@@ -158,8 +157,31 @@ def drift_scores(
             }
             | shares
             | {"returns": _shares(back[part], right[part] & back[part])}
+            | {"same": _shares(back[part], (identities == shown)[part] & back[part])}
         )
     return scores
+
+
+def returns(
+    identities: Int[np.ndarray, "m n s"], wanted: Int[np.ndarray, "n s"]
+) -> tuple[Bool[np.ndarray, "m n s"], Int[np.ndarray, "m n s"]]:
+    """Where sprites come back: whole ones after a block in which their lane showed nothing.
+
+    Args:
+      identities: readings of the blocks, as in `Readings`; before them all sprites were in sight.
+      wanted: identities that went in, as in `Lanes`.
+
+    Returns:
+      Whether a sprite comes back, and which one its lane has shown last.
+    """
+    shown, gone = np.array(wanted), np.zeros(wanted.shape, bool)
+    back, last = np.zeros(identities.shape, bool), np.empty_like(identities)
+    for i, now in enumerate(identities):
+        seen = (now >= 0) & (wanted != NOTHING)
+        back[i], last[i] = seen & gone, shown
+        shown = np.where(seen, now, shown)
+        gone = (now == NOTHING) | (gone & ~seen)
+    return back, last
 
 
 def _parts(blocks: int, edges: Sequence[int] | None) -> list[tuple[int, int]]:

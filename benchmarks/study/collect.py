@@ -77,11 +77,12 @@ def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
       "models": variant or "teacher" -> what `_pooled` returns; "rollouts": the same -> drift by
-      part, pooled; "spearman": measure -> correlation with the measured loss of the swap, of every
-      run and its mean.
+      part, pooled; "streams": the same -> recall in true videos by stretch, pooled; "spearman":
+      measure -> correlation with the measured loss of the swap, of every run and its mean.
     """
     groups: dict[str, list] = collections.defaultdict(list)
     rollouts: dict[str, list] = collections.defaultdict(list)
+    streams: dict[str, list] = collections.defaultdict(list)
     rankings = []
     for run in runs.values():
         title = run.get("variant") or "teacher"
@@ -90,6 +91,8 @@ def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
                 groups[title].append(run)
             case "rollout":
                 rollouts[title].append(run)
+            case "stream":
+                streams[title].append(run)
             case "ranking":
                 rankings.append(run)
     order = ["teacher", *variants()]
@@ -97,6 +100,7 @@ def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "models": {name: _pooled(found) for name, found in by_order(groups).items()},
         "rollouts": {name: _drift(found) for name, found in by_order(rollouts).items()},
+        "streams": {name: _streams(found) for name, found in by_order(streams).items()},
         "spearman": _spearman(rankings),
     }
 
@@ -157,23 +161,32 @@ def _drift(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for rows in zip(*(run["drift"] for run in found), strict=False):
         if len({tuple(row["blocks"]) for row in rows}) > 1:
             break
-        rights = [(row["right"], row["videos"]) for row in rows if row["right"] is not None]
-        returns = [
-            (back["right"], back["videos"])
-            for row in rows
-            if (back := row["returns"])["right"] is not None
-        ]
         parts.append(
             {
                 "blocks": rows[0]["blocks"],
                 "seen": float(np.mean([row["seen"] for row in rows])),
                 "nothing": float(np.mean([row["nothing"] for row in rows])),
                 "seen_in_truth": truth,
-                "right": _together(rights) if rights else None,
-                "returns": _together(returns) if returns else None,
+                "right": _pool(rows),
+                "returns": _pool([row["returns"] for row in rows]),
+                "same": _pool([row["same"] for row in rows]),
             }
         )
     return parts
+
+
+def _streams(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Recall in true videos by stretch, videos of all runs together."""
+    return [
+        {"blocks": rows[0]["blocks"], "recall": _pool(rows, "recall")}
+        for rows in zip(*(run["stream"] for run in found), strict=True)
+    ]
+
+
+def _pool(rows: Sequence[dict[str, Any]], share: str = "right") -> dict[str, Any] | None:
+    """One share of several runs, which count by their videos; None if nothing was asked."""
+    known = [(row[share], row["videos"]) for row in rows if row[share] is not None]
+    return _together(known) if known else None
 
 
 def _seen(parts: Sequence[dict[str, Any]]) -> float:
@@ -210,12 +223,19 @@ def markdown(summary: Mapping[str, Any]) -> str:
                  ("none", "states", "caches", "zeroed")]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for name, parts in summary["rollouts"].items():
-        lines += ["", f"| {name}, blocks | seen, % | right, % | come back right, % |",
-                  "|---|--:|--:|--:|"]  # fmt: skip
+        lines += ["", f"| {name}, blocks | seen, % | right, % | come back right, % | "
+                  "come back as last seen, % |", "|---|--:|--:|--:|--:|"]  # fmt: skip
         for part in parts:
             first, last = (block + 1 for block in part["blocks"])
-            row = [f"{100 * part['seen']:.0f}", _percent(part["right"]), _percent(part["returns"])]
+            shares = [_percent(part[kind]) for kind in ("right", "returns", "same")]
+            row = [f"{100 * part['seen']:.0f}", *shares]
             lines.append(f"| {first} to {last} | " + " | ".join(row) + " |")
+    if summary["streams"]:
+        lines += ["", "| true videos | blocks | drawn right, % |", "|---|--:|--:|"]
+    for name, parts in summary["streams"].items():
+        for part in parts:
+            first, last = (block + 1 for block in part["blocks"])
+            lines.append(f"| {name} | {first} to {last} | {_percent(part['recall'])} |")
     if summary["spearman"]:
         lines += ["", "| measure | Spearman's correlation with the swap's loss | of each run |",
                   "|---|--:|--:|"]  # fmt: skip

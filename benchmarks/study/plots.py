@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from study.recipes import LONG
+
 _COLORS = (
     "#3b6fd4", "#d4603b", "#2a9d6f", "#8a4fbf", "#a67c2d", "#c2417f", "#5b8c9c", "#6b6b6b",
     "#000000",
@@ -27,6 +29,9 @@ _LABELS = {
 
 def label(name: str) -> str:
     """A model's name for people."""
+    short = name.removesuffix(LONG)
+    if short != name:
+        return f"{label(short)}, all steps"
     share, _, init = name.partition("_")
     if name in _LABELS:
         return _LABELS[name]
@@ -100,6 +105,9 @@ def exchange_bars(models: Mapping[str, Mapping[str, Any]], names: Sequence[str])
 def drift_curves(rollouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes | None:
     """Draw which share of the sprites is still right, over the blocks of long rollouts.
 
+    Solid lines: of all in sight, those that went in. Dotted: of those that come back, those that
+    are as their lane showed them last.
+
     Args:
       rollouts: "rollouts" of a summary.
 
@@ -112,7 +120,7 @@ def drift_curves(rollouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes |
     right, seen = figure.subplots(1, 2)
     for (name, parts), color in zip(rollouts.items(), _COLORS, strict=False):
         middle = [np.sqrt((p["blocks"][0] + 1) * (p["blocks"][1] + 1)) for p in parts]
-        for kind, style, text in (("right", "-", "all in sight"), ("returns", ":", "coming back")):
+        for kind, style, text in (("right", "-", "went in"), ("same", ":", "as last seen")):
             pairs = [(m, p[kind]) for m, p in zip(middle, parts, strict=True) if p[kind]]
             points = [(m, row["share"], row["interval"]) for m, row in pairs]
             if points:
@@ -125,7 +133,7 @@ def drift_curves(rollouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes |
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("own blocks")
-    _finish(right, "sprites that are those that went in, %", "Identity over long rollouts")
+    _finish(right, "sprites that are the same, %", "Identity over long rollouts")
     _finish(seen, "lanes with a sprite in full sight, %", "Sprites in sight (dashed: in truth)")
     return _png(figure)
 

@@ -24,9 +24,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     },
     "token_read": {"model.delta.read": "token", "stage1.start": "random"},
 }  # fmt: skip
+# Conversions have half of the configuration's steps of stage 2, but for those of this ending.
+LONG = "_long"
 _MAIN = ("all_by_block", "all_published")
+LONGER = tuple(f"all_{init}{LONG}" for init in INITS)
 _NAME = re.compile(
-    r"(?P<kind>teacher|ranking|rollout_teacher|rollout_(?P<of>\w+?)|(?P<variant>\w+?))"
+    r"(?P<kind>teacher|ranking|(?P<with>rollout|stream)_(?P<of>\w+?)|(?P<variant>\w+?))"
     r"-t(?P<teacher>\d+)(-s(?P<seed>\d+))?"
 )
 
@@ -36,7 +39,7 @@ class Job(NamedTuple):
 
     Attributes:
       name: such as "all_by_block-t0-s1", also that of its file.
-      kind: "teacher", "conversion", "rollout" or "ranking".
+      kind: "teacher", "conversion", "rollout", "stream" or "ranking".
       variant: name of `VARIANTS`, of what is converted or continued; None for teachers.
       teacher: seed of the teacher.
       seed: of the conversion; that of the teacher where there is none.
@@ -50,13 +53,14 @@ class Job(NamedTuple):
 
     @property
     def conversion(self) -> str | None:
-        """Name of the conversion that a rollout continues with; None for the teacher."""
+        """Name of the conversion that a rollout or a stream is of; None for the teacher."""
         return self.variant and f"{self.variant}-t{self.teacher}-s{self.seed}"
 
 
 def variants() -> list[str]:
     """Names of all conversions, in an order in which neighbours share programs."""
-    return [f"{share}_{init}" for init in INITS for share in SHARES] + list(ABLATIONS)
+    shares = [f"{share}_{init}" for init in INITS for share in SHARES]
+    return [*shares, *LONGER, *ABLATIONS]
 
 
 def parse_job(name: str) -> Job:
@@ -66,17 +70,19 @@ def parse_job(name: str) -> Job:
       ConfigError: there is none.
     """
     match = _NAME.fullmatch(name)
-    known = match and (match["variant"] or match["of"] or "all_by_block") in variants()
+    of = match and (match["variant"] or match["of"])
+    known = match and (of in (None, "teacher") or of in variants())
     # A teacher has no seed but its own.
-    alone = match and match["kind"] in ("teacher", "rollout_teacher")
+    alone = match and "teacher" in (match["kind"], of)
     if not match or not known or bool(match["seed"]) == bool(alone):
         raise ConfigError(
-            f"jobs={name} is unknown; a job is teacher-tT, rollout_teacher-tT, ranking-tT-sS, "
-            f"V-tT-sS or rollout_V-tT-sS with seeds T and S and V one of {', '.join(variants())}"
+            f"jobs={name} is unknown; a job is teacher-tT, ranking-tT-sS, V-tT-sS, or of these "
+            "rollout_teacher-tT, stream_teacher-tT, rollout_V-tT-sS or stream_V-tT-sS, with seeds "
+            f"T and S and V one of {', '.join(variants())}"
         )
-    variant = match["variant"] or match["of"]
-    kind = match["kind"].split("_")[0] if match["variant"] is None else "conversion"
+    kind = match["with"] or ("conversion" if match["variant"] else match["kind"])
     teacher = int(match["teacher"])
+    variant = None if of == "teacher" else of
     return Job(name, kind, variant, teacher, int(match["seed"] or teacher))
 
 
@@ -92,13 +98,14 @@ def all_jobs(seeds: Sequence[int], teachers: Sequence[int]) -> list[str]:
     place = lambda variant, seed: f"{variant}-t{of[seed]}-s{seed}"
     jobs = [f"teacher-t{teacher}" for teacher in teachers]
     first = seeds[0]
-    jobs += [place(variant, first) for variant in _MAIN]
-    jobs += [place("rollout_all_by_block", first), place("ranking", first)]
-    jobs += [place(variant, first) for variant in variants() if variant not in _MAIN]
-    jobs += [f"rollout_teacher-t{teachers[0]}"]
-    for seed in seeds[1:]:
-        jobs += [place(variant, seed) for variant in (*_MAIN, "rollout_all_by_block", "ranking")]
-    rest = [v for v in variants() if v not in (*_MAIN, "token_read")]
+    headline = (*LONGER, *_MAIN)
+    longest = LONGER[0]
+    each = (*headline, f"rollout_{longest}", f"stream_{longest}", "ranking")
+    jobs += [place(name, first) for name in (*each, f"rollout_{LONGER[1]}")]
+    jobs += [place(variant, first) for variant in variants() if variant not in headline]
+    jobs += [f"rollout_teacher-t{teachers[0]}", f"stream_teacher-t{teachers[0]}"]
+    jobs += [place(name, seed) for seed in seeds[1:] for name in each]
+    rest = [v for v in variants() if v not in (*headline, "token_read")]
     return jobs + [place(variant, seed) for seed in seeds[1:] for variant in rest]
 
 
@@ -163,7 +170,7 @@ def conversion_config(config: Config, variant: str, seed: int, workdir: str) -> 
 
     Args:
       config: the study's, with the teacher's weights.
-      variant: one of `variants()`.
+      variant: one of `variants()`; "_long" keeps all steps of stage 2, the others take half.
       seed: of the run.
       workdir: folder of the run.
     """
@@ -171,12 +178,15 @@ def conversion_config(config: Config, variant: str, seed: int, workdir: str) -> 
         "phases": ("stage1", "stage2"), "evaluation.controls": (), "train.seed": seed,
         "train.workdir": workdir,
     }  # fmt: skip
+    if not variant.endswith(LONG):
+        stage2 = config.stage2
+        changes |= {f"stage2.{n}": getattr(stage2, n) // 2 for n in ("steps", "short_steps")}
     if variant in ABLATIONS:
         # A part of the test is enough to see large differences.
         fewer = max(config.evaluation.recall_clips // 4 * 2, 2)
         changes |= {"evaluation.recall_clips": fewer} | ABLATIONS[variant]
     else:
-        share, _, init = variant.partition("_")
+        share, _, init = variant.removesuffix(LONG).partition("_")
         layers = hybrid_count(SHARES[share], config.model.num_layers)
         changes |= {"model.hybrid_layers": tuple(range(layers)), "model.memory_init": init}
     return changed(config, changes)

@@ -1,4 +1,4 @@
-"""Long rollouts: which sprites are left of those that went in, block by block."""
+"""Long rollouts and long true videos: which sprites are left of those that went in."""
 
 import itertools
 import time
@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
-from arl2_jax.config import Config
+from arl2_jax.config import Config, ModelConfig
 from arl2_jax.data import make_codec
 from arl2_jax.evaluation.drift import (
     Beginnings,
@@ -19,17 +20,23 @@ from arl2_jax.evaluation.drift import (
 )
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.lanes import lanes_of
+from arl2_jax.evaluation.stream_recall import Stretch, stream_recall
 from arl2_jax.generation.generator import Generator
 from study.clock import Clock
 from study.conversions import student_params, teacher_params
 from study.measures import memory_bytes
-from study.recipes import Job, conversion_config
+from study.recipes import Job, changed, conversion_config
 from study.stored import Folder
 
 # Seconds that must be left to go on, so that what was read can be scored and stored.
 _TO_STORE = 15
 # Blocks of true clips that are read for comparison.
 _TRUE_BLOCKS = 64
+# Blocks at most of models whose caches grow.
+_SOFTMAX_BLOCKS = 60
+# Where true videos are asked: in so many blocks up to each of these.
+_STREAM_ASKED = 16
+_STREAM_ENDS = (18, 60, 250)
 
 
 class Rollout(NamedTuple):
@@ -39,32 +46,95 @@ class Rollout(NamedTuple):
       measures: drift, that of the true clips, and times; for JSON.
       frames: "blocks" [M], counted from 1, "frames" uint8 [M, K, H, W, 3] of the first videos after
         them, and "given" uint8 [K, H, W, 3], the last frame that went in.
+      readings: of all blocks and videos, as `arl2_jax.evaluation.drift.Readings` has them.
     """
 
     measures: dict[str, Any]
     frames: dict[str, np.ndarray]
+    readings: Int[np.ndarray, "m n s"]
 
 
 def run_rollout(
-    base: Config, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int
+    base: Config, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int, steps: int
 ) -> tuple[Config, dict[str, Any]]:
     """Let a model of the study go on from the first third of held-out clips.
 
     Args:
       base, job, folder: as elsewhere; a teacher's job continues with the teacher.
       clock, blocks, videos: as `roll_out` takes them.
+      steps: of the sampler.
     """
-    config = base
-    if job.variant is not None:
-        config = conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
-    cfg = config.model if job.variant else config.model.teacher()
+    config = changed(_config(base, job, folder), {"sampler.steps": steps})
+    found = roll_out(config, _model(config, job, folder), job.seed, clock, blocks, videos)
+    np.savez_compressed(
+        folder.pictures / f"{job.name}.npz", readings=found.readings, **found.frames
+    )
+    return config, _facts(job) | found.measures
+
+
+def run_stream(
+    base: Config, job: Job, folder: Folder, blocks: int, videos: int
+) -> tuple[Config, dict[str, Any]]:
+    """Ask a model of the study in true videos as long as rollouts.
+
+    Args:
+      base, job, folder: as elsewhere.
+      blocks: of the videos; 60 at most for models with softmax layers.
+      videos: held-out ones.
+    """
+    config = _config(base, job, folder)
+    model = _model(config, job, folder)
+    return config, _facts(job) | ask_along(config, model, job.seed, blocks, videos)
+
+
+def ask_along(config: Config, model: Model, seed: int, blocks: int, videos: int) -> dict[str, Any]:
+    """Ask a model in true videos what comes back, early and late; returns measures for JSON.
+
+    Args:
+      config: the run.
+      model: the model.
+      seed: of the noise.
+      blocks, videos: as in `run_stream`.
+    """
+    codec, began = make_codec(config), time.perf_counter()
+    assert codec is not None  # clips that are made on the fly have one
+    blocks = min(blocks, _SOFTMAX_BLOCKS) if _has_softmax(model.cfg) else blocks
+    ends = [end for end in _STREAM_ENDS if end < blocks] + [blocks]
+    scores = stream_recall(
+        config, codec, model, jax.random.key(seed), videos=videos,
+        stretches=[Stretch(max(end - _STREAM_ASKED, 1), end - 1) for end in ends],
+    )  # fmt: skip
+    facts = {"videos": videos, "blocks": blocks, "sampler": _sampler(config)}
+    return facts | {"stream": scores, "seconds_stream": time.perf_counter() - began}
+
+
+def _config(base: Config, job: Job, folder: Folder) -> Config:
+    """The configuration of the model that a job is of."""
+    if job.variant is None:
+        return base
+    return conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
+
+
+def _model(config: Config, job: Job, folder: Folder) -> Model:
     params = teacher_params(config, folder, job)
-    if job.conversion:
-        params = student_params(params, folder, job.conversion)
-    found = roll_out(config, Model(params, cfg), job.seed, clock, blocks, videos)
-    np.savez_compressed(folder.pictures / f"{job.name}.npz", **found.frames)  # pyright: ignore
-    facts = {"kind": "rollout", "variant": job.variant, "teacher": job.teacher, "seed": job.seed}
-    return config, facts | found.measures
+    if not job.conversion:
+        return Model(params, config.model.teacher())
+    return Model(student_params(params, folder, job.conversion), config.model)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    return {
+        "kind": job.kind, "variant": job.variant, "teacher": job.teacher, "seed": job.seed,
+    }  # fmt: skip
+
+
+def _sampler(config: Config) -> dict[str, Any]:
+    names = ("method", "steps", "shift", "context_noise")
+    return {name: getattr(config.sampler, name) for name in names}
+
+
+def _has_softmax(cfg: ModelConfig) -> bool:
+    return len(cfg.hybrid_layers) < cfg.num_layers
 
 
 def roll_out(
@@ -84,8 +154,8 @@ def roll_out(
     codec = make_codec(config)
     assert codec is not None  # clips that are made on the fly have one
     given = beginnings(config, codec, videos, max(config.blocks // 3, 1))
-    softmax = len(cfg.hybrid_layers) < cfg.num_layers
-    blocks = min(blocks, 60) if softmax else blocks
+    softmax = _has_softmax(cfg)
+    blocks = min(blocks, _SOFTMAX_BLOCKS) if softmax else blocks
     generator = Generator(cfg, params, config.sampler, latent_shape=config.latent_shape)
     stream = generator.stream(
         given.batch["text"], key=jax.random.key(seed), past=given.batch["latents"],
@@ -102,23 +172,19 @@ def roll_out(
         "frames": np.stack([readings.frames[i] for i in numbers]),
         "given": np.stack([clip.video[-1] for clip in given.clips[:4]]),
     }
-    sampler = config.sampler
     measures = {
         "videos": videos,
         "given_blocks": given.batch["latents"].shape[1] // cfg.frames_per_block,
         "blocks": made,
-        "sampler": {
-            name: getattr(sampler, name) for name in ("method", "steps", "shift", "context_noise")
-        },
+        "sampler": _sampler(config),
         "drift": drift_scores(readings.identities, wanted),
         "truth": drift_scores(_truth(config, given, min(made, _TRUE_BLOCKS)), wanted),
         "identities": wanted.tolist(),
-        "readings": readings.identities.tolist() if made <= _TRUE_BLOCKS else None,
         "first_block_seconds": timed.first,
         "seconds_a_block": timed.seconds / max(made - 1, 1),
         "memory_bytes": memory_bytes(config, cfg),
     }
-    return Rollout(measures, frames)
+    return Rollout(measures, frames, readings.identities)
 
 
 def _truth(config: Config, given: Beginnings, blocks: int) -> np.ndarray:

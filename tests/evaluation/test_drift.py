@@ -80,7 +80,7 @@ def test_a_sprite_that_changes_is_seen_where_it_does(rollout):
     assert wrong[k:, 0].any()
     scores = drift_scores(found, wanted, edges=(0, k))
     assert scores[0]["right"] == 1 and scores[1]["right"] < 1
-    assert scores[1]["returns"]["right"] < 1
+    assert scores[1]["returns"]["right"] < scores[1]["same"]["right"] < 1
 
 
 def test_an_empty_rollout_shows_nothing(rollout):
@@ -118,6 +118,14 @@ def test_lanes_without_a_sprite_are_not_counted():
     assert scores["returns"] | {"interval": None} == {
         "right": 0.0, "interval": None, "videos": 1, "count": 1,
     }  # fmt: skip
+
+
+def test_a_sprite_comes_back_once_and_is_compared_with_the_last_one():
+    #              given 3; hidden, partly in sight, back as 4, goes, back as 4, and still there.
+    identities = np.array([3, NOTHING, PARTLY, 4, PARTLY, 4, NOTHING, 4, 4])[:, None, None]
+    scores = drift_scores(identities, np.array([[3]]), edges=(0,))[0]
+    assert scores["returns"]["count"] == scores["same"]["count"] == 2
+    assert scores["returns"]["right"] == 0 and scores["same"]["right"] == 1 / 2
 
 
 def test_vertical_sprites_have_no_lanes():

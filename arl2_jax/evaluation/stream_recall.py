@@ -1,0 +1,157 @@
+"""Recall in true videos of any length: does a memory that has seen much still remember?
+
+A long rollout that loses its sprites may have forgotten them, or have drawn them wrong and then
+remembered that. Here all that is remembered is true, so that the memory alone is asked.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from arl2_jax.config import Config, SamplerConfig
+from arl2_jax.data.codec import Codec
+from arl2_jax.data.text import embed_caption
+from arl2_jax.evaluation.drift import returns, true_clip
+from arl2_jax.evaluation.gap import Model
+from arl2_jax.evaluation.lanes import lanes_of, read_lanes
+from arl2_jax.evaluation.recall import wilson
+from arl2_jax.generation import rollout
+
+
+class Stretch(NamedTuple):
+    """Blocks of a video that are drawn.
+
+    Attributes:
+      first, last: numbers from 0, the last one included.
+    """
+
+    first: int
+    last: int
+
+
+def stream_recall(
+    config: Config,
+    codec: Codec,
+    model: Model,
+    key: Array,
+    *,
+    videos: int,
+    stretches: Sequence[Stretch],
+) -> list[dict[str, Any]]:
+    """Recall of sprites that come back, after few and after many true blocks.
+
+    Args:
+      config: the run, on synthetic clips whose sprites keep to lanes.
+      codec: one whose frames have no past.
+      model: the model.
+      key: random key.
+      videos: held-out videos, those of `arl2_jax.evaluation.drift.beginnings`.
+      stretches: where to ask, in order; a sprite counts where it comes back in one.
+
+    Returns:
+      For each stretch "blocks" [first, last], and "recall", "interval", "videos" and "count" of the
+      sprites that come back there, in block after block, all blocks before it being true.
+    """
+    f, blocks = config.model.frames_per_block, max(part.last for part in stretches) + 1
+    clips = [true_clip(config, i, blocks * f) for i in range(videos)]
+    lanes, shown = lanes_of(clips, config.data.sprites), []
+    read = jax.jit(lambda pixels: read_lanes(pixels, lanes, config.data.sprites))
+
+    def true_blocks() -> Iterator[Array]:
+        for start in range(0, blocks * f, f):
+            video = np.stack([clip.video[start : start + f] for clip in clips])
+            pixels = video.astype(np.float32) / 127.5 - 1
+            shown.append(np.asarray(read(pixels)))
+            yield codec.encode(pixels)
+
+    asked = {i for part in stretches for i in range(part.first, part.last + 1)}
+    text = [embed_caption(c.caption, config.model.text_len, config.model.text_dim) for c in clips]
+    drawn = draw_along(model, config.sampler, np.stack(text), true_blocks(), asked, blocks, key)
+    readings = {i: np.asarray(read(codec.decode(latents))) for i, latents in drawn}
+    return stream_scores(np.stack(shown), readings, lanes.identities, stretches)
+
+
+def draw_along(
+    model: Model,
+    sampler: SamplerConfig,
+    text: Array | np.ndarray,
+    blocks: Iterable[Array],
+    asked: Collection[int],
+    count: int,
+    key: Array,
+) -> Iterator[tuple[int, Array]]:
+    """Draw some blocks of videos, each after all true blocks before it.
+
+    Args:
+      model: the model; memory does not grow with the videos if all of its layers are hybrid.
+      sampler: how blocks are drawn and remembered.
+      text: embeddings [B, L, text_dim].
+      blocks: latents [B, f, rows, columns, channels] of one block after the other.
+      asked: numbers of the blocks to draw, from 0.
+      count: blocks that softmax caches have room for.
+      key: random key; that of a block follows from it and from the block's number.
+
+    Yields:
+      Number and latents of each drawn block, float32.
+    """
+    params, cfg = model
+    write = jax.jit(_write, static_argnames=("cfg", "sampler"), donate_argnames="memory")
+    draw = jax.jit(_draw, static_argnames=("cfg", "sampler", "shape"))
+    state = context = None
+    for i, block in enumerate(blocks):
+        block = jnp.asarray(block)
+        own = jax.random.fold_in(key, i)
+        if state is None:
+            patches = cfg.patch_size[1] * cfg.patch_size[2]
+            context, state = rollout.start(
+                params, cfg, sampler, jnp.asarray(text), own,
+                frames=count * cfg.frames_per_block,
+                tokens_per_frame=block.shape[2] * block.shape[3] // patches,
+            )  # fmt: skip
+        memory, position, _ = state
+        if i in asked:
+            yield i, draw(context, cfg, sampler, memory, position, own, block.shape)
+        state = write(context, cfg, sampler, memory, position, own, block)
+
+
+def _write(context, cfg, sampler, memory, position, key, block):
+    state = rollout.RolloutState(memory, position, key)
+    return rollout.write_block(context, cfg, sampler, state, block)
+
+
+def _draw(context, cfg, sampler, memory, position, key, shape):
+    state = rollout.RolloutState(memory, position, key)
+    return rollout.denoise_block(context, cfg, sampler, state, shape)[1]
+
+
+def stream_scores(
+    shown: Int[np.ndarray, "m n s"],
+    drawn: Mapping[int, Int[np.ndarray, "n s"]],
+    wanted: Int[np.ndarray, "n s"],
+    stretches: Sequence[Stretch],
+) -> list[dict[str, Any]]:
+    """Share of the sprites that come back which are drawn right, as `stream_recall` returns it.
+
+    Args:
+      shown: readings of the true blocks, see `arl2_jax.evaluation.lanes.read_lanes`.
+      drawn: number of a block -> readings of what was drawn in its place.
+      wanted: identities of the sprites.
+      stretches: where to ask.
+    """
+    back, scores = returns(shown, wanted)[0], []
+    for part in stretches:
+        numbers = range(part.first, part.last + 1)
+        asked = np.stack([back[i] for i in numbers])
+        right = asked & np.stack([drawn[i] == wanted for i in numbers])
+        count, of = int(asked.sum()), int(asked.any(axis=(0, 2)).sum())
+        share = float(right.sum() / count) if count else None
+        scores.append({
+            "blocks": [*part], "recall": share, "videos": of, "count": count,
+            # Sprites of one video are not independent.
+            "interval": None if share is None else wilson(share, of),
+        })  # fmt: skip
+    return scores
