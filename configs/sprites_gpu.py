@@ -4,9 +4,9 @@
 
 Three or four sprites of 18 identities, each in a lane of its own, pass and rest behind an occluder
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
-converted, and runs/sprites-gpu/report shows what the states remember. By calculation from the times
-of its parts, that takes 24 minutes on an H200. docs/study.md has what was measured. Leave XLA's
-autotuning on: with XLA_FLAGS=--xla_gpu_autotune_level=0 a step takes up to 3.7 times as long.
+converted, and runs/sprites-gpu/report shows what the states remember. That takes 23 minutes on an
+H200. docs/study.md has what was measured. Leave XLA's autotuning on: with
+XLA_FLAGS=--xla_gpu_autotune_level=0 a step takes up to 3.7 times as long.
 
 Training begins on clips of a third of the length with short rests: attention over them costs less
 a frame, and they hold more reveals. A teacher learns what to look for there, a memory what to keep.

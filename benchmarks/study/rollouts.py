@@ -108,35 +108,6 @@ def ask_along(config: Config, model: Model, seed: int, blocks: int, videos: int)
     return facts | {"stream": scores, "seconds_stream": time.perf_counter() - began}
 
 
-def _config(base: Config, job: Job, folder: Folder) -> Config:
-    """The configuration of the model that a job is of."""
-    if job.variant is None:
-        return base
-    return conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
-
-
-def _model(config: Config, job: Job, folder: Folder) -> Model:
-    params = teacher_params(config, folder, job)
-    if not job.conversion:
-        return Model(params, config.model.teacher())
-    return Model(student_params(params, folder, job.conversion), config.model)
-
-
-def _facts(job: Job) -> dict[str, Any]:
-    return {
-        "kind": job.kind, "variant": job.variant, "teacher": job.teacher, "seed": job.seed,
-    }  # fmt: skip
-
-
-def _sampler(config: Config) -> dict[str, Any]:
-    names = ("method", "steps", "shift", "context_noise")
-    return {name: getattr(config.sampler, name) for name in names}
-
-
-def _has_softmax(cfg: ModelConfig) -> bool:
-    return len(cfg.hybrid_layers) < cfg.num_layers
-
-
 def roll_out(
     config: Config, model: Model, seed: int, clock: Clock, blocks: int, videos: int
 ) -> Rollout:
@@ -185,6 +156,35 @@ def roll_out(
         "memory_bytes": memory_bytes(config, cfg),
     }
     return Rollout(measures, frames, readings.identities)
+
+
+def _config(base: Config, job: Job, folder: Folder) -> Config:
+    """The configuration of the model that a job is of."""
+    if job.variant is None:
+        return base
+    return conversion_config(base, job.variant, job.seed, str(folder.scratch(job.name)))
+
+
+def _model(config: Config, job: Job, folder: Folder) -> Model:
+    params = teacher_params(config, folder, job)
+    if not job.conversion:
+        return Model(params, config.model.teacher())
+    return Model(student_params(params, folder, job.conversion), config.model)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    return {
+        "kind": job.kind, "variant": job.variant, "teacher": job.teacher, "seed": job.seed,
+    }  # fmt: skip
+
+
+def _sampler(config: Config) -> dict[str, Any]:
+    names = ("method", "steps", "shift", "context_noise")
+    return {name: getattr(config.sampler, name) for name in names}
+
+
+def _has_softmax(cfg: ModelConfig) -> bool:
+    return len(cfg.hybrid_layers) < cfg.num_layers
 
 
 def _truth(config: Config, given: Beginnings, blocks: int) -> np.ndarray:
