@@ -34,9 +34,10 @@ _TO_STORE = 15
 _TRUE_BLOCKS = 64
 # Blocks at most of models whose caches grow.
 _SOFTMAX_BLOCKS = 60
-# Where true videos are asked: in so many blocks up to each of these.
+# True videos are asked in so many blocks at most up to each of these, and to one and two training
+# clips before them.
 _STREAM_ASKED = 16
-_STREAM_ENDS = (18, 60, 250)
+_STREAM_ENDS = (60, 250, 1000)
 
 
 class Rollout(NamedTuple):
@@ -99,11 +100,14 @@ def ask_along(config: Config, model: Model, seed: int, blocks: int, videos: int)
     codec, began = make_codec(config), time.perf_counter()
     assert codec is not None  # clips that are made on the fly have one
     blocks = min(blocks, _SOFTMAX_BLOCKS) if _has_softmax(model.cfg) else blocks
-    ends = [end for end in _STREAM_ENDS if end < blocks] + [blocks]
-    scores = stream_recall(
-        config, codec, model, jax.random.key(seed), videos=videos,
-        stretches=[Stretch(max(end - _STREAM_ASKED, 1), end - 1) for end in ends],
-    )  # fmt: skip
+    lengths = {config.blocks, 2 * config.blocks, *_STREAM_ENDS, blocks}
+    ends = [1, *sorted(end for end in lengths if end <= blocks)]
+    stretches = [
+        Stretch(max(end - _STREAM_ASKED, before), end - 1)
+        for before, end in itertools.pairwise(ends)
+    ]
+    key = jax.random.key(seed)
+    scores = stream_recall(config, codec, model, key, videos=videos, stretches=stretches)
     facts = {"videos": videos, "blocks": blocks, "sampler": _sampler(config)}
     return facts | {"stream": scores, "seconds_stream": time.perf_counter() - began}
 
