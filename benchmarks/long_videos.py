@@ -86,7 +86,10 @@ def _table(title: str, measures: dict[str, Any]) -> str:
     percent = lambda share: "  -" if share is None else f"{100 * share:3.0f}"
     place = lambda part: "  blocks {:4} to {:4}: ".format(*(i + 1 for i in part["blocks"]))
     for part in measures.get("stream", ()):
-        lines.append(f"{place(part)}{percent(part['recall'])} % of {part['count']:3} recalled")
+        lines.append(
+            f"{place(part)}{percent(part['recall'])} % of {part['count']:3} recalled, "
+            f"{percent(part['other'])} % drawn as another"
+        )
     for part in measures.get("drift", ()):
         lines.append(
             f"{place(part)}{100 * part['seen']:5.1f} % in sight, "

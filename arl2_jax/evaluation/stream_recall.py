@@ -53,8 +53,10 @@ def stream_recall(
       stretches: where to ask, in order; a sprite counts where it comes back in one.
 
     Returns:
-      For each stretch "blocks" [first, last], and "recall", "interval", "videos" and "count" of the
-      sprites that come back there, in block after block, all blocks before it being true.
+      For each stretch "blocks" [first, last], the "count" of the sprites that come back there and
+      the "videos" they are in; of these "recall", the share that is drawn right, and its
+      "interval"; "other", the share in whose place a whole sprite of another identity is drawn.
+      What is missing to 1 is not drawn, or in part.
     """
     f, blocks = config.model.frames_per_block, max(part.last for part in stretches) + 1
     clips = [true_clip(config, i, blocks * f) for i in range(videos)]
@@ -146,12 +148,15 @@ def stream_scores(
     for part in stretches:
         numbers = range(part.first, part.last + 1)
         asked = np.stack([back[i] for i in numbers])
-        right = asked & np.stack([drawn[i] == wanted for i in numbers])
+        found = np.stack([drawn[i] for i in numbers])
+        whole, right = asked & (found >= 0), asked & (found == wanted)
         count, of = int(asked.sum()), int(asked.any(axis=(0, 2)).sum())
         share = float(right.sum() / count) if count else None
         scores.append({
-            "blocks": [*part], "recall": share, "videos": of, "count": count,
+            "blocks": [*part], "recall": share,
+            "other": float((whole & ~right).sum() / count) if count else None,
             # Sprites of one video are not independent.
             "interval": None if share is None else wilson(share, of),
+            "videos": of, "count": count,
         })  # fmt: skip
     return scores

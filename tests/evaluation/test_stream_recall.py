@@ -38,6 +38,9 @@ def test_sprites_that_come_back_are_counted():
     scores = stream_scores(shown, drawn, wanted, parts)
     assert [part["count"] for part in scores] == [0, 1, 2]
     assert [part["recall"] for part in scores] == [None, 1, 1 / 2]
+    assert [part["other"] for part in scores] == [None, 0, 0]
+    drawn[4] = np.array([[2, 1]])
+    assert stream_scores(shown, drawn, wanted, parts)[2]["other"] == 1 / 2
     assert scores[0]["interval"] is None and scores[2]["blocks"] == [4, 5]
     assert scores[2]["videos"] == 1
 
