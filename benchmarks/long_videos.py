@@ -4,29 +4,33 @@
         --out=benchmarks/results/long_videos_tiny_cpu.json
 
 The model goes on alone from the first third of held-out clips. What it draws is read block by
-block: which share of the sprites in full sight are those that went in, which of those that come
-back are as their lane showed them last, and whether any are in sight at all. With --true it sees
-true videos instead, and is asked early and late what comes back: what is lost there, its memory has
-lost.
+block: how many sprites are in full sight, how many of these are the ones that went in, and how many
+of those that come back look as their lane showed them last.
+
+With --true it is given true videos instead, and draws the sprites that come back early and late in
+them: what it gets wrong there is not due to its own earlier drawings.
 
 Every call adds one entry to the file, or replaces the one of the same title; --frames draws some
 frames of a rollout as a PNG file.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from device_time import describe_device
 from etils import epath
 from study.clock import Clock
 from study.plots import rollout_sheet
 from study.recipes import changed, parse_changes
-from study.rollouts import ask_along, roll_out
+from study.rollouts import measure_long_recall, roll_out
+from study.stored import commit, shapes
 
-from arl2_jax.config import ConfigError
+from arl2_jax.config import Config, ConfigError
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.generation.finished_run import read_run_config
 from arl2_jax.storage import plain_json
@@ -35,49 +39,80 @@ from arl2_jax.weights.folder import load_params_folder
 _RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)
 _MODEL = flags.DEFINE_enum("model", "stage2", ["teacher", "stage2"], "Which of its models.")
 _TITLE = flags.DEFINE_string("title", None, "Name in the file; by default of run and model.")
-_TRUE = flags.DEFINE_bool("true", False, "See true videos.")
-_SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of the configuration.")
-_BLOCKS = flags.DEFINE_integer("blocks", 256, "Blocks; 60 at most for a softmax model.")
-_VIDEOS = flags.DEFINE_integer("videos", 16, "Videos, all at once.")
+_TRUE = flags.DEFINE_bool("true", False, "Give the model true videos.")
+_SET = flags.DEFINE_multi_string("set", [], "sampler.FIELD=VALUE, may be repeated.")
+_BLOCKS = flags.DEFINE_integer("blocks", 256, "Blocks; a softmax model ends at 60.", lower_bound=2)
+_VIDEOS = flags.DEFINE_integer("videos", 16, "Videos, all at once.", lower_bound=1)
 _MINUTES = flags.DEFINE_float("minutes", None, "Time after which a rollout ends early.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to add the measures to.")
 _FRAMES = flags.DEFINE_string("frames", None, "PNG file to draw frames of a rollout in.")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to note.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit to note where there is no repository.")
 _TIMED = (
     "seconds_a_block: generation of a block of all videos together, with decoding and reading, "
-    "after the first block, which compiles; seconds_stream: all that is done with true videos"
+    "after the first block, which compiles; seconds_long_recall: all that is done with true videos"
 )
 
 
 def main(_):
-    """Makes one rollout or sees one set of true videos, prints what is kept and writes it."""
+    """Measures the model in one set of long videos, prints what is kept and writes it."""
     logging.set_verbosity(logging.INFO)
-    clock, run = Clock(_MINUTES.value), epath.Path(_RUN.value)
     try:
-        stored = read_run_config(run)
-        config = changed(stored, parse_changes(_SET.value))
+        config, model = _open()
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    weights = run / _MODEL.value / "weights"
-    if not weights.exists():
-        raise SystemExit(f"error: run={run} has no {weights}; name a run that has finished it")
-    cfg = config.model.teacher() if _MODEL.value == "teacher" else config.model
-    model = Model(jax.tree.map(jax.numpy.asarray, load_params_folder(weights)[0]), cfg)
-    title = _TITLE.value or " ".join([run.name, _MODEL.value, *_SET.value])
+    # A title stands for one entry: what was asked is part of it.
+    asked = ["true videos"] if _TRUE.value else []
+    name = epath.Path(_RUN.value).name
+    title = _TITLE.value or " ".join([name, _MODEL.value, *asked, *_SET.value])
     if _TRUE.value:
-        measures = ask_along(config, model, 0, _BLOCKS.value, _VIDEOS.value)
+        measures = measure_long_recall(config, model, 0, _BLOCKS.value, _VIDEOS.value)
     else:
-        found = roll_out(config, model, 0, clock, _BLOCKS.value, _VIDEOS.value)
+        found = roll_out(config, model, 0, Clock(_MINUTES.value), _BLOCKS.value, _VIDEOS.value)
         measures = found.measures
         if _FRAMES.value:
             Path(_FRAMES.value).write_bytes(rollout_sheet(**found.frames))
     print(_table(title, measures))
     if _OUT.value:
         facts = {
-            "title": title, "model": _MODEL.value, "changes": _SET.value,
-            "context_noise_trained": stored.sampler.context_noise, "commit": _COMMIT.value,
-        }  # fmt: skip
+            "title": title,
+            "model": _MODEL.value,
+            "changes": _SET.value,
+            "shapes": shapes(dataclasses.replace(config, model=model.cfg)),
+            "commit": _COMMIT.value or commit(),
+        }
         _add(Path(_OUT.value), title, facts | measures | describe_device())
+
+
+def _open() -> tuple[Config, Model]:
+    """The configuration with its changes, and the model.
+
+    Raises:
+      ConfigError: before anything is read or compiled.
+    """
+    for name in ("frames", "minutes"):
+        if _TRUE.value and flags.FLAGS[name].value is not None:
+            raise ConfigError(f"{name}={flags.FLAGS[name].value} is for rollouts; leave out --true")
+    changes = parse_changes(_SET.value)
+    # All else belongs to the weights or to the clips they were trained on.
+    if other := [name for name in changes if not name.startswith("sampler.")]:
+        raise ConfigError(f"set={other[0]} is not a field of the sampler; leave it out")
+    run = epath.Path(_RUN.value)
+    config = changed(read_run_config(run), changes)
+    if config.data.source != "synthetic":
+        raise ConfigError(
+            f"run={run} has data.source={config.data.source}, and nobody knows what is hidden "
+            "there; name a run on sprites"
+        )
+    if config.data.sprites.vertical:
+        raise ConfigError(
+            f"run={run} has data.sprites.vertical=True, and such sprites have no lanes to read; "
+            "name another run"
+        )
+    weights = run / _MODEL.value / "weights"
+    if not (run / _MODEL.value / "summary.json").exists():
+        raise ConfigError(f"run={run} has no finished {_MODEL.value}; name another run or --model")
+    cfg = config.model.teacher() if _MODEL.value == "teacher" else config.model
+    return config, Model(jax.tree.map(jnp.asarray, load_params_folder(weights)[0]), cfg)
 
 
 def _table(title: str, measures: dict[str, Any]) -> str:
@@ -85,7 +120,7 @@ def _table(title: str, measures: dict[str, Any]) -> str:
     lines = [f"{title}: {measures['blocks']} blocks of {measures['videos']} videos"]
     percent = lambda share: "  -" if share is None else f"{100 * share:3.0f}"
     place = lambda part: "  blocks {:4} to {:4}: ".format(*(i + 1 for i in part["blocks"]))
-    for part in measures.get("stream", ()):
+    for part in measures.get("long_recall", ()):
         lines.append(
             f"{place(part)}{percent(part['recall'])} % of {part['count']:3} recalled, "
             f"{percent(part['other'])} % drawn as another"

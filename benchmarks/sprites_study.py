@@ -4,8 +4,8 @@
     PYTHONPATH=. python benchmarks/sprites_study.py --out=runs/study --collect
 
 Teachers of configs/sprites_gpu.py are trained, converted in several ways, and measured. Models
-then go on alone for a thousand blocks (rollouts), and are asked in true videos of that length
-(streams). The layers of teachers are ranked. Conversions take half of the configuration's steps of
+then go on alone for a thousand blocks (rollouts), and are asked in true videos of that length (long
+recall). The layers of teachers are ranked. Conversions take half of the configuration's steps of
 stage 2, and all of them where the name ends in _long.
 
 Every run leaves a result in OUT/results and is not repeated; what later ones need is in
@@ -34,7 +34,7 @@ from study.clock import Claims, Clock
 from study.collect import collect
 from study.conversions import run_conversion, run_ranking
 from study.recipes import Job, all_jobs, base_config, parse_changes, parse_job
-from study.rollouts import run_rollout, run_stream
+from study.rollouts import run_long_recall, run_rollout
 from study.stored import Folder, write_result
 from study.teachers import run_teacher
 
@@ -47,8 +47,8 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the conversions, 
 _TEACHERS = flags.DEFINE_list("teachers", ["0"], "Seeds of the teachers, for all jobs.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Time that this call may take.")
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of the configuration.")
-_BLOCKS = flags.DEFINE_integer("blocks", 1000, "Blocks of a rollout or a stream.")
-_VIDEOS = flags.DEFINE_integer("videos", 32, "Videos of a rollout or a stream.")
+_BLOCKS = flags.DEFINE_integer("blocks", 1000, "Blocks of rollouts and of long true videos.")
+_VIDEOS = flags.DEFINE_integer("videos", 32, "How many of these videos.")
 _ROLLOUT_STEPS = flags.DEFINE_integer("rollout_steps", 32, "Steps of a rollout's sampler.")
 _RANK_STEPS = flags.DEFINE_integer("rank_steps", 100, "Steps of stage 2 for each ranked layer.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to note where there is no repository.")
@@ -61,7 +61,7 @@ _GUESS = {
     "teacher": 700.0,
     "conversion": 700.0,
     "rollout": 200.0,
-    "stream": 150.0,
+    "long_recall": 150.0,
     "ranking": 600.0,
 }
 _POLL = 5.0
@@ -143,8 +143,8 @@ class _Study:
                 return run_conversion(*common)
             case "ranking":
                 return run_ranking(*common, _RANK_STEPS.value)
-            case "stream":
-                return run_stream(*common, _BLOCKS.value, _VIDEOS.value)
+            case "long_recall":
+                return run_long_recall(*common, _BLOCKS.value, _VIDEOS.value)
         length = _BLOCKS.value, _VIDEOS.value
         return run_rollout(*common, self._clock, *length, _ROLLOUT_STEPS.value)
 
@@ -153,7 +153,7 @@ class _Study:
         teacher = f"teacher-t{job.teacher}"
         if job.kind == "teacher":
             return []
-        of_student = job.kind in ("rollout", "stream") and job.conversion
+        of_student = job.kind in ("rollout", "long_recall") and job.conversion
         return [teacher] + ([job.conversion] if of_student else [])
 
     def _has(self, name: str) -> bool:

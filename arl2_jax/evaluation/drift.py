@@ -1,12 +1,12 @@
 """Where a long rollout loses the sprites that went in."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arl2_jax.config import Config, SpriteConfig
 from arl2_jax.data.codec import Codec
@@ -80,6 +80,21 @@ def true_clip(
     return make_clip(config.data.sprites, data, _FIRST_SEED + index, identity)
 
 
+def true_blocks(
+    clips: Sequence[SpriteClip], block: int, first: int = 0
+) -> Iterator[Float[np.ndarray, "n f h w 3"]]:
+    """Pixels of clips in [-1, 1], one frame block after the other.
+
+    Args:
+      clips: of one length.
+      block: frames of a block.
+      first: frame to begin with.
+    """
+    for start in range(first, len(clips[0].video), block):
+        video = np.stack([clip.video[start : start + block] for clip in clips])
+        yield video.astype(np.float32) / 127.5 - 1
+
+
 def read_rollout(
     blocks: Iterable[Array],
     codec: Codec,
@@ -134,9 +149,9 @@ def drift_scores(
       sprite is seen; "nothing", in which nothing is; "right", the share of those seen that show the
       sprite that went in, its "interval", "videos" with any, and their "count". "returns" and
       "same" have the like of the sprites that come back, whole after a block in which nothing was
-      seen: those that went in first, and those that their lane showed last, which is what a memory
-      carries that trusts its own drawings. A share of nothing is None. Intervals count videos: the
-      lanes and blocks of one are not independent.
+      seen: the share that shows what went in, and the share that shows what the lane showed last. A
+      share of nothing is None. Intervals count videos: the lanes and blocks of one are not
+      independent.
     """
     blocks = len(identities)
     known = np.broadcast_to(wanted != NOTHING, identities.shape)

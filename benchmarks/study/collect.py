@@ -77,12 +77,12 @@ def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
       "models": variant or "teacher" -> what `_pooled` returns; "rollouts": the same -> drift by
-      part, pooled; "streams": the same -> recall in true videos by stretch, pooled; "spearman":
+      part, pooled; "long_recall": the same -> recall in true videos by stretch, pooled; "spearman":
       measure -> correlation with the measured loss of the swap, of every run and its mean.
     """
     groups: dict[str, list] = collections.defaultdict(list)
     rollouts: dict[str, list] = collections.defaultdict(list)
-    streams: dict[str, list] = collections.defaultdict(list)
+    long: dict[str, list] = collections.defaultdict(list)
     rankings = []
     for run in runs.values():
         title = run.get("variant") or "teacher"
@@ -91,8 +91,8 @@ def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
                 groups[title].append(run)
             case "rollout":
                 rollouts[title].append(run)
-            case "stream":
-                streams[title].append(run)
+            case "long_recall":
+                long[title].append(run)
             case "ranking":
                 rankings.append(run)
     order = ["teacher", *variants()]
@@ -100,7 +100,7 @@ def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "models": {name: _pooled(found) for name, found in by_order(groups).items()},
         "rollouts": {name: _drift(found) for name, found in by_order(rollouts).items()},
-        "streams": {name: _streams(found) for name, found in by_order(streams).items()},
+        "long_recall": {name: _long_recall(found) for name, found in by_order(long).items()},
         "spearman": _spearman(rankings),
     }
 
@@ -175,11 +175,11 @@ def _drift(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return parts
 
 
-def _streams(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _long_recall(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Recall in true videos by stretch, videos of all runs together."""
     return [
         {"blocks": rows[0]["blocks"], "recall": _pool(rows, "recall")}
-        for rows in zip(*(run["stream"] for run in found), strict=True)
+        for rows in zip(*(run["long_recall"] for run in found), strict=True)
     ]
 
 
@@ -230,9 +230,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
             shares = [_percent(part[kind]) for kind in ("right", "returns", "same")]
             row = [f"{100 * part['seen']:.0f}", *shares]
             lines.append(f"| {first} to {last} | " + " | ".join(row) + " |")
-    if summary["streams"]:
+    if summary["long_recall"]:
         lines += ["", "| true videos | blocks | drawn right, % |", "|---|--:|--:|"]
-    for name, parts in summary["streams"].items():
+    for name, parts in summary["long_recall"].items():
         for part in parts:
             first, last = (block + 1 for block in part["blocks"])
             lines.append(f"| {name} | {first} to {last} | {_percent(part['recall'])} |")

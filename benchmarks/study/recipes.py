@@ -29,7 +29,7 @@ LONG = "_long"
 _MAIN = ("all_by_block", "all_published")
 LONGER = tuple(f"all_{init}{LONG}" for init in INITS)
 _NAME = re.compile(
-    r"(?P<kind>teacher|ranking|(?P<with>rollout|stream)_(?P<of>\w+?)|(?P<variant>\w+?))"
+    r"(?P<kind>teacher|ranking|(?P<with>rollout|long_recall)_(?P<of>\w+?)|(?P<variant>\w+?))"
     r"-t(?P<teacher>\d+)(-s(?P<seed>\d+))?"
 )
 
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     Attributes:
       name: such as "all_by_block-t0-s1", also that of its file.
-      kind: "teacher", "conversion", "rollout", "stream" or "ranking".
+      kind: "teacher", "conversion", "rollout", "long_recall" or "ranking".
       variant: name of `VARIANTS`, of what is converted or continued; None for teachers.
       teacher: seed of the teacher.
       seed: of the conversion; that of the teacher where there is none.
@@ -53,7 +53,7 @@ class Job(NamedTuple):
 
     @property
     def conversion(self) -> str | None:
-        """Name of the conversion that a rollout or a stream is of; None for the teacher."""
+        """Name of the conversion that a rollout or long recall is of; None for the teacher."""
         return self.variant and f"{self.variant}-t{self.teacher}-s{self.seed}"
 
 
@@ -77,8 +77,8 @@ def parse_job(name: str) -> Job:
     if not match or not known or bool(match["seed"]) == bool(alone):
         raise ConfigError(
             f"jobs={name} is unknown; a job is teacher-tT, ranking-tT-sS, V-tT-sS, or of these "
-            "rollout_teacher-tT, stream_teacher-tT, rollout_V-tT-sS or stream_V-tT-sS, with seeds "
-            f"T and S and V one of {', '.join(variants())}"
+            "rollout_teacher-tT, long_recall_teacher-tT, rollout_V-tT-sS or long_recall_V-tT-sS, "
+            f"with seeds T and S and V one of {', '.join(variants())}"
         )
     kind = match["with"] or ("conversion" if match["variant"] else match["kind"])
     teacher = int(match["teacher"])
@@ -100,10 +100,10 @@ def all_jobs(seeds: Sequence[int], teachers: Sequence[int]) -> list[str]:
     first = seeds[0]
     headline = (*LONGER, *_MAIN)
     longest = LONGER[0]
-    each = (*headline, f"rollout_{longest}", f"stream_{longest}", "ranking")
+    each = (*headline, f"rollout_{longest}", f"long_recall_{longest}", "ranking")
     jobs += [place(name, first) for name in (*each, f"rollout_{LONGER[1]}")]
     jobs += [place(variant, first) for variant in variants() if variant not in headline]
-    jobs += [f"rollout_teacher-t{teachers[0]}", f"stream_teacher-t{teachers[0]}"]
+    jobs += [f"rollout_teacher-t{teachers[0]}", f"long_recall_teacher-t{teachers[0]}"]
     jobs += [place(name, seed) for seed in seeds[1:] for name in each]
     rest = [v for v in variants() if v not in (*headline, "token_read")]
     return jobs + [place(variant, seed) for seed in seeds[1:] for variant in rest]

@@ -16,11 +16,12 @@ from arl2_jax.evaluation.drift import (
     beginnings,
     drift_scores,
     read_rollout,
+    true_blocks,
     true_clip,
 )
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.lanes import lanes_of
-from arl2_jax.evaluation.stream_recall import Stretch, stream_recall
+from arl2_jax.evaluation.long_recall import Stretch, long_recall
 from arl2_jax.generation.generator import Generator
 from study.clock import Clock
 from study.conversions import student_params, teacher_params
@@ -34,10 +35,10 @@ _TO_STORE = 15
 _TRUE_BLOCKS = 64
 # Blocks at most of models whose caches grow.
 _SOFTMAX_BLOCKS = 60
-# True videos are asked in so many blocks at most up to each of these, and to one and two training
-# clips before them.
-_STREAM_ASKED = 16
-_STREAM_ENDS = (60, 250, 1000)
+# Long recall draws the last blocks, 16 at most, of true videos of these lengths, and of the lengths
+# of one and two training clips.
+_LONG_RECALL_DRAWN = 16
+_LONG_RECALL_BLOCKS = (60, 250, 1000)
 
 
 class Rollout(NamedTuple):
@@ -73,10 +74,10 @@ def run_rollout(
     return config, _facts(job) | found.measures
 
 
-def run_stream(
+def run_long_recall(
     base: Config, job: Job, folder: Folder, blocks: int, videos: int
 ) -> tuple[Config, dict[str, Any]]:
-    """Ask a model of the study in true videos as long as rollouts.
+    """Measure the recall of a model of the study in true videos as long as rollouts.
 
     Args:
       base, job, folder: as elsewhere.
@@ -85,31 +86,33 @@ def run_stream(
     """
     config = _config(base, job, folder)
     model = _model(config, job, folder)
-    return config, _facts(job) | ask_along(config, model, job.seed, blocks, videos)
+    return config, _facts(job) | measure_long_recall(config, model, job.seed, blocks, videos)
 
 
-def ask_along(config: Config, model: Model, seed: int, blocks: int, videos: int) -> dict[str, Any]:
-    """Ask a model in true videos what comes back, early and late; returns measures for JSON.
+def measure_long_recall(
+    config: Config, model: Model, seed: int, blocks: int, videos: int
+) -> dict[str, Any]:
+    """Measure recall early and late in true videos; returns measures for JSON.
 
     Args:
       config: the run.
       model: the model.
       seed: of the noise.
-      blocks, videos: as in `run_stream`.
+      blocks, videos: as in `run_long_recall`.
     """
     codec, began = make_codec(config), time.perf_counter()
     assert codec is not None  # clips that are made on the fly have one
     blocks = min(blocks, _SOFTMAX_BLOCKS) if _has_softmax(model.cfg) else blocks
-    lengths = {config.blocks, 2 * config.blocks, *_STREAM_ENDS, blocks}
+    lengths = {config.blocks, 2 * config.blocks, *_LONG_RECALL_BLOCKS, blocks}
     ends = [1, *sorted(end for end in lengths if end <= blocks)]
     stretches = [
-        Stretch(max(end - _STREAM_ASKED, before), end - 1)
+        Stretch(max(end - _LONG_RECALL_DRAWN, before), end - 1)
         for before, end in itertools.pairwise(ends)
     ]
     key = jax.random.key(seed)
-    scores = stream_recall(config, codec, model, key, videos=videos, stretches=stretches)
+    scores = long_recall(config, codec, model, key, videos=videos, stretches=stretches)
     facts = {"videos": videos, "blocks": blocks, "sampler": _sampler(config)}
-    return facts | {"stream": scores, "seconds_stream": time.perf_counter() - began}
+    return facts | {"long_recall": scores, "seconds_long_recall": time.perf_counter() - began}
 
 
 def roll_out(
@@ -197,14 +200,9 @@ def _truth(config: Config, given: Beginnings, blocks: int) -> np.ndarray:
     assert codec is not None
     first = given.clips[0].video.shape[0]
     clips = [true_clip(config, i, first + blocks * f) for i in range(len(given.clips))]
-
-    def latents() -> Iterator[Any]:
-        for start in range(first, first + blocks * f, f):
-            pixels = np.stack([clip.video[start : start + f] for clip in clips])
-            yield codec.encode(pixels.astype(np.float32) / 127.5 - 1)
-
+    latents = map(codec.encode, true_blocks(clips, f, first))
     lanes = lanes_of(clips, config.data.sprites)
-    return read_rollout(latents(), codec, lanes, config.data.sprites).identities
+    return read_rollout(latents, codec, lanes, config.data.sprites).identities
 
 
 class _Timed:

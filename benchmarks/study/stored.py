@@ -56,10 +56,10 @@ def write_result(folder: Folder, name: str, config: Config, result: dict[str, An
     """Write what a run has measured, with where it ran."""
     facts = {"name": name} | result | describe_device()
     facts |= {
-        "commit": result.get("commit") or _commit(),
+        "commit": result.get("commit") or commit(),
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    facts |= {"shapes": _shapes(config), "config": to_config_dict(config)}
+    facts |= {"shapes": shapes(config), "config": to_config_dict(config)}
     content = json.dumps(plain_json(facts), indent=1, allow_nan=False) + "\n"
     write_whole(epath.Path(folder.result(name)), content.encode())
 
@@ -101,7 +101,8 @@ def _half(leaf: Any) -> np.ndarray:
     return array.astype(np.float16) if array.size > _FEW else array
 
 
-def _shapes(config: Config) -> dict[str, Any]:
+def shapes(config: Config) -> dict[str, Any]:
+    """Sizes of a model and of its clips, for the record of a measurement."""
     model = config.model
     return {
         "tokens_per_block": model.frames_per_block * config.tokens_per_frame,
@@ -116,7 +117,8 @@ def _shapes(config: Config) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit that this code is at; None outside its repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,9 +1,10 @@
 """Recall in true videos of any length: does a memory that has seen much still remember?
 
-A long rollout that loses its sprites may have forgotten them, or have drawn them wrong and then
-remembered that. Here all that is remembered is true, so that the memory alone is asked.
+A long rollout that loses its sprites may have forgotten them, or have drawn them wrong and
+remembered that. Here all that a model has written to its memory is true, which leaves the first.
 """
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int
 from arl2_jax.config import Config, SamplerConfig
 from arl2_jax.data.codec import Codec
 from arl2_jax.data.text import embed_caption
-from arl2_jax.evaluation.drift import returns, true_clip
+from arl2_jax.evaluation.drift import returns, true_blocks, true_clip
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.lanes import lanes_of, read_lanes
 from arl2_jax.evaluation.recall import wilson
@@ -33,7 +34,7 @@ class Stretch(NamedTuple):
     last: int
 
 
-def stream_recall(
+def long_recall(
     config: Config,
     codec: Codec,
     model: Model,
@@ -63,18 +64,16 @@ def stream_recall(
     lanes, shown = lanes_of(clips, config.data.sprites), []
     read = jax.jit(lambda pixels: read_lanes(pixels, lanes, config.data.sprites))
 
-    def true_blocks() -> Iterator[Array]:
-        for start in range(0, blocks * f, f):
-            video = np.stack([clip.video[start : start + f] for clip in clips])
-            pixels = video.astype(np.float32) / 127.5 - 1
+    def latents() -> Iterator[Array]:
+        for pixels in true_blocks(clips, f):
             shown.append(np.asarray(read(pixels)))
             yield codec.encode(pixels)
 
     asked = {i for part in stretches for i in range(part.first, part.last + 1)}
     text = [embed_caption(c.caption, config.model.text_len, config.model.text_dim) for c in clips]
-    drawn = draw_along(model, config.sampler, np.stack(text), true_blocks(), asked, blocks, key)
-    readings = {i: np.asarray(read(codec.decode(latents))) for i, latents in drawn}
-    return stream_scores(np.stack(shown), readings, lanes.identities, stretches)
+    drawn = draw_along(model, config.sampler, np.stack(text), latents(), asked, blocks, key)
+    readings = {i: np.asarray(read(codec.decode(block))) for i, block in drawn}
+    return long_recall_scores(np.stack(shown), readings, lanes.identities, stretches)
 
 
 def draw_along(
@@ -101,8 +100,6 @@ def draw_along(
       Number and latents of each drawn block, float32.
     """
     params, cfg = model
-    write = jax.jit(_write, static_argnames=("cfg", "sampler"), donate_argnames="memory")
-    draw = jax.jit(_draw, static_argnames=("cfg", "sampler", "shape"))
     state = context = None
     for i, block in enumerate(blocks):
         block = jnp.asarray(block)
@@ -116,27 +113,30 @@ def draw_along(
             )  # fmt: skip
         memory, position, _ = state
         if i in asked:
-            yield i, draw(context, cfg, sampler, memory, position, own, block.shape)
-        state = write(context, cfg, sampler, memory, position, own, block)
+            yield i, _draw(context, cfg, sampler, memory, position, own, block.shape)
+        state = _write(context, cfg, sampler, memory, position, own, block)
 
 
+# Memories are updated in place.
+@functools.partial(jax.jit, static_argnames=("cfg", "sampler"), donate_argnames="memory")
 def _write(context, cfg, sampler, memory, position, key, block):
     state = rollout.RolloutState(memory, position, key)
     return rollout.write_block(context, cfg, sampler, state, block)
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "sampler", "shape"))
 def _draw(context, cfg, sampler, memory, position, key, shape):
     state = rollout.RolloutState(memory, position, key)
     return rollout.denoise_block(context, cfg, sampler, state, shape)[1]
 
 
-def stream_scores(
+def long_recall_scores(
     shown: Int[np.ndarray, "m n s"],
     drawn: Mapping[int, Int[np.ndarray, "n s"]],
     wanted: Int[np.ndarray, "n s"],
     stretches: Sequence[Stretch],
 ) -> list[dict[str, Any]]:
-    """Share of the sprites that come back which are drawn right, as `stream_recall` returns it.
+    """Share of the sprites that come back which are drawn right, as `long_recall` returns it.
 
     Args:
       shown: readings of the true blocks, see `arl2_jax.evaluation.lanes.read_lanes`.
