@@ -18,8 +18,9 @@ processes may work on one folder at once: each takes runs that no other has.
     --set=teacher.learning_rate=4e-3         a field of the configuration, may be repeated
     --size=quick                             everything at toy size, for a CPU
 
-Recipes are compared by one folder each. Where JAX_COMPILATION_CACHE_DIR is not set, programs are
-kept in OUT/cache.
+--collect adds the results of the folder to those that --result has already. Recipes are compared by
+one folder and one such file each. Where JAX_COMPILATION_CACHE_DIR is not set, programs are kept in
+OUT/cache.
 """
 
 import json
@@ -52,7 +53,7 @@ _VIDEOS = flags.DEFINE_integer("videos", 32, "How many of these videos.")
 _ROLLOUT_STEPS = flags.DEFINE_integer("rollout_steps", 32, "Steps of a rollout's sampler.")
 _RANK_STEPS = flags.DEFINE_integer("rank_steps", 100, "Steps of stage 2 for each ranked layer.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to note where there is no repository.")
-_COLLECT = flags.DEFINE_bool("collect", False, "Merge the results, and run nothing.")
+_COLLECT = flags.DEFINE_bool("collect", False, "Add the results to those merged; run nothing.")
 _RESULT = flags.DEFINE_string(
     "result", "benchmarks/results/sprites_study.json", "File of the merged results."
 )

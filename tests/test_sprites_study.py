@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from sprites_study_plots import draw  # noqa: E402
 from study.clock import Claims, Clock  # noqa: E402
-from study.collect import markdown, merge  # noqa: E402
+from study.collect import collect, markdown, merge  # noqa: E402
 from study.plots import rollout_sheet  # noqa: E402
 from study.recipes import (  # noqa: E402
     all_jobs,
@@ -29,7 +29,7 @@ from study.recipes import (  # noqa: E402
     teacher_config,
     variants,
 )
-from study.stored import load_student, save_student, save_teacher  # noqa: E402
+from study.stored import Folder, load_student, save_student, save_teacher  # noqa: E402
 
 from arl2_jax import models  # noqa: E402
 from arl2_jax.config import ConfigError, short_run, to_config_dict  # noqa: E402
@@ -206,6 +206,33 @@ def test_tables_of_merged_results(runs):
     for needed in ("| teacher | 1 |", "| all_by_block | 2 |", "| 2 to 3 |", "| swap | +0.00 |"):
         assert needed in text
     assert "| all_by_block | 45 to 60 | 75 (30 to 95) |" in text
+
+
+def test_results_are_added_to_those_before(runs, tmp_path):
+    out, file = Folder(str(tmp_path / "study")), tmp_path / "merged.json"
+
+    def add(found):
+        for name, run in found.items():
+            out.result(name).write_text(json.dumps(run))
+        collect(out, str(file))
+        for name in found:
+            out.result(name).unlink()
+        return json.loads(file.read_text())
+
+    first, second = (dict(list(runs.items())[part]) for part in (slice(0, 4), slice(4, None)))
+    add(first)
+    assert add(second) == json.loads(json.dumps(merge(runs)))
+    again = second["long_recall_all_by_block-t0-s0"] | {"seconds_long_recall": 7.0}
+    merged = add({"long_recall_all_by_block-t0-s0": again})
+    assert len(merged["runs"]) == len(runs)
+    assert merged["runs"]["long_recall_all_by_block-t0-s0"]["seconds_long_recall"] == 7.0
+    with pytest.raises(ConfigError, match="has no results"):
+        collect(out, str(file))
+    out.result("teacher-t0").write_text(json.dumps(runs["teacher-t0"]))
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="is no file of merged results"):
+        collect(out, str(file))
+    assert file.read_text() == "[]"
 
 
 @pytest.mark.slow  # ten pictures

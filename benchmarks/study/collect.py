@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from arl2_jax.config import ConfigError
 from arl2_jax.evaluation.ranking import MEASURES
 from arl2_jax.evaluation.recall import wilson
-from arl2_jax.storage import differences
+from arl2_jax.storage import differences, write_whole
 from study.recipes import variants
 from study.stored import Folder
 
@@ -25,48 +26,68 @@ _TIMED = (
     "whole run; seconds_a_block: generation of a block of all videos of a rollout together, with "
     "decoding and reading"
 )
-# Of a run that others share, written once.
-_SHARED = ("device", "versions", "commit")
 # Measured loss of a swap, which cheap measures shall foretell.
 _LOSS = "swap_after_stage2"
 
 
 def collect(folder: Folder, path: str) -> None:
-    """Merge the results of a folder into one file.
+    """Add the results of a folder to a file of merged ones, which is made if need be.
 
     Raises:
-      ConfigError: there are none.
+      ConfigError: there are no results, or the file has others than those of a study.
     """
     files = sorted(folder.results.glob("*.json"))
     if not files:
         raise ConfigError(f"out={folder.path} has no results; run the study there first")
     runs = {file.stem: json.loads(file.read_text()) for file in files}
-    merged = merge(runs)
+    merged = merge(runs, _read_merged(Path(path)))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(merged, indent=1, allow_nan=False) + "\n")
-    logging.info("%d runs in %s", len(runs), path)
+    content = json.dumps(merged, indent=1, allow_nan=False) + "\n"
+    write_whole(epath.Path(path), content.encode())
+    logging.info(
+        "%s has %d runs, %d of them added or replaced", path, len(merged["runs"]), len(runs)
+    )
 
 
-def merge(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _read_merged(path: Path) -> dict[str, Any] | None:
+    """Merged results, None where there is no file."""
+    if not path.exists():
+        return None
+    try:
+        merged = json.loads(path.read_text())
+        if {"runs", "config"} <= merged.keys():
+            return merged
+    except (ValueError, AttributeError):
+        pass
+    raise ConfigError(
+        f"result={path} is no file of merged results; give another path, or remove it"
+    )
+
+
+def merge(
+    runs: Mapping[str, dict[str, Any]], before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One tree of all results.
 
     Args:
       runs: by name, as they were written.
+      before: what this function has returned for others. Of runs of one name, the new one counts.
 
     Returns:
       "asked", "timed", "runs" (each with its device and versions, and with "changes" of the
       configuration in the place of all of it), "config" (the one that changes are told against) and
       "summary" of `summarise`.
     """
-    common = next(iter(runs.values()))["config"]
-    shortened = {}
+    common = before["config"] if before else next(iter(runs.values()))["config"]
+    shortened = dict(before["runs"]) if before else {}
     for name, run in runs.items():
         rest = {key: value for key, value in run.items() if key != "config"}
         shortened[name] = rest | {"changes": differences(common, run["config"])}
+    shortened = {name: shortened[name] for name in sorted(shortened)}
     return {
         "asked": _ASKED,
         "timed": _TIMED,
-        "summary": summarise(runs),
+        "summary": summarise(shortened),
         "config": common,
         "runs": shortened,
     }
