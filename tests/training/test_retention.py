@@ -123,8 +123,12 @@ def test_blocks_before_are_read_and_a_softmax_layer_may_stand_between(cfg, make_
     h = layer.attention_input(clip.x, clip.conditions)
     p = layer.self_attn.project(h, clip.conditions.rope)
     alone = jax.jit(lambda p: measure_memory(layer.delta, p, 3))(p)
+    # A rounding of a matrix moves its least singular value by as much as its largest (Weyl).
+    rounding = {"least_kept": 1e-6 * np.max(alone["best_kept"][0])}
     for name in MEASURES:
-        np.testing.assert_allclose(found[name][0], alone[name][0], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            found[name][0], alone[name][0], rtol=1e-5, atol=rounding.get(name, 0), err_msg=name
+        )
 
 
 def test_a_closed_memory_has_nothing_to_measure(cfg, params):
