@@ -230,7 +230,7 @@ def test_results_are_added_to_those_before(runs, tmp_path):
         collect(out, str(file))
     out.result("teacher-t0").write_text(json.dumps(runs["teacher-t0"]))
     file.write_text("[]")
-    with pytest.raises(ConfigError, match="is no file of merged results"):
+    with pytest.raises(ConfigError, match="does not hold merged results"):
         collect(out, str(file))
     assert file.read_text() == "[]"
 

@@ -1,4 +1,4 @@
-"""All results of the study in one file, with what sums them up."""
+"""All results of the study in one file, with a summary."""
 
 import collections
 import json
@@ -31,10 +31,10 @@ _LOSS = "swap_after_stage2"
 
 
 def collect(folder: Folder, path: str) -> None:
-    """Add the results of a folder to a file of merged ones, which is made if need be.
+    """Add the results of a folder to a file of merged ones; create the file if there is none.
 
     Raises:
-      ConfigError: there are no results, or the file has others than those of a study.
+      ConfigError: the folder has no results, or the file does not hold merged results.
     """
     files = sorted(folder.results.glob("*.json"))
     if not files:
@@ -55,13 +55,13 @@ def _read_merged(path: Path) -> dict[str, Any] | None:
         return None
     try:
         merged = json.loads(path.read_text())
-        if {"runs", "config"} <= merged.keys():
-            return merged
-    except (ValueError, AttributeError):
-        pass
-    raise ConfigError(
-        f"result={path} is no file of merged results; give another path, or remove it"
-    )
+    except ValueError:
+        merged = None
+    if not isinstance(merged, dict) or not {"runs", "config"} <= merged.keys():
+        raise ConfigError(
+            f"result={path} does not hold merged results; give another path, or remove the file"
+        )
+    return merged
 
 
 def merge(
@@ -71,7 +71,7 @@ def merge(
 
     Args:
       runs: by name, as they were written.
-      before: what this function has returned for others. Of runs of one name, the new one counts.
+      before: an earlier result of this function to add to. A run replaces one of the same name.
 
     Returns:
       "asked", "timed", "runs" (each with its device and versions, and with "changes" of the
@@ -83,7 +83,7 @@ def merge(
     for name, run in runs.items():
         rest = {key: value for key, value in run.items() if key != "config"}
         shortened[name] = rest | {"changes": differences(common, run["config"])}
-    shortened = {name: shortened[name] for name in sorted(shortened)}
+    shortened = dict(sorted(shortened.items()))
     return {
         "asked": _ASKED,
         "timed": _TIMED,
