@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from study.collect import markdown
+from study.collect import markdown, summarise
 from study.plots import (
     drift_curves,
     exchange_bars,
@@ -53,19 +53,19 @@ def draw(merged: dict[str, Any]) -> dict[str, bytes | None]:
     """Pictures by name; None where the results lack what one shows."""
     summary, runs = merged["summary"], merged["runs"]
     models = summary["models"]
-    config = merged["config"]
-    training = lambda phase: training_curves(runs, phase, config[phase]["short_steps"])
     pictures = {
         "recall_by_lag": recall_curves(models, _MAIN, "Recall by lag"),
         "exchange": exchange_bars(models, _MAIN),
         "drift": drift_curves(summary["rollouts"]),
-        "training_teacher": training("teacher"),
-        "training_stage2": training("stage2"),
+        "training_teacher": training_curves(runs, "teacher"),
+        "training_stage2": training_curves(runs, "stage2"),
     }
-    if not models.keys().isdisjoint(ABLATIONS):
-        pictures["ablations"] = recall_curves(
-            models, ["all_by_block", *ABLATIONS], "Recall by lag, all layers hybrid"
-        )
+    teachers = {run["teacher"] for run in runs.values() if run.get("variant") in ABLATIONS}
+    if teachers:  # each ablation beside conversions of the same teacher
+        same = {name: run for name, run in runs.items() if run["teacher"] in teachers}
+        names = ["all_by_block", *ABLATIONS]
+        title = "Recall by lag, all layers hybrid"
+        pictures["ablations"] = recall_curves(summarise(same)["models"], names, title)
     for variant in _WITH_RETENTION:
         found = [run for run in runs.values() if run.get("variant") == variant]
         measures = next((run["retention"] for run in found if "retention" in run), None)

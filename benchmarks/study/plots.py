@@ -1,5 +1,6 @@
 """Pictures of the study's merged results."""
 
+import collections
 import io
 import itertools
 from collections.abc import Mapping, Sequence
@@ -160,29 +161,29 @@ def rollout_sheet(blocks: np.ndarray, frames: np.ndarray, given: np.ndarray) -> 
     return _png(figure)
 
 
-def training_curves(
-    runs: Mapping[str, Mapping[str, Any]], phase: str, short_steps: int
-) -> bytes | None:
+def training_curves(runs: Mapping[str, Mapping[str, Any]], phase: str) -> bytes | None:
     """Draw the losses of a phase along its steps; None if no run has it.
 
     Args:
-      runs: name -> result.
+      runs: name -> result; those of one variant have one colour.
       phase: "teacher" or "stage2".
-      short_steps: where its short clips end.
     """
-    curves = {name: run.get("curves", {}).get(phase) for name, run in runs.items()}
-    curves = {name: curve for name, curve in curves.items() if curve}
+    curves = collections.defaultdict(list)
+    for run in runs.values():
+        if curve := run.get("curves", {}).get(phase):
+            curves[run.get("variant") or "teacher"].append(curve)
     if not curves:
         return None
-    figure = Figure(figsize=(7.2, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    for (name, curve), color in zip(curves.items(), itertools.cycle(_COLORS)):
-        steps, losses = ([point[field] for point in curve] for field in ("step", "loss"))
-        axes.semilogy(steps, losses, color=color, linewidth=1, label=name)
-    axes.axvline(short_steps, color="0.6", linewidth=0.8)
-    axes.text(short_steps, axes.get_ylim()[1], " longer clips", fontsize=8, va="top")
+    for (name, found), color in zip(curves.items(), itertools.cycle(_COLORS)):
+        for i, curve in enumerate(found):
+            steps, losses = ([point[field] for point in curve] for field in ("step", "loss"))
+            text = None if i else f"{label(name)} ({len(found)})"
+            axes.semilogy(steps, losses, color=color, linewidth=1, label=text)
     axes.set_xlabel("step")
     _finish(axes, "loss", f"Training, {phase}", shares=False)
+    axes.legend(fontsize=8, edgecolor="none", loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
 
