@@ -11,7 +11,8 @@ are sampled with, for example, --method=euler --steps=50 --guidance=6 --shift=8,
 was never made causal takes the whole video as one block: --frames_per_block=21.
 
 With --condition=clip.mp4 the beginning of that video comes first and is continued. The video may be
-longer than any clip of training.
+longer than any clip of training; in one that is more than ten times as long, --leak=0.02 keeps the
+states of hybrid layers from filling up.
 """
 
 from typing import Any
@@ -41,6 +42,9 @@ _BLOCK = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Compute type; float32 on CPUs, else bfloat16."
 )
+_LEAK = flags.DEFINE_float(
+    "leak", None, "Share of a hybrid layer's state that every block loses; by default the model's."
+)
 _encoders, _sampler = command_line.encoder_flags(), command_line.sampler_flags()
 _picture = command_line.picture_flags()
 
@@ -58,6 +62,7 @@ def main():
         out=_OUT.value,
         encoders=_encoders(),
         condition=_CONDITION.value,
+        leak=_LEAK.value,
         seed=_SEED.value,
     )
     if _RUN.value:

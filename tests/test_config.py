@@ -86,6 +86,8 @@ BROKEN = [
     ("model.delta.beta_max", 2.5, "(0, 2]"),
     ("model.delta.read", "frame", "block, token"),
     ("model.delta.span", "clip", "video, block"),
+    ("model.delta.leak", 1.0, "[0, 1)"),
+    ("model.delta.leak", -0.1, "[0, 1)"),
     ("model.dtype", "float16", "float32, bfloat16"),
     ("model.remat", "all", "none, dots, layer"),
     ("model.dim", 128.5, "int"),

@@ -15,7 +15,8 @@ class GatedDeltaConfig:
 
     The first group is read where `model.memory_init` is "by_block". Its constants count in blocks
     of n tokens and in heads of D dimensions, so that a state keeps the same share of the past
-    whatever n and D are. The second group holds ablations; the defaults are ARL2's.
+    whatever n and D are. The second group holds ablations; the defaults are ARL2's. `leak` may be
+    set for weights that were trained without it.
 
     Attributes:
       block_tokens: tokens n of a frame block; 0 takes those of the run's clips.
@@ -32,6 +33,9 @@ class GatedDeltaConfig:
         before, those of the block included.
       span: "video" keeps the state from block to block; "block" begins every block with nothing
         but the block before.
+      leak: share of a state, in [0, 1), that every block loses in addition to decay and writes;
+        ARL2 has 0. Heads whose decay training has closed fill up in videos far longer than its
+        clips, and then remember less; a leak of 0.02 prevents that (docs/study.md).
     """
 
     block_tokens: int = 0
@@ -45,10 +49,12 @@ class GatedDeltaConfig:
     read: Literal["block", "token"] = "block"
     span: Literal["video", "block"] = "video"
 
+    leak: float = 0.0
+
     def rule_changes(self) -> dict[str, object]:
-        """The fields of the second group that are not ARL2's, with their values."""
+        """What ARL2's code would compute differently: fields that are not its own, and values."""
         defaults = GatedDeltaConfig()
-        values = {name: getattr(self, name) for name in RULE_FIELDS}
+        values = {name: getattr(self, name) for name in (*RULE_FIELDS, "leak")}
         return {name: v for name, v in values.items() if v != getattr(defaults, name)}
 
     def __post_init__(self):
@@ -68,4 +74,8 @@ class GatedDeltaConfig:
             0 < self.beta_max <= 2,
             f"model.delta.beta_max={self.beta_max} must be in (0, 2]: beyond 2 states grow without "
             "bound",
+        )
+        require(
+            0 <= self.leak < 1,
+            f"model.delta.leak={self.leak} must be a share in [0, 1); 0 is no leak",
         )

@@ -24,6 +24,7 @@ def write_from_run(
     encoders: Encoders,
     condition: str | None = None,
     negative_prompt: str = "",
+    leak: float | None = None,
     seed: int = 0,
 ) -> None:
     """Generates a video with one of a run's models and writes it as an mp4 file.
@@ -37,6 +38,7 @@ def write_from_run(
       encoders: text encoder and VAE, for runs on latents of Wan's VAE.
       condition: a video file; its beginning, half a training clip, comes first and is continued.
       negative_prompt: what guidance leads away from, where the text encoder is Wan's.
+      leak: as `make_video` takes it.
       seed: seed of the noise.
 
     Raises:
@@ -56,7 +58,7 @@ def write_from_run(
         if wan
         else Text(embed_caption(prompt, cfg.text_len, cfg.text_dim))
     )
-    make_video(found, encode_text, frames=frames, out=out, past=past, seed=seed)
+    make_video(found, encode_text, frames=frames, out=out, past=past, leak=leak, seed=seed)
 
 
 def teacher_of_run(run: epath.PathLike) -> Config:

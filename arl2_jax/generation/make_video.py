@@ -1,5 +1,6 @@
 """From a model and a text to a video file, one block at a time."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def make_video(
     frames: int,
     out: epath.PathLike,
     past: np.ndarray | None = None,
+    leak: float | None = None,
     seed: int = 0,
 ) -> None:
     """Generates a video and writes it as an mp4 file; memory does not grow with its length.
@@ -61,18 +63,21 @@ def make_video(
       frames: pixel frames to generate, whole blocks.
       out: the file.
       past: uint8 [F, H, W, 3], whole blocks; it comes first and is continued.
+      leak: share of a gated delta state that every block loses in addition to decay and writes; by
+        default that of the model.
       seed: seed of the noise.
 
     Raises:
       ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
     """
-    f = model.cfg.frames_per_block
+    cfg = model.cfg if leak is None else _with_leak(model.cfg, leak)
+    f = cfg.frames_per_block
     known = 0 if past is None else model.codec.latent_frames(len(past))
     latent_frames = _whole_blocks(frames, known, model.codec, f)
     _check_writable(epath.Path(out))
     text = encode_text()
     generator = Generator(
-        model.cfg,
+        cfg,
         model.load_params(),
         model.sampler,
         latent_shape=model.latent_shape,
@@ -100,6 +105,16 @@ def read_past(
 ) -> np.ndarray:
     """The beginning of a video file, in whole blocks: uint8 [F, H, W, 3]."""
     return read_frames(Path(path), model.fps, model.codec.pixel_frames(latent_frames), pixels)
+
+
+def _with_leak(cfg: ModelConfig, leak: float) -> ModelConfig:
+    """The model with another leak of its states."""
+    if not cfg.hybrid_layers:
+        raise ConfigError(
+            f"leak={leak} has no effect: no layer of this model has a gated delta state; leave it "
+            "out"
+        )
+    return dataclasses.replace(cfg, delta=dataclasses.replace(cfg.delta, leak=leak))
 
 
 def _whole_blocks(frames: int, known: int, codec: Codec, block: int) -> int:

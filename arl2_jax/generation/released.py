@@ -36,6 +36,7 @@ def write_from_weights(
     frames_per_block: int | None = None,
     entry: str | None = None,
     dtype: str | None = None,
+    leak: float | None = None,
     seed: int = 0,
 ) -> None:
     """Generates a video from a prompt and writes it as an mp4 file.
@@ -53,6 +54,7 @@ def write_from_weights(
       frames_per_block: latent frames denoised together, where the weights do not say.
       entry: which of the models in a .pt file.
       dtype: compute type; by default bfloat16, on CPUs float32.
+      leak: as `make_video` takes it.
       seed: seed of the noise.
 
     Raises:
@@ -71,7 +73,7 @@ def write_from_weights(
     if condition is not None:
         past = read_past(condition, found, f, (picture.height, picture.width))
     encode_text = lambda: encoders.text(prompt, negative_prompt, found.cfg, sampler)
-    make_video(found, encode_text, frames=frames, out=out, past=past, seed=seed)
+    make_video(found, encode_text, frames=frames, out=out, past=past, leak=leak, seed=seed)
 
 
 def find_video_model(

@@ -1,5 +1,7 @@
 """ARL2's memory: softmax inside the block, a gated delta state of fixed size across blocks."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -40,6 +42,8 @@ class GatedDelta(nnx.Module):
 
         S <- exp(g) S;  S <- S + beta km (vm - S^T km)^T
         g = -exp(A_log) softplus(x Wa + dt_bias),  beta = 2 sigmoid(x Wb)
+
+    A leak (`settings.leak`) is spread over the tokens of a block and added to g.
 
     Source: ARL2, arXiv 2605.16579; the rule itself: arXiv 2412.06464.
     """
@@ -102,7 +106,7 @@ class GatedDelta(nnx.Module):
         if self.gate != "learned":
             return local, {}
         clean = p.first_of(copies)
-        writes, empty = self.writes(clean), self.init_state(len(clean.x))
+        writes, empty = self.writes(clean, blocks), self.init_state(len(clean.x))
         read, gate = self._read(p, states_before(self.settings, writes, empty, blocks), copies)
         logged = _diagnostics(local, read, gate, writes, blocks)
         return local + (gate * read).astype(local.dtype), logged
@@ -114,16 +118,18 @@ class GatedDelta(nnx.Module):
         """
         clean = p.first_of(copies)
         state = self.init_state(len(clean.x))
-        states = states_before(self.settings, self.writes(clean), state, blocks)
+        states = states_before(self.settings, self.writes(clean, blocks), state, blocks)
         return self._read(p, states, copies)
 
-    def writes(self, p: Projections) -> Writes:
-        """Compute keys, values, log decays and strengths of the tokens."""
+    def writes(self, p: Projections, blocks: int = 1) -> Writes:
+        """Compute keys, values, log decays and strengths of the tokens of some blocks."""
         _, k, v = self._memory_heads(p)
         if self.settings.decay == "none":
             g = jnp.zeros((*p.x.shape[:2], self.heads), jnp.float32)
         else:
             g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.a_proj(p.x) + self.dt_bias[...])
+        if self.settings.leak:
+            g = g + math.log1p(-self.settings.leak) * blocks / p.x.shape[1]
         strength = self.b_proj(p.x)
         if hasattr(self, "beta_bias"):
             strength = strength + self.beta_bias[...]
@@ -151,7 +157,8 @@ class GatedDelta(nnx.Module):
         """Reads of the running state: every copy of a block goes on from the block's state."""
         fold = lambda x: x.reshape(-1, x.shape[1] // states.shape[1], *x.shape[2:])
         before = jnp.repeat(states, copies, axis=0).reshape(-1, *states.shape[2:])
-        return running_reads(self.settings, fold(q), Writes(*map(fold, self.writes(p))), before)
+        writes = Writes(*map(fold, self.writes(p, states.shape[1])))
+        return running_reads(self.settings, fold(q), writes, before)
 
     def _local(self, p: Projections):
         """Rotated queries and keys, and values, of the softmax inside the block."""

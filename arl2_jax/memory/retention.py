@@ -171,7 +171,7 @@ def measure_memory(memory: GatedDelta, p: Projections, blocks: int) -> Measures:
     # A device has its heads of all tokens: keys and values are small beside the activations.
     tokens, per_clip = PartitionSpec(CLIPS, None, HEADS), PartitionSpec(CLIPS, HEADS)
     measure = lambda *writes: measure_writes(Writes(*writes), blocks, memory.settings)
-    measures = per_device(measure, (tokens,) * 4, per_clip)(*memory.writes(p))
+    measures = per_device(measure, (tokens,) * 4, per_clip)(*memory.writes(p, blocks))
     return measures | {"read_to_local": _read_to_local(memory, p, blocks)}
 
 

@@ -174,7 +174,7 @@ def _readings(weights: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Rea
     )
     clean = p.first_of(2)
     empty = memory.init_state(len(clean.x))
-    states = states_before(memory.settings, memory.writes(clean), empty, blocks)
+    states = states_before(memory.settings, memory.writes(clean, blocks), empty, blocks)
     q = rms_norm(p.q_raw + memory.lora_q(p.x), p.q_scale, cfg.eps)
 
     closed = dataclasses.replace(cfg, memory_gate="zero")

@@ -59,6 +59,20 @@ def test_video_has_the_frames_asked_for(run, tmp_path):
     assert len(frames) == 6 and frames[0].shape[:2] == (288, 384)
 
 
+def test_leak_is_that_of_the_call(run, tmp_path, monkeypatch):
+    def generator(cfg, *args, **options):
+        found.append(cfg.delta.leak)
+        raise InterruptedError
+
+    found = []
+    monkeypatch.setattr(making, "Generator", generator)
+    for leak in (None, 0.25):
+        with pytest.raises(InterruptedError):
+            out = tmp_path / "video.mp4"
+            write_generated(run, "stage2", prompt="", frames=2, out=out, leak=leak)
+    assert found == [0.0, 0.25]
+
+
 def test_condition_comes_first_and_is_continued(run, tmp_path):
     pixels = np.full((12, 24, 32, 3), 30, np.uint8)
     pixels[:, :, 16:] = 200
@@ -83,6 +97,8 @@ def test_condition_comes_first_and_is_continued(run, tmp_path):
         ({"frames": 0}, "frames=0 must be whole blocks: 2"),
         ({"out": "."}, "it is a folder|Is a directory"),
         ({"out": "file/video.mp4"}, "cannot write file/video.mp4"),
+        ({"model": "teacher", "leak": 0.1}, "leak=0.1 has no effect: no layer"),
+        ({"leak": 1.0}, r"model.delta.leak=1.0 must be a share in \[0, 1\)"),
         ({"condition": "missing.mp4"}, "there is no video file missing.mp4"),
         ({"condition": "file"}, "file cannot be decoded"),
         ({"condition": "short.mp4"}, "short.mp4 has 2 frames at 8 fps, fewer than the 4"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arl2_jax.config import GatedDeltaConfig
 from arl2_jax.memory import MEMORIES, Projections
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.rope import video_rope
@@ -163,6 +164,22 @@ def rotated(x, rope, tokens):
     turn = (np.asarray(rope.cos, np.float64) + 1j * np.asarray(rope.sin, np.float64))[tokens]
     pairs = (x[..., ::2] + 1j * x[..., 1::2]) * turn[:, None]
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 1, 1), (2, 2, 3), (3, 5, 7)])
+def test_leak_is_the_same_share_of_every_block(cfg, make_params, error, frames, rows, columns):
+    """The difference of two states that a block finds shrinks to (1 - leak) of what it would be."""
+    left = {}
+    for leak in (0.0, 0.3):
+        # Weak writes without decay, so that something of the state is left after 105 tokens.
+        settings = GatedDeltaConfig(decay="none", beta_max=0.1, leak=leak)
+        varied = dataclasses.replace(cfg, delta=settings)
+        memory = make_memory(varied, make_params, "gated_delta")
+        p = make_projections(varied, frames, rows, columns, batch=1)
+        some, none = jnp.ones((1, 2, 16, 16)), jnp.zeros((1, 2, 16, 16))
+        left[leak] = memory.write(p, some) - memory.write(p, none)
+    assert np.abs(left[0.0]).max() > 0.1
+    assert error(left[0.3], 0.7 * left[0.0]) < 1e-5  # float32, a difference of two states
 
 
 def test_diagnostics_are_what_their_names_say(delta, cfg):

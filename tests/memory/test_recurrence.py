@@ -105,6 +105,8 @@ def test_gradients_are_those_of_differences(name):
         dict(rule="additive", decay="none"),
         dict(span="block", beta_max=1.0),
         dict(read="token", rule="additive", beta_max=0.5),
+        dict(leak=0.4),
+        dict(read="token", decay="none", leak=0.4),
     ],
     ids=str,
 )

@@ -83,6 +83,10 @@ def test_what_published_files_cannot_hold_is_refused_or_written(tmp_path, cfg, m
     published = dataclasses.replace(cfg, delta=dataclasses.replace(delta, beta_max=2.0))
     with pytest.raises(WeightsError, match=r"another model: beta_max"):
         load_params(tmp_path / "out", published)
+    leaking = dataclasses.replace(cfg, delta=dataclasses.replace(delta, leak=0.1))
+    assert_equal(load_params(tmp_path / "out", leaking), params)  # may be chosen for any weights
+    with pytest.raises(WeightsError, match=r"delta\.leak=0\.1"):
+        export_params(tmp_path / "leaking", params, leaking)
     (tmp_path / "out" / "config.json").unlink()  # the tensors alone tell how the memory began
     found = model_config(tmp_path / "out", num_heads=cfg.num_heads)
     assert found.memory_init == "by_block"
