@@ -109,10 +109,10 @@ def read_past(
 
 def _with_leak(cfg: ModelConfig, leak: float) -> ModelConfig:
     """The model with another leak of its states."""
-    if not cfg.hybrid_layers:
+    if not cfg.hybrid_layers or cfg.memory_gate != "learned":
         raise ConfigError(
-            f"leak={leak} has no effect: no layer of this model has a gated delta state; leave it "
-            "out"
+            f"leak={leak} has no effect: no layer of this model reads a gated delta state; leave "
+            "it out"
         )
     return dataclasses.replace(cfg, delta=dataclasses.replace(cfg.delta, leak=leak))
 
