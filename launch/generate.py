@@ -11,8 +11,8 @@ are sampled with, for example, --method=euler --steps=50 --guidance=6 --shift=8,
 was never made causal takes the whole video as one block: --frames_per_block=21.
 
 With --condition=clip.mp4 the beginning of that video comes first and is continued. The video may be
-longer than any clip of training; in one that is more than ten times as long, --leak=0.02 keeps the
-states of hybrid layers from filling up.
+longer than any clip of training. In one that is more than ten times as long the states of hybrid
+layers may fill up and remember less; --leak=0.02 is meant to prevent that.
 """
 
 from typing import Any

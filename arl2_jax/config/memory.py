@@ -35,7 +35,7 @@ class GatedDeltaConfig:
         but the block before.
       leak: share of a state, in [0, 1), that every block loses in addition to decay and writes;
         ARL2 has 0. Heads whose decay training has closed fill up in videos far longer than its
-        clips, and then remember less; a leak of 0.02 prevents that (docs/study.md).
+        clips, and then remember less; in the study a leak of 0.02 prevents that (docs/study.md).
     """
 
     block_tokens: int = 0

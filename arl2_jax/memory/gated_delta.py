@@ -96,7 +96,7 @@ class GatedDelta(nnx.Module):
         del position
         if self.gate != "learned":
             return state
-        return state_after(self.settings, self.writes(p), state)
+        return state_after(self.settings, self.writes(p, 1), state)
 
     def attend_clip(self, p: Projections, blocks, copies):
         """All blocks at once: clean copies make the states, all copies read them."""
@@ -121,7 +121,7 @@ class GatedDelta(nnx.Module):
         states = states_before(self.settings, self.writes(clean, blocks), state, blocks)
         return self._read(p, states, copies)
 
-    def writes(self, p: Projections, blocks: int = 1) -> Writes:
+    def writes(self, p: Projections, blocks: int) -> Writes:
         """Compute keys, values, log decays and strengths of the tokens of some blocks."""
         _, k, v = self._memory_heads(p)
         if self.settings.decay == "none":

@@ -60,11 +60,12 @@ def test_video_has_the_frames_asked_for(run, tmp_path):
 
 
 def test_leak_is_that_of_the_call(run, tmp_path, monkeypatch):
+    found = []
+
     def generator(cfg, *args, **options):
         found.append(cfg.delta.leak)
         raise InterruptedError
 
-    found = []
     monkeypatch.setattr(making, "Generator", generator)
     for leak in (None, 0.25):
         with pytest.raises(InterruptedError):

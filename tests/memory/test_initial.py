@@ -45,7 +45,7 @@ def random_tokens(cfg, tokens, blocks, seed=0):
 def retention(cfg, tokens, blocks=2):
     """Share of a random state that survives a block, of each head [H]."""
     memory = GatedDelta(cfg, rngs=nnx.Rngs(0))
-    writes = memory.writes(random_tokens(cfg, tokens, blocks))
+    writes = memory.writes(random_tokens(cfg, tokens, blocks), blocks)
     kept = jax.jit(lambda writes: survival(transitions(writes, blocks, cfg.delta), 1))
     return kept(writes)[0]
 

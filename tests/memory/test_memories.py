@@ -190,7 +190,7 @@ def test_diagnostics_are_what_their_names_say(delta, cfg):
     np.testing.assert_allclose(found["gate_below_0.05"], np.mean(gate < 0.05), rtol=1e-5)
     np.testing.assert_allclose(found["gate_above_0.95"], np.mean(gate > 0.95), rtol=1e-5)
     # Both copies are in the batch; the clean ones alone write.
-    writes = delta.writes(p.first_of(2))
+    writes = delta.writes(p.first_of(2), 3)
     decay = np.exp(np.asarray(writes.g).reshape(1, 3, 12, cfg.num_heads).sum(axis=2))
     np.testing.assert_allclose(found["block_decay"], decay.mean(), rtol=1e-5)
     np.testing.assert_allclose(found["beta_mean"], np.mean(writes.beta), rtol=1e-5)
