@@ -1,13 +1,17 @@
 """Softmax attention by cuDNN, through JAX."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.attention.layers import of_layer
 from pallas_kernels.attention.lengths import padded, visible
 
 
-def obstacle(q: Array) -> str | None:
+def unsupported_reason(q: Array) -> str | None:
     """Why cuDNN cannot take these queries here, or None."""
     if missing := no_nvidia():
         return missing
@@ -22,17 +26,48 @@ def obstacle(q: Array) -> str | None:
     return None
 
 
-def attention(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
+) -> Array:
     """Attention and its gradients; lengths are int32 [B]."""
-    queries, keys = q.shape[1], k.shape[1]
-    # JAX takes no odd numbers of tokens where it is differentiated.
-    if keys % 2:
-        key_length = visible(k, key_length)
-    q, k, v = (padded(x, 2) for x in (q, k, v))
+    queries = q.shape[1]
+    q, k, v, key_length = _even(q, *of_layer(k, v, layer), key_length)
     out = jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=key_length, implementation="cudnn"
     )
     return out[:, :queries]
+
+
+def attention_with_lse(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention, and the float32 log-sum-exp [B, Tq, H] that cuDNN keeps for its backward pass."""
+    # jax.nn.dot_product_attention rounds it to the dtype of q; this, which it calls, does not.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    queries = q.shape[1]
+    q, k, v, key_length = _even(q, *of_layer(k, v, layer), key_length)
+    options: dict[str, Any] = {"scale": 1 / math.sqrt(q.shape[-1]), "return_residual": True}
+    if key_length is not None:
+        options["q_seqlen"] = jnp.full(len(q), q.shape[1], jnp.int32)
+        options["kv_seqlen"] = key_length
+        options["mask_type"] = MaskType.PADDING
+    found: Any = dot_product_attention(q, k, v, **options)
+    out, lse = found[0][:, :queries], found[1].swapaxes(1, 2)[:, :queries]
+    if key_length is not None:
+        # cuDNN does not say what it makes of rows without visible keys.
+        shown = (key_length > 0)[:, None, None]
+        out = jnp.where(shown[..., None], out, 0)
+        lse = jnp.where(shown, lse, -jnp.inf)
+    return out, lse
+
+
+def _even(q: Array, k: Array, v: Array, key_length: Array | None):
+    """Pads to the even numbers of tokens that JAX wants where it is differentiated."""
+    batch, keys = k.shape[:2]
+    if keys % 2:
+        key_length = visible(key_length, batch, keys)
+    return *(padded(x, 2) for x in (q, k, v)), key_length
 
 
 def no_nvidia() -> str | None:

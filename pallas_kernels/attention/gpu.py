@@ -7,7 +7,12 @@ values of the tile before, the warpgroup turns the scores into weights as soon a
 
 Tiles come last to first, so that the partly filled one is masked once, ahead of the loop. Copies
 fill rows past an array's end with zeros, and do not write there. Numbers of tokens that are no
-multiple of 8 cost a padded copy.
+multiple of 8 cost a padded copy. A layer of stacked keys is read where it is: the stack's first two
+axes become one, of which a CTA takes the row layer * B + row.
+
+The log-sum-exp of a row follows from the maximum and the sum that the softmax keeps. Shared memory
+has no room for it, so it goes from registers to device memory. Such stores are not checked, hence
+the array they go to holds whole tiles.
 
 Source: FlashAttention-3, arXiv 2407.08608.
 """
@@ -22,10 +27,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import cudnn
+from pallas_kernels.attention.layers import of_layer
 from pallas_kernels.attention.lengths import padded, visible
 from pallas_kernels.devices import split_by_xla
 
 _WARPGROUPS, _ROWS, _KEYS, _STAGES = 2, 64, 128, 3
+_QUERIES = _WARPGROUPS * _ROWS  # of a CTA
 _TILE_ROWS = 8  # of a tile of 64 columns in shared memory
 _HIDDEN = -1e30  # finite, so that rows without any visible key stay finite
 
@@ -43,7 +50,7 @@ class _Shared(NamedTuple):
     v_free: Any
 
 
-def obstacle(q: Array) -> str | None:
+def unsupported_reason(q: Array) -> str | None:
     """Why the kernel cannot take these queries here, or None."""
     if missing := cudnn.no_nvidia():
         return missing
@@ -58,37 +65,66 @@ def obstacle(q: Array) -> str | None:
 
 
 @jax.custom_vjp
-def attention(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
+) -> Array:
     """Attention by the kernel; where it is differentiated, by cuDNN in both directions."""
-    queries, length = q.shape[1], visible(k, key_length)
-    q, k, v = (padded(x, _TILE_ROWS) for x in (q, k, v))
-    return _kernel(q, k, v, length)[:, :queries]
+    (out,) = _call(q, k, v, key_length, layer, save_lse=False)
+    return out[:, : q.shape[1]]
 
 
-def _attention_forward(q, k, v, key_length):
-    return jax.vjp(lambda q, k, v: cudnn.attention(q, k, v, key_length), q, k, v)
+def _attention_forward(q, k, v, key_length, layer):
+    return jax.vjp(lambda q, k, v: cudnn.attention(q, k, v, key_length, layer), q, k, v)
 
 
 def _attention_backward(vjp, dout):
-    return *vjp(dout), None
+    return *vjp(dout), None, None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _kernel(q: Array, k: Array, v: Array, length: Array) -> Array:
-    batch, queries, heads, dim = q.shape
+def attention_with_lse(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention by the kernel and its log-sum-exp, float32 [B, Tq, H]; has no gradient."""
+    queries = q.shape[1]
+    out, lse = _call(q, k, v, key_length, layer, save_lse=True)
+    return out[:, :queries], lse[:, :, :queries].swapaxes(1, 2)
 
-    def body(q_ref, k_ref, v_ref, length_ref, out_ref, shared):
+
+def _call(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None, save_lse: bool
+) -> list[Array]:
+    """Output and, if asked for, log-sum-exp of padded queries."""
+    batch, keys = q.shape[0], k.shape[-3]
+    first_row = jnp.zeros((), jnp.int32)
+    if keys % _TILE_ROWS:
+        k, v = of_layer(k, v, layer)  # padding would copy the whole stack
+    elif layer is not None:
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        first_row = layer.astype(jnp.int32) * batch
+    scalars = jnp.append(visible(key_length, batch, keys), first_row)
+    q, k, v = (padded(x, _TILE_ROWS) for x in (q, k, v))
+    return _kernel(q, k, v, scalars, save_lse)
+
+
+def _kernel(q: Array, k: Array, v: Array, scalars: Array, save_lse: bool) -> list[Array]:
+    """Calls the kernel; scalars, int32 [B + 1], are visible keys and the first row of k and v."""
+    batch, queries, heads, dim = q.shape
+    tiles = pl.cdiv(queries, _QUERIES)
+
+    def body(q_ref, k_ref, v_ref, scalars_ref, out_ref, *rest):
+        *lse_refs, shared = rest
         tile, head, row = (lax.axis_index(name) for name in ("tile", "head", "row"))
         warpgroup = lax.axis_index("warpgroup")
-        length = length_ref[row]
-        tiles = jnp.maximum(lax.div(length + (_KEYS - 1), _KEYS), 1)
+        length, key_row = scalars_ref[row], scalars_ref[batch] + row
+        key_tiles = jnp.maximum(lax.div(length + (_KEYS - 1), _KEYS), 1)
 
         @pl.when(warpgroup == _WARPGROUPS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            _copy_keys(k_ref.at[row, :, head], v_ref.at[row, :, head], tiles, shared)
+            _copy_keys(k_ref.at[key_row, :, head], v_ref.at[key_row, :, head], key_tiles, shared)
 
         @pl.when(warpgroup < _WARPGROUPS)
         def _():
@@ -97,37 +133,48 @@ def _kernel(q: Array, k: Array, v: Array, length: Array) -> Array:
             mine, ready = shared.q.at[warpgroup], shared.q_ready.at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], mine, ready)
             plgpu.barrier_wait(ready)
-            mine[...] = _attend(mine, length, tiles, shared).astype(q.dtype)
+            out, highest, total = _attend(mine, length, key_tiles, shared)
+            mine[...] = out.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[row, rows, head])
+            for lse_ref in lse_refs:
+                lse = highest * math.log(2) + jnp.log(total)
+                lse_ref[row, head, rows] = jnp.where(length > 0, lse, -jnp.inf)
             plgpu.wait_smem_to_gmem(0)
 
+    results = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if save_lse:
+        results.append(jax.ShapeDtypeStruct((batch, heads, tiles * _QUERIES), jnp.float32))
+    found: Any = plgpu.kernel(
+        body,
+        out_type=results,
+        grid=(tiles, heads, batch),
+        grid_names=("tile", "head", "row"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=[_shared(dim, q.dtype)],
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(q, k, v, scalars)
+    return found
+
+
+def _shared(dim: int, dtype: Any) -> _Shared:
     wgmma_tiles = (
         plgpu.TilingTransform((_TILE_ROWS, 64)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
     )
-    matrices: Any = lambda *shape: plgpu.SMEM((*shape, dim), q.dtype, transforms=wgmma_tiles)
+    matrices: Any = lambda *shape: plgpu.SMEM((*shape, dim), dtype, transforms=wgmma_tiles)
     ready = plgpu.Barrier(num_barriers=_STAGES)
     free = plgpu.Barrier(num_barriers=_STAGES, num_arrivals=_WARPGROUPS)
-    shared = _Shared(
+    return _Shared(
         matrices(_WARPGROUPS, _ROWS),
         matrices(_STAGES, _KEYS),
         matrices(_STAGES, _KEYS),
         plgpu.Barrier(num_barriers=_WARPGROUPS),
         ready, ready, free, free,
     )  # fmt: skip
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(pl.cdiv(queries, _WARPGROUPS * _ROWS), heads, batch),
-        grid_names=("tile", "head", "row"),
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[shared],
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )(q, k, v, length)
 
 
 def _copy_keys(k_ref: Any, v_ref: Any, tiles: Array, shared: _Shared) -> None:
@@ -146,8 +193,10 @@ def _copy_keys(k_ref: Any, v_ref: Any, tiles: Array, shared: _Shared) -> None:
     lax.fori_loop(0, tiles, step, None)
 
 
-def _attend(q_smem: Any, length: Array, tiles: Array, shared: _Shared) -> Array:
-    """Output of 64 queries, float32 [64, D]."""
+def _attend(
+    q_smem: Any, length: Array, tiles: Array, shared: _Shared
+) -> tuple[Array, Array, Array]:
+    """Of 64 queries, float32: output [64, D]; the softmax's maximum, in powers of two, and sum."""
     dim = q_smem.shape[1]
 
     def first():
@@ -184,11 +233,11 @@ def _attend(q_smem: Any, length: Array, tiles: Array, shared: _Shared) -> Array:
         return out * _across(fade, dim), new_highest, total * fade + added, weights
 
     carry = (_filled((_ROWS, dim), 0), *first())
-    out, _, total, weights = lax.fori_loop(1, tiles, step, carry)
+    out, highest, total, weights = lax.fori_loop(1, tiles, step, carry)
     last = lax.rem(tiles - 1, _STAGES)
     plgpu.barrier_wait(shared.v_ready.at[last])
     out = _add_product(out, weights, shared.v.at[last])
-    return out * _across(jnp.where(length > 0, 1 / total, 0.0), dim)
+    return out * _across(jnp.where(length > 0, 1 / total, 0.0), dim), highest, total
 
 
 def _weights(scores: Array, highest: Array, dim: int, dtype: Any) -> tuple[Array, Array, Array]:

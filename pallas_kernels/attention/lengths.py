@@ -10,9 +10,8 @@ def padded(x: Array, multiple: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
-def visible(k: Array, key_length: Array | None) -> Array:
+def visible(key_length: Array | None, batch: int, keys: int) -> Array:
     """Visible keys of each batch entry, int32 [B], from 0 to Tk."""
-    batch, keys = k.shape[:2]
     if key_length is None:
         return jnp.full(batch, keys, jnp.int32)
     return jnp.clip(key_length, 0, keys).astype(jnp.int32)

@@ -9,13 +9,14 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
+from pallas_kernels.attention.layers import of_layer
 from pallas_kernels.attention.lengths import padded, visible
 from pallas_kernels.devices import split_by_xla
 
 _LANES = 128
 
 
-def obstacle(q: Array) -> str | None:
+def unsupported_reason(q: Array) -> str | None:
     """Why splash attention cannot take these queries here, or None."""
     if jax.default_backend() != "tpu":
         return f"needs a TPU; the device is {jax.devices()[0].device_kind}"
@@ -27,38 +28,75 @@ def obstacle(q: Array) -> str | None:
 
 
 def attention(
-    q: Array, k: Array, v: Array, key_length: Array | None, *, interpret: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    key_length: Array | None,
+    layer: Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> Array:
     """Attention; lengths are padded to whole blocks, whose keys past the length are masked."""
-    _, queries, heads, dim = q.shape
-    keys, length = k.shape[1], visible(k, key_length)
+    out, _ = _attend(q, *of_layer(k, v, layer), key_length, interpret, save_lse=False)
+    return out
+
+
+def attention_with_lse(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_length: Array | None,
+    layer: Array | None = None,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """Attention and its log-sum-exp, float32 [B, Tq, H]; JAX does not differentiate this form."""
+    return _attend(q, *of_layer(k, v, layer), key_length, interpret, save_lse=True)
+
+
+def _attend(
+    q: Array, k: Array, v: Array, key_length: Array | None, interpret: bool, save_lse: bool
+) -> tuple[Any, Any]:
+    """Output, and log-sum-exp or None."""
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    length = visible(key_length, batch, keys)
     rows, columns = _block(queries), _block(keys)
     q = q * jnp.asarray(1 / math.sqrt(dim), q.dtype)
     q, k, v = (padded(x, n).swapaxes(1, 2) for x, n in ((q, rows), (k, columns), (v, columns)))
     masked = key_length is not None or k.shape[2] > keys
 
     def attend(q, k, v, length) -> Any:
-        kernel = _kernel(heads, q.shape[1], k.shape[1], rows, columns, interpret)
-        if not masked:
-            return kernel(q, k, v)
+        kernel = _kernel(heads, q.shape[1], k.shape[1], rows, columns, interpret, save_lse)
+        ids = None
         if key_length is not None:
             kernel.fwd_mask_info = _filled_blocks(length, q.shape[1] // rows, k.shape[1], columns)
-        shown = jnp.arange(k.shape[1]) < length
-        ids = splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), shown.astype(jnp.int32))
-        return jnp.where(length > 0, kernel(q, k, v, segment_ids=ids), 0)
+        if masked:
+            shown = jnp.arange(k.shape[1]) < length
+            ids = splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), shown.astype(jnp.int32))
+        found = kernel(q, k, v, segment_ids=ids)
+        out, lse = (found[0], found[1][0]) if save_lse else (found, None)
+        if masked:
+            out = jnp.where(length > 0, out, 0)
+            lse = None if lse is None else jnp.where(length > 0, lse, -jnp.inf)
+        return out, lse
 
-    out: Array = jax.vmap(attend)(q, k, v, length)
-    return out.swapaxes(1, 2)[:, :queries]
+    found = jax.vmap(attend)(q, k, v, length)
+    return jax.tree.map(lambda x: x.swapaxes(1, 2)[:, :queries], found)
 
 
-def _kernel(heads: int, queries: int, keys: int, rows: int, columns: int, interpret: bool) -> Any:
+def _kernel(
+    heads: int, queries: int, keys: int, rows: int, columns: int, interpret: bool, save_lse: bool
+) -> Any:
     sizes = splash.BlockSizes(
         block_q=rows, block_kv=columns,
         block_q_dkv=rows, block_kv_dkv=columns,
         block_q_dq=rows, block_kv_dq=columns,
     )  # fmt: skip
     mask = splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads)
-    return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return splash.make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=interpret, save_residuals=save_lse
+    )
 
 
 def _block(length: int) -> int:

@@ -1,30 +1,64 @@
 """Softmax attention in plain JAX, for any device and dtype; holds all scores at once."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.attention.layers import of_layer
+from pallas_kernels.attention.lengths import visible
 
-def obstacle(q: Array) -> None:
-    """None: there is none."""
+
+def unsupported_reason(q: Array) -> None:
+    """None: it takes all queries."""
     del q
 
 
-def attention(q: Array, k: Array, v: Array, key_length: Array | None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
+) -> Array:
     """Attention; lengths are int32 [B]."""
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    # float32 operands are multiplied as float32, also on TPUs and with TF32 at hand.
-    precision = lax.Precision.HIGHEST if q.dtype == accumulate else lax.Precision.DEFAULT
-    product = {"precision": precision, "preferred_element_type": accumulate}
-    visible = None
+    scores, v = _scores(q, *of_layer(k, v, layer), key_length)
+    return _mix(scores, v)
+
+
+def attention_with_lse(
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention, and the logarithm of the sum of exponentials of visible scores [B, Tq, H]."""
+    scores, v = _scores(q, *of_layer(k, v, layer), key_length)
+    batch, keys = v.shape[:2]
+    if keys == 0:
+        return _mix(scores, v), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    # Hidden scores are finite, so that the gradient of a row without visible keys is.
+    lse = jax.nn.logsumexp(scores, axis=-1).swapaxes(1, 2).astype(jnp.float32)
+    shown = visible(key_length, batch, keys)[:, None, None] > 0
+    return _mix(scores, v), jnp.where(shown, lse, -jnp.inf)
+
+
+def _scores(q: Array, k: Array, v: Array, key_length: Array | None) -> tuple[Array, Array]:
+    """Scaled scores [B, H, Tq, Tk], and values without what hidden slots hold."""
+    hidden = None
     if key_length is not None:
-        visible = jnp.arange(k.shape[1]) < key_length[:, None]
+        hidden = jnp.arange(k.shape[1]) >= key_length[:, None]
         # A masked score stops what k holds there in the output, but not in the gradient of q.
-        k, v = (jnp.where(visible[:, :, None, None], x, 0) for x in (k, v))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, **product) / math.sqrt(q.shape[-1])
-    if visible is not None:
-        scores = jnp.where(visible[:, None, None, :], scores, jnp.finfo(accumulate).min)
+        k, v = (jnp.where(hidden[:, :, None, None], 0, x) for x in (k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, **_product(q)) / math.sqrt(q.shape[-1])
+    if hidden is not None:
+        scores = jnp.where(hidden[:, None, None, :], jnp.finfo(scores.dtype).min, scores)
+    return scores, v
+
+
+def _mix(scores: Array, v: Array) -> Array:
+    """Values weighted by the softmax of the scores, in their dtype."""
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **product).astype(q.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **_product(v)).astype(v.dtype)
+
+
+def _product(x: Array) -> dict[str, Any]:
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    # float32 operands are multiplied as float32, also on TPUs and with TF32 at hand.
+    precision = lax.Precision.HIGHEST if x.dtype == accumulate else lax.Precision.DEFAULT
+    return {"precision": precision, "preferred_element_type": accumulate}

@@ -25,7 +25,7 @@ def gradients(q, k, v, length):
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
 
-@pytest.mark.parametrize("direction", [splash.attention, gradients])
+@pytest.mark.parametrize("direction", [splash.attention, splash.attention_with_lse, gradients])
 @pytest.mark.parametrize("name", ["wan1p3b_block", "wan1p3b_text", "wan1p3b_cache"])
 @pytest.mark.parametrize("kind", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles(kind, name, direction, monkeypatch):
