@@ -39,6 +39,8 @@ _ITEMS = ("state", "meta")
 _UNFINISHED = ".orbax-checkpoint-tmp*"
 _SIZES = "sizes.json"
 _SAVE_TIMEOUT = 3600
+# Key of a fingerprint: checksum of the weights that the phase reads and does not train.
+FROZEN = "frozen"
 
 T = TypeVar("T")
 
@@ -58,7 +60,8 @@ class Checkpointer:
         Args:
           folder: local or remote (gs://) folder, used by one run at a time.
           keep: number of newest checkpoints that stay on disk.
-          fingerprint: facts of the model, as JSON; `restore` insists that they agree.
+          fingerprint: facts of the model, as JSON; `restore` insists that they agree. Checkpoints
+            from before `FROZEN` was one of them are read with a warning.
 
         Raises:
           StorageError: if the folder cannot be written.
@@ -210,11 +213,24 @@ class Checkpointer:
         return arrays, _decode(meta["data_state"])
 
     def _check_model(self, step: int, there: Mapping[str, Any]) -> None:
-        found = differences(there, self._fingerprint)
+        here = dict(self._fingerprint)
+        frozen = here.pop(FROZEN, None)
+        found = differences({k: v for k, v in there.items() if k != FROZEN}, here)
         if found:
             raise StorageError(
                 f"{self._folder}/{step} is a checkpoint of another model: {found[0]}"
                 f"{_and_more(found)}; set it back, or {OTHER_FOLDER}"
+            )
+        if frozen and FROZEN not in there:
+            logging.warning(
+                f"{self._folder}/{step} does not name its frozen weights; those of this run are "
+                "taken to be the same, and later checkpoints will name them"
+            )
+        elif frozen != there.get(FROZEN):
+            raise StorageError(
+                f"{self._folder}/{step} is a checkpoint of {here.get('phase', 'a phase')} with "
+                f"other frozen weights: checksum {there.get(FROZEN)} there and {frozen} here; put "
+                "the teacher's weights back, or start in another folder"
             )
 
     def _check_arrays(self, step: int, wanted: Mapping[str, Any]) -> None:

@@ -17,10 +17,11 @@ from arl2_jax import sharding
 from arl2_jax.config import Config, ConfigError
 from arl2_jax.data import ClipData, open_short_data
 from arl2_jax.models import Params
-from arl2_jax.training.checkpoint import Checkpointer
+from arl2_jax.training.checkpoint import FROZEN, Checkpointer
 from arl2_jax.training.metrics import JsonLinesWriter, MultiWriter, ProgressBar, TensorBoardWriter
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.training.step import TrainState, init_state, make_step
+from arl2_jax.weights import checksum
 
 # Short clips come in an order of their own.
 _SHORT_SEED = 2**31
@@ -67,7 +68,12 @@ def run_phase(
     trained, frozen = split_params(params, TRAINED[phase])
     state = jax.eval_shape(lambda p: init_state(config, phase, p, key), trained)
     layout = sharding.tree_shardings(state, mesh)
-    fingerprint = {"phase": phase, "model": dataclasses.asdict(config.model)}
+    frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
+    fingerprint = {
+        "phase": phase,
+        "model": dataclasses.asdict(config.model),
+        FROZEN: teacher_checksum(frozen),
+    }
     with Checkpointer(
         folder / "checkpoints", keep=config.train.keep, fingerprint=fingerprint
     ) as checkpointer:
@@ -79,7 +85,6 @@ def run_phase(
             state, position = checkpointer.restore(_abstract(state, layout))
             logging.info("%s resumes after step %d", title, int(state.step))
         del trained
-        frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
         session = _Session(config, phase, title, state, frozen, mesh, layout)
         writers = _open_writers(folder, title, session.settings.steps, session.step)
         try:
@@ -250,6 +255,15 @@ def _open_writers(folder: epath.Path, title: str, steps: int, start: int) -> Mul
         JsonLinesWriter(folder / "metrics.jsonl", resume_step=resume),
         TensorBoardWriter(folder / "tensorboard", resume_step=resume),
     )
+
+
+def teacher_checksum(params: Params) -> str:
+    """Checksum of the teacher's weights among some parameters.
+
+    Additions do not count: those that a phase leaves alone still have their initial values, which
+    the seed determines, but not to the last bit on every kind of device.
+    """
+    return checksum(split_params(params, "/delta/")[1])
 
 
 def data_seed(config: Config, phase: str) -> int:

@@ -13,18 +13,24 @@ from arl2_jax import models, sharding
 from arl2_jax.config import Config, ConfigError, to_config_dict, with_steps
 from arl2_jax.data import ClipData, open_data, open_short_data
 from arl2_jax.models import Params
-from arl2_jax.storage import OTHER_FOLDER, check_writable, write_whole
-from arl2_jax.training.loop import read_json, run_phase
-from arl2_jax.training.partition import merge_params, split_params
+from arl2_jax.storage import OTHER_FOLDER, StorageError, as_json, check_writable, write_whole
+from arl2_jax.training.loop import read_json, run_phase, teacher_checksum
+from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.training.retention import record_retention
 from arl2_jax.training.start import start_stage1
+from arl2_jax.training.step import init_state
 from arl2_jax.weights import find_release, load_params
 from arl2_jax.weights.folder import load_params_folder, save_params
 
-_CONFIG = "config.json"
-# What may change between two starts of one run: it decides nothing about the trained weights.
-_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.mesh", "train.workdir",
-         "evaluation", "data.workers", "data.held_out")  # fmt: skip
+_CONFIG, _SUMMARY = "config.json", "summary.json"
+# Fields (or groups of them) that may differ between two starts of one run. A field belongs here if
+# it changes neither what is trained nor on which clips, in which order. data.held_out does: the
+# clips that are not held out are trained on.
+RESUMABLE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.mesh",
+                    "train.workdir", "evaluation")  # fmt: skip
+# May differ unless a phase has to go on in the middle of its clips: their order is the same, but
+# the position in a checkpoint is that of as many workers.
+_BETWEEN_PHASES = ("data.workers",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +79,7 @@ def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, 
     table = sharding.sharding_table(models.param_shapes(config.model), mesh)
     _check_same_run(folder, config, remedy)
     data = open_data(config)
-    check_writable(folder, remedy=remedy)
+    check_writable(folder, bytes_to_write(config, folder), remedy=remedy)
     params = _initial_params(config, mesh)
     _write_json(folder / _CONFIG, to_config_dict(config))
     if mesh.size > 1:
@@ -95,7 +101,7 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
     def phase(name: str, start: Params, *, config=config, title=None) -> Params:
         title = title or name
         place = folder / title
-        summary = read_json(place / "summary.json")
+        summary = read_json(place / _SUMMARY)
         if summary is None:
             if name == "stage1":
                 start = start_stage1(config, start, data, mesh, place)
@@ -103,12 +109,14 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
             model = config.model.teacher() if name == "teacher" else config.model
             save_params(place / "weights", result.params, to_config_dict(model))
             summary = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
-            _write_json(place / "summary.json", summary)
+            _write_json(place / _SUMMARY, summary)
             trained = result.params
         else:
             logging.info("%s is finished in %s; its weights are read from there", title, place)
             trained = load_params_folder(place / "weights")[0]
             trained = sharding.put(trained, sharding.tree_shardings(trained, mesh))
+            if name != "teacher":
+                _check_same_teacher(config, place, trained, start)
         seconds[title] = summary["seconds"]
         compile_seconds[title] = summary["compile_seconds"]
         return trained
@@ -122,11 +130,10 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         if name in config.phases:
             params = stages[name] = phase(name, params)
             record_retention(config, params, data, folder / name)
-    controls = {}
-    for gate in config.evaluation.controls if "stage2" in config.phases else ():
-        title = control_name(gate)
-        closed = control_config(config, gate)
-        controls[title] = phase("stage2", untrained, config=closed, title=title)
+    controls = {
+        title: phase("stage2", untrained, config=closed, title=title)
+        for title, closed in _controls(config).items()
+    }
     return Converted(
         untrained,
         stages.get("stage1"),
@@ -158,6 +165,47 @@ def control_name(memory_gate: str) -> str:
     return "control" if memory_gate == "zero" else f"control_{memory_gate}"
 
 
+def _controls(config: Config) -> dict[str, Config]:
+    """The controls of a run, by name."""
+    gates = config.evaluation.controls if "stage2" in config.phases else ()
+    return {control_name(gate): control_config(config, gate) for gate in gates}
+
+
+def bytes_to_write(config: Config, folder: epath.Path) -> int:
+    """Bytes on disk that the phases not yet finished in `folder` still need.
+
+    Each leaves `train.keep` checkpoints and its weights; while one trains, a further checkpoint is
+    written before the oldest goes.
+    """
+    phases = [(name, name, config) for name in config.phases]
+    phases += [(title, "stage2", closed) for title, closed in _controls(config).items()]
+    total, further = 0, 0
+    for title, name, run in phases:
+        if (folder / title / _SUMMARY).exists():
+            continue
+        checkpoint, weights = _phase_bytes(run, name)
+        count = math.ceil(getattr(run, name).steps / run.train.checkpoint_every)
+        kept, there = min(count, run.train.keep), len(_checkpoints(folder, title))
+        total += max(kept - there, 0) * checkpoint + weights
+        if count > run.train.keep:
+            further = max(further, checkpoint)
+    return total + further
+
+
+def _phase_bytes(config: Config, phase: str) -> tuple[int, int]:
+    """Bytes of one checkpoint of a phase, and of the weights that it leaves."""
+    shapes = models.param_shapes(config.model.teacher() if phase == "teacher" else config.model)
+    start = lambda p: init_state(config, phase, p, jax.random.key(0))
+    state = jax.eval_shape(start, split_params(shapes, TRAINED[phase])[0])
+    size = lambda tree: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(tree))
+    return size(state), size(shapes)
+
+
+def _checkpoints(folder: epath.Path, phases: str) -> list[epath.Path]:
+    """Finished checkpoints of the phases whose folder matches the pattern."""
+    return [p for p in folder.glob(f"{phases}/checkpoints/*") if p.name.isdigit()]
+
+
 def _initial_params(config: Config, mesh: jax.sharding.Mesh) -> Params:
     key = jax.random.key(config.train.seed)
     weights = config.teacher.weights
@@ -179,14 +227,34 @@ def _check_same_run(folder: epath.Path, config: Config, remedy: str) -> None:
     theirs = read_json(folder / _CONFIG)
     if theirs is None:
         return
-    here, there = _flat(json.loads(json.dumps(to_config_dict(config)))), _flat(theirs)
+    here, there = _flat(as_json(to_config_dict(config))), _flat(theirs)
+    fields = RESUMABLE_FIELDS if _is_amid_phase(folder) else RESUMABLE_FIELDS + _BETWEEN_PHASES
     for name in sorted(here.keys() | there.keys()):
-        free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
+        free = any(name == field or name.startswith(f"{field}.") for field in fields)
         if not free and here.get(name) != there.get(name):
+            again = f"set {name}={there[name]} again, " if name in there else ""
             raise ConfigError(
                 f"train.workdir={folder} holds a run with {name}={there.get(name)}, now it is "
-                f"{here.get(name)}; {remedy}, or remove it"
+                f"{here.get(name)}; {again}{remedy}, or remove it"
             )
+
+
+def _is_amid_phase(folder: epath.Path) -> bool:
+    """Whether a phase in this folder has checkpoints and is not finished."""
+    # A ranking of layers trains a phase for each of them, one folder deeper.
+    found = _checkpoints(folder, "*") + _checkpoints(folder, "*/*")
+    return any(not (step.parents[1] / _SUMMARY).exists() for step in found)
+
+
+def _check_same_teacher(config: Config, place: epath.Path, trained: Params, start: Params) -> None:
+    """Refuses a finished phase whose frozen weights are not those that it would start with now."""
+    there, here = teacher_checksum(trained), teacher_checksum(start)
+    if there != here:
+        raise StorageError(
+            f"{place} was trained with other frozen weights than teacher.weights="
+            f"{config.teacher.weights} gives now: checksum {there} there and {here} here; put the "
+            "teacher's weights back, or start in another folder"
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Released weights as our parameters, and our parameters as other programs read them."""
 
+from arl2_jax.weights.checksums import checksum
 from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.export import export_params
 from arl2_jax.weights.facts import model_config, umt5_config, vae_config
@@ -10,6 +11,7 @@ from arl2_jax.weights.tensors import fingerprint
 __all__ = [
     "Release",
     "WeightsError",
+    "checksum",
     "export_params",
     "find_release",
     "fingerprint",

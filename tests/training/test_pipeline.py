@@ -2,15 +2,27 @@
 
 import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from one_line import assert_one_line
 
-from arl2_jax.config import Config, ConfigError, MeshConfig, ShortClipsConfig, from_config_dict
-from arl2_jax.models import without_delta
+from arl2_jax.config import (
+    Config,
+    ConfigError,
+    EvaluationConfig,
+    MeshConfig,
+    ShortClipsConfig,
+    from_config_dict,
+    to_config_dict,
+)
+from arl2_jax.models import param_shapes, without_delta
 from arl2_jax.training import pipeline
 from arl2_jax.training.pipeline import control_config, convert, prepare
 from arl2_jax.weights import load_params
@@ -149,6 +161,8 @@ CHANGES = {
     "stage2.steps": lambda c: dict(stage2=dataclasses.replace(c.stage2, steps=3)),
     "sampler.shift": lambda c: dict(sampler=dataclasses.replace(c.sampler, shift=3.0)),
     "data.frames": lambda c: dict(data=dataclasses.replace(c.data, frames=6)),
+    # More clips held out are fewer to train on, and to evaluate on a clip it must be held out.
+    "data.held_out": lambda c: dict(data=dataclasses.replace(c.data, held_out=9)),
     "phases": lambda c: dict(phases=("teacher", "stage1")),
 }
 
@@ -158,7 +172,143 @@ def test_folder_of_another_run_is_refused(converted, config, field):
     other = dataclasses.replace(config, **CHANGES[field](config))
     with pytest.raises(ConfigError, match=f"holds a run with {field}=") as caught:
         prepare(other)
-    assert "\n" not in str(caught.value) and config.train.workdir in str(caught.value)
+    assert_one_line(caught, config.train.workdir, f"set {field}=", "another folder")
+
+
+# Every group of fields that may differ, each field of it with another value.
+RESUMABLE = {
+    "train.log_every": lambda c: dict(train=dataclasses.replace(c.train, log_every=7)),
+    "train.checkpoint_every": lambda c: dict(
+        train=dataclasses.replace(c.train, checkpoint_every=7)
+    ),
+    "train.keep": lambda c: dict(train=dataclasses.replace(c.train, keep=7)),
+    "train.mesh": lambda c: dict(train=dataclasses.replace(c.train, mesh=MeshConfig(4, 1, 2, 1))),
+    "train.workdir": lambda c: dict(
+        train=dataclasses.replace(c.train, workdir=f"{c.train.workdir}/../run")
+    ),
+    "evaluation": lambda c: dict(
+        evaluation=EvaluationConfig(
+            clips=3, recall_clips=4, recall_noises=5, controls=(), rollout_clips=6,
+            rollout_length=7,
+        )
+    ),
+}  # fmt: skip
+
+
+def unfinished_run(config, folder, *, of=""):
+    """A run that was stopped after a checkpoint of stage 2, or of a phase in the folder `of`."""
+    train = dataclasses.replace(config.train, workdir=str(folder))
+    run = dataclasses.replace(config, train=train, phases=("stage1", "stage2"))
+    prepare(run)
+    (folder / of / "stage2" / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "stage1" / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "stage1" / "summary.json").write_text("{}")
+    return run
+
+
+@pytest.mark.parametrize("field", pipeline.RESUMABLE_FIELDS)
+def test_fields_that_decide_nothing_may_differ(config, tmp_path, field):
+    run = unfinished_run(config, tmp_path / "run")
+    other = dataclasses.replace(run, **RESUMABLE[field](run))
+    before, after = to_config_dict(run), to_config_dict(other)
+    for name in field.split("."):
+        before, after = before[name], after[name]
+    assert before != after
+    prepare(other)
+
+
+def with_workers(config, workers):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
+
+
+@pytest.mark.parametrize("of", ["", "stage2_60"])
+def test_workers_may_not_differ_in_the_middle_of_a_phase(config, tmp_path, of):
+    """The position in the data is that of as many workers; after the phase nobody needs it."""
+    folder = tmp_path / "run"
+    run = unfinished_run(config, folder, of=of)
+    with pytest.raises(ConfigError, match=r"data\.workers=0, now it is 2") as caught:
+        prepare(with_workers(run, 2))
+    assert_one_line(caught, folder, "set data.workers=0 again", "another folder")
+    prepare(run)
+    (folder / of / "stage2" / "summary.json").write_text("{}")
+    prepare(with_workers(run, 2))
+    # What comes after that is of two workers.
+    (folder / "control" / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"data\.workers=2, now it is 0"):
+        prepare(run)
+
+
+def test_fields_of_another_run_come_before_workers(config, tmp_path):
+    run = unfinished_run(config, tmp_path)
+    (tmp_path / "stage2" / "summary.json").write_text("{}")
+    other = dataclasses.replace(run, **CHANGES["train.seed"](run))
+    with pytest.raises(ConfigError, match=r"train\.seed=0, now it is 9"):
+        prepare(with_workers(other, 2))
+
+
+def weights_only(config, folder, **train):
+    """A run of the teacher's phase alone, and the bytes of its weights."""
+    run = dataclasses.replace(
+        config,
+        phases=("teacher",),
+        teacher=dataclasses.replace(config.teacher, steps=6),
+        train=dataclasses.replace(config.train, workdir=str(folder), checkpoint_every=2, **train),
+    )
+    shapes = jax.tree.leaves(param_shapes(config.model.teacher()))
+    return run, sum(4 * math.prod(s.shape) for s in shapes)
+
+
+# Of the state, besides parameters, average and two moments: counters and a key.
+COUNTERS = 100
+
+
+@pytest.mark.parametrize(("keep", "there", "checkpoints"), [
+    (1, 0, 2), (2, 0, 3), (3, 0, 3), (9, 0, 3), (2, 1, 2), (2, 2, 1), (2, 3, 1), (3, 3, 0),
+])  # fmt: skip
+def test_space_for_what_is_still_to_be_written(config, tmp_path, keep, there, checkpoints):
+    """Three checkpoints fall due; one more than are kept is there while it is written."""
+    run, weights = weights_only(config, tmp_path, keep=keep)
+    for step in range(there):
+        (tmp_path / "teacher" / "checkpoints" / str(step)).mkdir(parents=True)
+    found = pipeline.bytes_to_write(run, tmp_path)
+    assert 0 <= found - (4 * checkpoints + 1) * weights <= COUNTERS * checkpoints
+    (tmp_path / "teacher" / "summary.json").parent.mkdir(exist_ok=True)
+    (tmp_path / "teacher" / "summary.json").write_text("{}")
+    assert pipeline.bytes_to_write(run, tmp_path) == 0
+
+
+def test_space_of_every_phase_is_counted(converted, config, tmp_path):
+    """Weights of all five, and a checkpoint of each; none once the run is finished."""
+    folder = Path(config.train.workdir)
+    assert pipeline.bytes_to_write(config, folder) == 0
+    stored = [load_params_folder(folder / phase / "weights")[0] for phase in PHASES]
+    weights = sum(value.nbytes for params in stored for value in flat(params).values())
+    steps = [int(path.name) for path in folder.glob("*/checkpoints/*")]
+    assert steps == [2] * len(PHASES)
+    # A checkpoint of the teacher is four times its weights, those of the additions are smaller.
+    assert weights < pipeline.bytes_to_write(config, tmp_path) < 5 * weights
+
+
+def test_disk_that_is_too_small_is_refused_before_anything_is_compiled(
+    config, tmp_path, monkeypatch
+):
+    run, _ = weights_only(config, tmp_path)
+    needed, reads = pipeline.bytes_to_write(run, tmp_path), []
+    initial = pipeline._initial_params
+    monkeypatch.setattr(pipeline, "_initial_params", lambda *a: reads.append(1) or initial(*a))
+    for free in (0, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(free))
+        with pytest.raises(ConfigError, match="GiB free") as caught:
+            prepare(run)
+        assert_one_line(caught, tmp_path, "another folder")
+        assert not reads and not (tmp_path / "config.json").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(needed))
+    prepare(run)
+    assert reads
+
+
+class Usage(NamedTuple):
+    free: int
 
 
 def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_path):
