@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from arl2_jax.codecs import load_wan_codec
     from arl2_jax.config import Config, ConfigError, ModelConfig, SamplerConfig
-    from arl2_jax.data.codec import load_wan_codec
     from arl2_jax.generation.generator import Generator
     from arl2_jax.generation.rollout import rollout
     from arl2_jax.models import (
@@ -68,7 +68,7 @@ _HOMES = {
     "init_memory": "models",
     "init_params": "models",
     "load_params": "weights",
-    "load_wan_codec": "data.codec",
+    "load_wan_codec": "codecs",
     "model_config": "weights",
     "param_shapes": "models",
     "rollout": "generation.rollout",

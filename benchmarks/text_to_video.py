@@ -18,9 +18,10 @@ import numpy as np
 from absl import app, flags
 
 import arl2_jax as arl2
+from arl2_jax.codecs import WanCodec
 from arl2_jax.config import ModelConfig, SamplerConfig, UMT5Config, VAEConfig
 from arl2_jax.models.umt5 import encode_tokens, init_umt5
-from arl2_jax.models.vae import WanCodec, init_vae
+from arl2_jax.models.vae import init_vae
 
 _OUT = flags.DEFINE_string("out", "", "JSON file to write.")
 _BLOCKS = flags.DEFINE_integer("blocks", 7, "Blocks of a video.")

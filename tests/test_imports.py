@@ -19,9 +19,10 @@ ARROWS = {
     "arl2_jax.diffusion": {"config"},
     "arl2_jax.weights": {"models", "config", "storage"},
     "arl2_jax.text": {"models", "config", "storage", "weights"},
-    "arl2_jax.data": {"models", "config", "storage", "weights"},
+    "arl2_jax.codecs": {"models", "config", "weights"},
+    "arl2_jax.data": {"codecs", "text", "config", "storage", "weights"},
     "arl2_jax.generation": {
-        "models", "memory", "diffusion", "config", "storage", "data", "text", "weights",
+        "models", "memory", "diffusion", "config", "storage", "codecs", "data", "text", "weights",
     },
     "arl2_jax.preparation": {"generation", "data", "weights", "config", "storage"},
     "arl2_jax.command_line": {"config", "generation"},
@@ -30,8 +31,8 @@ ARROWS = {
         "data", "weights",
     },
     "arl2_jax.evaluation": {
-        "config", "sharding", "storage", "models", "diffusion", "generation", "data", "training",
-        "weights",
+        "config", "sharding", "storage", "models", "diffusion", "generation", "codecs", "data",
+        "text", "training", "weights",
     },
 }  # fmt: skip
 KERNELS = {"arl2_jax.nn", "arl2_jax.memory"}

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from arl2_jax.codecs import vae_weights
 from arl2_jax.config import Config, ConfigError
-from arl2_jax.data.codec import vae_weights
 from arl2_jax.data.manifest import MANIFEST, Manifest, damaged, empty, read_manifest, sha256
 from arl2_jax.weights import fingerprint
 

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from absl import flags
 
+from arl2_jax.codecs import Codec, make_codec
 from arl2_jax.config import Config, ConfigError, short_run
 from arl2_jax.data import sprites
-from arl2_jax.data.codec import Codec, make_codec
 from arl2_jax.data.latents import LatentSource
 from arl2_jax.data.sprite_clips import SpriteClips
-from arl2_jax.data.text import embed_caption
 from arl2_jax.data.videos import VideoClips
+from arl2_jax.text import embed_caption
 
 # Endless in practice; the length of a truly endless order overflows at batches of one clip.
 _EPOCHS = 2**30

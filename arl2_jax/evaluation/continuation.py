@@ -10,8 +10,9 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from arl2_jax.codecs import Codec
 from arl2_jax.config import Config
-from arl2_jax.data import ClipData, Codec
+from arl2_jax.data import ClipData
 from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.evaluation.gap import Model, place_beside
 from arl2_jax.evaluation.labels import LABELS

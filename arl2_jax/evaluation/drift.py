@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from arl2_jax.codecs import Codec
 from arl2_jax.config import Config, SpriteConfig
-from arl2_jax.data.codec import Codec
 from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, make_clip
-from arl2_jax.data.text import embed_caption
 from arl2_jax.evaluation.lanes import Lanes, lanes_of, read_lanes
 from arl2_jax.evaluation.recall import NOTHING, wilson
+from arl2_jax.text import embed_caption
 
 # Seeds apart from those of the other held-out clips.
 _FIRST_SEED = HELD_OUT_SEED + 2**41

@@ -8,8 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 
+from arl2_jax.codecs import Codec
 from arl2_jax.config import Config
-from arl2_jax.data.codec import Codec
 from arl2_jax.evaluation.gap import Model, micro_batches
 from arl2_jax.evaluation.recall import NOTHING, RecallTest, read_drawings, wilson
 from arl2_jax.generation.exchange import (

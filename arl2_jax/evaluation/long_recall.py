@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from arl2_jax.codecs import Codec
 from arl2_jax.config import Config, SamplerConfig
-from arl2_jax.data.codec import Codec
-from arl2_jax.data.text import embed_caption
 from arl2_jax.evaluation.drift import returns, true_blocks, true_clip
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.lanes import lanes_of, read_lanes
 from arl2_jax.evaluation.recall import wilson
 from arl2_jax.generation import rollout
+from arl2_jax.text import embed_caption
 
 
 class Stretch(NamedTuple):

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from arl2_jax.codecs import Codec
 from arl2_jax.config import Config, SpriteConfig
-from arl2_jax.data.codec import Codec
 from arl2_jax.data.reveals import Reveal, reveal_clips
 from arl2_jax.data.sprites import BACKGROUNDS, SpriteClip, draw_sprite
-from arl2_jax.data.text import embed_caption
+from arl2_jax.text import embed_caption
 
 # The colour and the shape of a drawing that is nearer to the bare background than to any sprite.
 NOTHING = -1

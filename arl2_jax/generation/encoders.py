@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arl2_jax.codecs import Codec, load_wan_codec, vae_weights
 from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
-from arl2_jax.data import Codec
-from arl2_jax.data.codec import load_wan_codec, vae_weights
 from arl2_jax.generation.make_video import Text
 from arl2_jax.text import Tokenizer, encode_prompts
 from arl2_jax.weights import find_release, fingerprint, umt5_config

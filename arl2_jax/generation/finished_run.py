@@ -5,10 +5,11 @@ import json
 
 from etils import epath
 
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import Config, ConfigError, from_config_dict
-from arl2_jax.data import embed_caption, make_codec
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.make_video import Text, VideoModel, make_video, read_past
+from arl2_jax.text import embed_caption
 from arl2_jax.weights.folder import load_params_folder
 
 MODELS = ("teacher", "stage1", "stage2", "control", "control_local")

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from arl2_jax import models
+from arl2_jax.codecs import Codec
 from arl2_jax.config import ModelConfig, SamplerConfig
-from arl2_jax.data.codec import Codec
 from arl2_jax.generation.rollout import (
     RolloutContext,
     RolloutState,

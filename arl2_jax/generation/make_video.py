@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from arl2_jax.codecs import Codec
 from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
-from arl2_jax.data import Codec
 from arl2_jax.data.videos import read_frames
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.video import VideoWriter

@@ -1,6 +1,33 @@
-"""Prompts: cleaned, tokenised, and encoded once."""
+"""Prompts: cleaned, tokenised and encoded once; word vectors for runs without a text encoder.
 
-from arl2_jax.text.encoder import encode_prompts
-from arl2_jax.text.prompts import Tokenizer, clean_prompt
+Names are imported when they are first used: word vectors need neither tokenizer nor encoder.
+"""
 
-__all__ = ["Tokenizer", "clean_prompt", "encode_prompts"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arl2_jax.text.encoder import encode_prompts
+    from arl2_jax.text.prompts import Tokenizer, clean_prompt
+    from arl2_jax.text.word_vectors import embed_caption
+
+__all__ = ["Tokenizer", "clean_prompt", "embed_caption", "encode_prompts"]
+
+_HOMES = {
+    "Tokenizer": "prompts",
+    "clean_prompt": "prompts",
+    "embed_caption": "word_vectors",
+    "encode_prompts": "encoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

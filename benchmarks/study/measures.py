@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from arl2_jax import models
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import Config, ModelConfig
-from arl2_jax.data import ClipData, make_codec
+from arl2_jax.data import ClipData
 from arl2_jax.evaluation.exchange import draw_test, exchange_scores
 from arl2_jax.evaluation.gap import Model, held_out_losses, teacher_errors
 from arl2_jax.evaluation.recall import RecallTest, best_blind_answer, recall, recall_by_lag

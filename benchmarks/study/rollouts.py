@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import Config, ModelConfig
-from arl2_jax.data import make_codec
 from arl2_jax.evaluation.drift import (
     Beginnings,
     beginnings,

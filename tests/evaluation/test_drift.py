@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import Config, DataConfig, ModelConfig, SpriteConfig
-from arl2_jax.data import make_codec
 from arl2_jax.data.sprites import BACKGROUNDS, make_clip
 from arl2_jax.evaluation.drift import beginnings, drift_scores, read_rollout, true_clip
 from arl2_jax.evaluation.lanes import PARTLY, lanes_of, read_lanes

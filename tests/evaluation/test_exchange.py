@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SpriteConfig
-from arl2_jax.data import make_codec
 from arl2_jax.evaluation.exchange import (
     OUTCOMES,
     draw_test,

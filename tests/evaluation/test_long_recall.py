@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import Config, DataConfig, ModelConfig, SamplerConfig, SpriteConfig
-from arl2_jax.data import make_codec
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.long_recall import Stretch, draw_along, long_recall, long_recall_scores
 from arl2_jax.evaluation.recall import NOTHING

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from arl2_jax.codecs import make_codec
 from arl2_jax.config import (
     Config,
     DataConfig,
@@ -13,7 +14,6 @@ from arl2_jax.config import (
     SamplerConfig,
     SpriteConfig,
 )
-from arl2_jax.data import embed_caption, make_codec
 from arl2_jax.data.sprites import BACKGROUNDS, COLORS, OCCLUDER_COLOR, draw_sprite
 from arl2_jax.evaluation.recall import (
     NOTHING,
@@ -25,6 +25,7 @@ from arl2_jax.evaluation.recall import (
     recall_test,
     wilson,
 )
+from arl2_jax.text import embed_caption
 
 CONFIG = Config(
     ModelConfig.tiny(in_dim=12, out_dim=12),

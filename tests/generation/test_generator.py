@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import arl2_jax as arl2
-from arl2_jax.data import SpaceToDepth
+from arl2_jax.codecs import SpaceToDepth
 from arl2_jax.generation import generator as module
 
 SHAPE = (4, 6, 12)

@@ -13,8 +13,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from parity.vae import decode, diffusers_vae, encode
 from vae_files import DIFFUSERS, GOLDEN, ORIGINAL, as_params, draw_tensors, published_shapes
 
+from arl2_jax.codecs import WanCodec
 from arl2_jax.config import VAEConfig
-from arl2_jax.models.vae import WanCodec
 from arl2_jax.weights.layouts.vae import WAN, layouts
 
 pytestmark = pytest.mark.parity

@@ -15,6 +15,7 @@ from one_line import assert_one_line
 from tiny_release import MODEL, write_release
 
 from arl2_jax import preparation
+from arl2_jax.codecs import load_wan_codec
 from arl2_jax.config import (
     Config,
     ConfigError,
@@ -27,7 +28,6 @@ from arl2_jax.config import (
     TrainConfig,
 )
 from arl2_jax.data import open_data
-from arl2_jax.data.codec import load_wan_codec
 from arl2_jax.data.latents import LatentFolder
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.released import Picture

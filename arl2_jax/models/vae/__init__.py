@@ -1,7 +1,6 @@
 """Wan2.1's video autoencoder: whole clips, streams of frames, and pictures in tiles."""
 
 from arl2_jax.models.vae.clips import decode, decode_block, encode
-from arl2_jax.models.vae.codec import WanCodec
 from arl2_jax.models.vae.frames import (
     decode_frame,
     encode_frame,
@@ -12,7 +11,6 @@ from arl2_jax.models.vae.frames import (
 )
 
 __all__ = [
-    "WanCodec",
     "decode",
     "decode_block",
     "decode_frame",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from vae_files import ORIGINAL, as_params, draw_tensors, published_shapes
 
+from arl2_jax.codecs import WanCodec
 from arl2_jax.config import VAEConfig
-from arl2_jax.models.vae import WanCodec
 from arl2_jax.weights.layouts.vae import WAN
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from vae_files import DIFFUSERS, GOLDEN, as_params, draw_tensors, published_shapes
 
-from arl2_jax.models.vae import WanCodec
+from arl2_jax.codecs import WanCodec
 from arl2_jax.weights.layouts.vae import layouts
 
 STORED = Path(__file__).parents[2] / "golden" / "vae.npz"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from data_sizes import make_data, tiny_model
 
+from arl2_jax.codecs import SpaceToDepth, make_codec
 from arl2_jax.config import Config, ConfigError
-from arl2_jax.data import SpaceToDepth, make_codec
 
 
 def pixels(frames=3, height=8, width=16):

@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 
-from arl2_jax.data import embed_caption
+from arl2_jax.text import embed_caption
 
 
 def test_one_word_a_slot_then_zeros():
@@ -25,8 +25,6 @@ def test_equal_words_embed_equally_and_others_apart():
 
 
 def test_is_the_same_in_every_process():
-    code = (
-        "from arl2_jax.data.text import embed_caption as e; print(e('navy', 1, 4).tobytes().hex())"
-    )
+    code = "from arl2_jax.text import embed_caption as e; print(e('navy', 1, 4).tobytes().hex())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == embed_caption("navy", 1, 4).tobytes().hex()

@@ -1,4 +1,4 @@
-"""Captions as embeddings, for runs without a text encoder."""
+"""A fixed random vector for every word: captions as embeddings, without a text encoder."""
 
 import functools
 import hashlib
