@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         init_params,
         param_shapes,
     )
-    from arl2_jax.models.attention import HybridAttention
+    from arl2_jax.models.hybrid_attention import HybridAttention
     from arl2_jax.text import encode_prompts
     from arl2_jax.weights import export_params, load_params, model_config
     from arl2_jax.weights.folder import save_params
@@ -57,7 +57,7 @@ _HOMES = {
     "Config": "config",
     "ConfigError": "config",
     "Generator": "generation.generator",
-    "HybridAttention": "models.attention",
+    "HybridAttention": "models.hybrid_attention",
     "ModelConfig": "config",
     "SamplerConfig": "config",
     "apply": "models",

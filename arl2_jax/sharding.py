@@ -164,7 +164,9 @@ def _batch_sharding(name: str, mesh: Mesh) -> NamedSharding:
 
 
 def per_device(
-    function: Callable[..., Any], inputs: tuple[PartitionSpec, ...], output: PartitionSpec
+    function: Callable[..., Any],
+    inputs: tuple[PartitionSpec, ...],
+    output: PartitionSpec | tuple[PartitionSpec, ...],
 ) -> Callable[..., Any]:
     """The function on each device's part of its arrays; on whole arrays where no mesh is in use.
 
@@ -173,7 +175,7 @@ def per_device(
     layers between a trainer and a kernel.
 
     Args:
-      function: of arrays, to one array.
+      function: of arrays, to one array or a tuple of arrays.
       inputs, output: mesh axes of their dimensions. Of axes that do not divide a dimension, the
         last are left out wherever they stand: their devices do the same work.
     """
@@ -187,9 +189,10 @@ def per_device(
             for axes, size in zip(spec, array.shape, strict=False):
                 sizes[axes].add(size)
         fit = lambda spec: PartitionSpec(*(_dividing(axes, sizes[axes], mesh) for axes in spec))
+        outputs = tuple(map(fit, output)) if type(output) is tuple else fit(output)
         # Kernels do not say along which axes their results vary, so it cannot be checked.
         return jax.shard_map(
-            function, in_specs=tuple(map(fit, inputs)), out_specs=fit(output), check_vma=False
+            function, in_specs=tuple(map(fit, inputs)), out_specs=outputs, check_vma=False
         )(*arrays)
 
     return call

@@ -30,7 +30,7 @@ def check_writable(folder: epath.PathLike, size: int = 0, remedy: str = OTHER_FO
 
     Args:
       folder: local or remote folder.
-      size: bytes that must be free, e.g. of one checkpoint; only local disks are asked.
+      size: bytes that must be free, e.g. of all that a run still writes; only local disks are asked.
       remedy: what else the user can do.
 
     Raises:
@@ -49,7 +49,7 @@ def check_writable(folder: epath.PathLike, size: int = 0, remedy: str = OTHER_FO
     free = None if is_remote(path) else shutil.disk_usage(path).free
     if free is not None and free < size:
         raise StorageError(
-            f"{path} has {free / 2**30:.1f} GiB free, but a checkpoint takes {size / 2**30:.1f} "
+            f"{path} has {free / 2**30:.1f} GiB free, but the run still writes {size / 2**30:.1f} "
             f"GiB; free space there, or {remedy}"
         )
 

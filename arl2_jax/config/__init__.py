@@ -7,8 +7,15 @@ Facts of a released model stand in the presets of `ModelConfig`; choices stand i
 from arl2_jax.config.convert import from_config_dict, to_config_dict
 from arl2_jax.config.data import DataConfig, ShortClipsConfig, SpriteConfig
 from arl2_jax.config.encoders import UMT5Config, VAEConfig
-from arl2_jax.config.memory import RULE_FIELDS, GatedDeltaConfig
-from arl2_jax.config.model import ModelConfig, SamplerConfig
+from arl2_jax.config.memory import (
+    MEMORY_SETTINGS,
+    RULE_FIELDS,
+    GatedDeltaConfig,
+    MemorySettings,
+    MemorySpec,
+    WindowConfig,
+)
+from arl2_jax.config.model import AttentionConfig, ModelConfig, SamplerConfig
 from arl2_jax.config.rules import ConfigError
 from arl2_jax.config.run import PHASES, Config, EvaluationConfig, short_run
 from arl2_jax.config.training import (
@@ -22,13 +29,17 @@ from arl2_jax.config.training import (
 )
 
 __all__ = [
+    "MEMORY_SETTINGS",
     "PHASES",
     "RULE_FIELDS",
+    "AttentionConfig",
     "Config",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
     "GatedDeltaConfig",
+    "MemorySettings",
+    "MemorySpec",
     "MeshConfig",
     "ModelConfig",
     "PhaseConfig",
@@ -41,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "UMT5Config",
     "VAEConfig",
+    "WindowConfig",
     "from_config_dict",
     "short_run",
     "to_config_dict",

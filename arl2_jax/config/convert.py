@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
+from arl2_jax.config.memory import MemorySpec
 from arl2_jax.config.rules import ConfigError, require
 from arl2_jax.config.run import Config
 from arl2_jax.config.training import PhaseConfig
@@ -27,7 +28,8 @@ def to_config_dict(config: Any) -> dict[str, Any]:
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    types_of = typing.get_type_hints(cls)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
     require(
         isinstance(tree, Mapping) or hasattr(tree, "items"),
         f"{path}={tree!r} must be a group of fields",
@@ -52,15 +54,18 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     try:
         return cls(**built)
     except ConfigError as error:
-        # A rule of a phase cannot know which phase it is in.
+        # The rules of these do not know where in the run they stand.
         message = str(error)
-        known = path and not message.startswith(path) and issubclass(cls, PhaseConfig)
+        nested = issubclass(cls, PhaseConfig | MemorySpec)
+        known = path and not message.startswith(path) and nested
         raise ConfigError(f"{path}{message}" if known else message) from None
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """Checks a value against a field's type; lists become tuples, whole numbers floats."""
     origin = get_origin(kind)
+    if kind is Any:  # the settings of a memory, which checks them
+        return dict(value.items()) if hasattr(value, "items") else value
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, f"{path}.")
     if origin is Literal:

@@ -1,16 +1,36 @@
-"""Settings of the gated delta memory."""
+"""Memories of layers: kinds and their settings."""
 
 import dataclasses
-from typing import Literal
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from arl2_jax.config.rules import require
+from arl2_jax.config.rules import ConfigError, require
+
+if TYPE_CHECKING:
+    from arl2_jax.config.model import ModelConfig
 
 # Fields that decide what weights mean; the others set where training starts.
 RULE_FIELDS = ("rule", "decay", "beta_max", "read", "span")
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedDeltaConfig:
+class MemorySettings:
+    """Base of the settings of a memory kind; a kind without any uses it as it is.
+
+    Attributes:
+      converts: whether conversion trains what the memory adds to a layer. Such a layer also has
+        low-rank updates of its FFN.
+    """
+
+    converts: ClassVar[bool] = False
+
+    def check(self, model: "ModelConfig") -> None:
+        """Raise ConfigError if the memory does not suit a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaConfig(MemorySettings):
     """How the gated delta memory starts, and variants of its rule.
 
     The first group is read where `model.memory_init` is "by_block". Its constants count in blocks
@@ -37,6 +57,8 @@ class GatedDeltaConfig:
         ARL2 has 0. Heads whose decay training has closed fill up in videos far longer than its
         clips, and then remember less; in the study a leak of 0.02 prevents that (docs/study.md).
     """
+
+    converts: ClassVar[bool] = True
 
     block_tokens: int = 0
     time_constants: tuple[float, float] = (0.5, 200.0)
@@ -79,3 +101,92 @@ class GatedDeltaConfig:
             0 <= self.leak < 1,
             f"model.delta.leak={self.leak} must be a share in [0, 1); 0 is no leak",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowConfig(MemorySettings):
+    """Softmax over the first frames of a video and the last ones.
+
+    Attributes:
+      sink: latent frames at the start of a video that stay visible for good.
+      frames: last latent frames that a block sees, those of the block included.
+    """
+
+    sink: int = 3
+    frames: int = 9
+
+    def __post_init__(self):
+        require(self.sink >= 0, f"sink={self.sink} must not be negative; 0 keeps no first frames")
+        require(
+            self.sink <= self.frames,
+            f"sink={self.sink} must not be longer than the window, frames={self.frames}; lower "
+            "sink or raise frames",
+        )
+
+    def check(self, model: "ModelConfig") -> None:
+        """Raise ConfigError if the window is shorter than a frame block."""
+        require(
+            self.frames >= model.frames_per_block,
+            f"frames={self.frames} must be at least model.frames_per_block="
+            f"{model.frames_per_block}: a window holds the block itself; raise it",
+        )
+
+
+# Settings of each kind. `arl2_jax.memory.register` adds to it.
+MEMORY_SETTINGS: dict[str, type[MemorySettings]] = {
+    "softmax_cache": MemorySettings,
+    "gated_delta": GatedDeltaConfig,
+    "window": WindowConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySpec:
+    """The memory of some layers.
+
+    Attributes:
+      kind: name of the memory, see `arl2_jax.memory`.
+      settings: settings of that kind; a mapping of fields is turned into them, None is the default.
+      layers: indices of the layers; () is every layer that nothing else names.
+    """
+
+    kind: str
+    settings: Any = None
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        if self.kind not in MEMORY_SETTINGS:
+            close = difflib.get_close_matches(str(self.kind), MEMORY_SETTINGS, n=1)
+            hint = f"did you mean {close[0]}?" if close else ""
+            known = ", ".join(MEMORY_SETTINGS)
+            raise ConfigError(f"kind={self.kind!r} is no memory; {hint or f'known are {known}'}")
+        wanted = MEMORY_SETTINGS[self.kind]
+        settings = {} if self.settings is None else self.settings
+        if isinstance(settings, Mapping):
+            settings = _settings(self.kind, wanted, settings)
+        require(
+            isinstance(settings, wanted),
+            f"settings={settings!r} must be {wanted.__name__}, the settings of kind={self.kind!r}",
+        )
+        object.__setattr__(self, "settings", settings)
+
+
+def _settings(kind: str, wanted: type[MemorySettings], values: Mapping[str, Any]) -> MemorySettings:
+    known = {field.name: field.default for field in dataclasses.fields(wanted)}
+    for name, value in values.items():
+        require(
+            name in known,
+            f"settings.{name} is unknown for kind={kind!r}; known are {', '.join(known) or 'none'}",
+        )
+        whole = isinstance(known[name], int) and not isinstance(known[name], bool)
+        require(
+            not whole or (isinstance(value, int) and not isinstance(value, bool)),
+            f"settings.{name}={value!r} must be a whole number",
+        )
+    # JSON has lists where settings have tuples.
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    try:
+        return wanted(**plain)
+    except ConfigError as error:
+        raise ConfigError(f"settings.{error}") from None

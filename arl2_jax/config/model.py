@@ -4,8 +4,39 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from arl2_jax.config.memory import GatedDeltaConfig
-from arl2_jax.config.rules import require
+from arl2_jax.config.memory import GatedDeltaConfig, MemorySpec
+from arl2_jax.config.rules import ConfigError, require
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What a self-attention layer and its memory need to know of a model.
+
+    Attributes:
+      dim: model width C.
+      num_heads, head_dim: attention heads H and their width D.
+      eps: epsilon of the norms of queries and keys.
+      dtype, lora_rank, lora_alpha, lora_init, memory_init, memory_gate: as in `ModelConfig`.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    eps: float = 1e-6
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_init: Literal["fan_in", "published"] = "fan_in"
+    memory_init: Literal["published", "by_block"] = "published"
+    memory_gate: Literal["learned", "zero", "local"] = "learned"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("dim", "num_heads", "lora_rank"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        require(
+            self.head_dim % 2 == 0 and self.head_dim >= 6,
+            f"head_dim={self.head_dim} must be even and at least 6",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +55,10 @@ class ModelConfig:
       eps: epsilon of every norm.
       patch_size: (frames, rows, columns) of latents that make one token; frames must be 1.
       hybrid_layers: indices of the layers whose memory is the gated delta state; the others keep
-        the softmax cache.
+        the softmax cache, unless `memories` says otherwise.
+      memories: other memories, each a `MemorySpec` or a mapping of its fields; for example
+        `({"kind": "window", "settings": {"sink": 3, "frames": 9}},)` for all layers that are not
+        hybrid.
       frames_per_block: latent frames denoised together.
       lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN).
       lora_init: bound of the uniform factor A at the start: 1 / sqrt(in) for "fan_in",
@@ -52,6 +86,7 @@ class ModelConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     hybrid_layers: tuple[int, ...] = ()
+    memories: tuple[MemorySpec, ...] = ()
     frames_per_block: int = 3
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -66,6 +101,8 @@ class ModelConfig:
         object.__setattr__(self, "hybrid_layers", tuple(sorted(set(self.hybrid_layers))))
         if isinstance(self.delta, Mapping):  # as config.json has it
             object.__setattr__(self, "delta", GatedDeltaConfig(**self.delta))
+        specs = tuple(_memory_spec(i, spec) for i, spec in enumerate(self.memories))
+        object.__setattr__(self, "memories", specs)
         for name in ("dim", "ffn_dim", "num_heads", "num_layers", "frames_per_block", "lora_rank"):
             value = getattr(self, name)
             require(value > 0, f"model.{name}={value} must be positive")
@@ -80,21 +117,79 @@ class ModelConfig:
             f"model.patch_size={self.patch_size} must span one latent frame; set its first entry "
             "to 1",
         )
-        outside = [i for i in self.hybrid_layers if not 0 <= i < self.num_layers]
+        for name, layers in (("hybrid_layers", self.hybrid_layers), *self._named_layers()):
+            outside = [i for i in layers if not 0 <= i < self.num_layers]
+            require(
+                not outside,
+                f"model.{name} has {outside}, outside 0..{self.num_layers - 1}: the model has "
+                f"{self.num_layers} layers; remove them",
+            )
+        self._check_memories()
+
+    def _named_layers(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(f"memories[{i}].layers", spec.layers) for i, spec in enumerate(self.memories)]
+
+    def _check_memories(self) -> None:
+        """Every layer has one memory, which suits the model."""
+        owner = dict.fromkeys(self.hybrid_layers, "hybrid_layers")
+        for name, layers in self._named_layers():
+            for layer in layers:
+                require(
+                    layer not in owner,
+                    f"model.{name} has layer {layer}, which model.{owner.get(layer)} has too; a "
+                    "layer has one memory: remove it from one of them",
+                )
+                owner[layer] = name
+        rest = [i for i, spec in enumerate(self.memories) if not spec.layers]
         require(
-            not outside,
-            f"model.hybrid_layers has {outside}, outside 0..{self.num_layers - 1}: the model has "
-            f"{self.num_layers} layers; remove them",
+            len(rest) < 2,
+            f"model.memories has {len(rest)} entries without layers; name the layers of all but "
+            "one of them",
         )
+        require(
+            not rest or len(owner) < self.num_layers,
+            f"model.memories[{rest and rest[0]}] names no layers, and every layer has another "
+            "memory; remove it, or name its layers",
+        )
+        for i, spec in enumerate(self.memories):
+            require(
+                spec.kind != "gated_delta",
+                f"model.memories[{i}].kind='gated_delta' must be set by model.hybrid_layers, which "
+                "names its layers, and model.delta, which has its settings",
+            )
+            try:
+                spec.settings.check(self)
+            except ConfigError as error:
+                raise ConfigError(f"model.memories[{i}].settings.{error}") from None
 
     @property
     def head_dim(self) -> int:
         """Width D of one head."""
         return self.dim // self.num_heads
 
-    def memory_of(self, layer: int) -> str:
-        """Name of the memory that a layer uses (see `arl2_jax.memory`)."""
-        return "gated_delta" if layer in self.hybrid_layers else "softmax_cache"
+    @property
+    def attention(self) -> AttentionConfig:
+        """What self-attention layers and their memories need to know."""
+        names = [field.name for field in dataclasses.fields(AttentionConfig)]
+        return AttentionConfig(**{name: getattr(self, name) for name in names})
+
+    def memory_of(self, layer: int) -> MemorySpec:
+        """Kind and settings of a layer's memory, without its layers (see `arl2_jax.memory`)."""
+        if layer in self.hybrid_layers:
+            return MemorySpec("gated_delta", self.delta)
+        for spec in self.memories:
+            if layer in spec.layers:
+                return MemorySpec(spec.kind, spec.settings)
+        for spec in self.memories:
+            if not spec.layers:
+                return spec
+        return MemorySpec("softmax_cache")
+
+    @property
+    def converted_layers(self) -> tuple[int, ...]:
+        """Indices of the layers to which conversion adds parameters."""
+        layers = range(self.num_layers)
+        return tuple(i for i in layers if self.memory_of(i).settings.converts)
 
     def layer_runs(self) -> list[tuple[int, int]]:
         """Maximal runs [start, stop) of neighbouring layers with the same memory."""
@@ -107,8 +202,13 @@ class ModelConfig:
         return runs
 
     def teacher(self) -> "ModelConfig":
-        """The same model with softmax memory in every layer."""
-        return dataclasses.replace(self, hybrid_layers=())
+        """The model that conversion begins with: a full softmax cache in every layer.
+
+        A model of which no layer is converted is its own teacher, whatever its memories.
+        """
+        if not self.converted_layers:
+            return self
+        return dataclasses.replace(self, hybrid_layers=(), memories=())
 
     @classmethod
     def tiny(cls, **changes: Any) -> "ModelConfig":
@@ -135,6 +235,22 @@ class ModelConfig:
             dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, dtype="bfloat16", remat="layer"
         )
         return cls(**values | changes)
+
+
+def _memory_spec(index: int, spec: Any) -> MemorySpec:
+    """A spec as it is, or from a mapping of its fields."""
+    if isinstance(spec, MemorySpec):
+        return spec
+    names = [field.name for field in dataclasses.fields(MemorySpec)]
+    require(
+        isinstance(spec, Mapping) and "kind" in spec and not {*spec} - {*names},
+        f"model.memories[{index}]={spec!r} must be a mapping with kind, and perhaps settings and "
+        "layers",
+    )
+    try:
+        return MemorySpec(**spec)
+    except ConfigError as error:
+        raise ConfigError(f"model.memories[{index}].{error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

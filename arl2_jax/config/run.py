@@ -86,7 +86,7 @@ class Config:
         self._check_short_clips()
         stages = [p for p in self.phases if p != "teacher"]
         require(
-            not stages or bool(self.model.hybrid_layers),
+            not stages or bool(self.model.converted_layers),
             f"phases={self.phases} convert layers, but model.hybrid_layers is empty; name some",
         )
         # A closed gate, as the control has it, leaves nothing to fit.

@@ -8,7 +8,7 @@ from arl2_jax.diffusion.flow_matching import (
     predict_x0,
     warp,
 )
-from arl2_jax.diffusion.samplers import noise_levels, sample
+from arl2_jax.diffusion.samplers import noise_levels, sample, sample_carrying
 
 __all__ = [
     "add_noise",
@@ -18,5 +18,6 @@ __all__ = [
     "per_frame",
     "predict_x0",
     "sample",
+    "sample_carrying",
     "warp",
 ]

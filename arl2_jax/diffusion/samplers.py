@@ -1,6 +1,7 @@
 """Samplers: from noise to clean latents, given a function that predicts the flow."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from arl2_jax.config import SamplerConfig
 from arl2_jax.diffusion.flow_matching import draw_noise, warp
 
 FlowFn = Callable[[Array, Array], Array]
+# With something that is carried from one question to the next.
+CarryingFlowFn = Callable[[Array, Array, Any], tuple[Array, Any]]
 
 
 def noise_levels(sampler: SamplerConfig) -> np.ndarray:
@@ -34,19 +37,42 @@ def sample(
       sampler: few-step predicts x0 and re-noises it with fresh noise; Euler takes the step
         x + (s' - s) v along the flow.
     """
+    return sample_carrying(lambda x, s, _: (flow_fn(x, s), None), None, key, shape, sampler)[0]
+
+
+def sample_carrying(
+    flow_fn: CarryingFlowFn,
+    carry: Any,
+    key: Array,
+    shape: tuple[int, ...],
+    sampler: SamplerConfig,
+) -> tuple[Float[Array, "b f rows columns channels"], Any]:
+    """Denoises one frame block, with a carry: (block, carry after the last question).
+
+    Args:
+      flow_fn: (x, s, carry) -> (flow of the block, carry).
+      carry: the first one, a pytree of arrays.
+      key, shape, sampler: as in `sample`.
+    """
     levels = noise_levels(sampler)
     following = np.append(levels[1:], np.float32(0))
     first, *fresh = jax.random.split(key, 1 + len(levels))
 
-    def few_step(x, step):
+    def few_step(x, flow, step):
         s, s_next, key = step
-        x0 = x - s * flow_fn(x, s)
-        return (1 - s_next) * x0 + s_next * draw_noise(key, shape), None
+        x0 = x - s * flow
+        return (1 - s_next) * x0 + s_next * draw_noise(key, shape)
 
-    def euler(x, step):
+    def euler(x, flow, step):
         s, s_next, _ = step
-        return x + (s_next - s) * flow_fn(x, s), None
+        return x + (s_next - s) * flow
 
-    body = few_step if sampler.method == "few_step" else euler
+    follow = few_step if sampler.method == "few_step" else euler
+
+    def body(state, step):
+        x, carry = state
+        flow, carry = flow_fn(x, step[0], carry)
+        return (follow(x, flow, step), carry), None
+
     steps = (jnp.asarray(levels), jnp.asarray(following), jnp.stack(fresh))
-    return jax.lax.scan(body, draw_noise(first, shape), steps)[0]
+    return jax.lax.scan(body, (draw_noise(first, shape), carry), steps)[0]

@@ -29,7 +29,7 @@ _PER_MODEL = ("recall", "recall_by_lag", "exchange")
 def models_of(config: Config, converted: Converted) -> dict[str, Model]:
     """The models that the run has; "student" is the last of its hybrids that was trained."""
     teacher = Model(models.without_delta(converted.untrained), config.model.teacher())
-    if not config.model.hybrid_layers:
+    if not config.model.converted_layers:
         return {"teacher": teacher}
     trained = [p for p in (converted.stage2, converted.stage1) if p is not None]
     hybrids = {

@@ -83,7 +83,7 @@ def all_hybrid(config: Config, out: epath.PathLike) -> Config:
     every = tuple(range(model.num_layers))
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, hybrid_layers=every),
+        model=dataclasses.replace(model, hybrid_layers=every, memories=()),
         phases=("stage1",),
         train=dataclasses.replace(config.train, workdir=str(out)),
     )

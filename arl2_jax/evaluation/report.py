@@ -149,7 +149,7 @@ def _facts(config: Config, converted: Converted) -> dict[str, Any]:
     """Sizes, times and surroundings of the run."""
     teacher = _count(models.without_delta(converted.untrained))
     frames = [config.data.frames, config.data.frames * config.evaluation.rollout_length]
-    student = config.model if config.model.hybrid_layers else None
+    student = config.model if config.model.converted_layers else None
     devices = jax.devices()
     return {
         "parameters": {"teacher": teacher, "added": _count(converted.untrained) - teacher},

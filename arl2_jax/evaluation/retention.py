@@ -8,7 +8,7 @@ import numpy as np
 from arl2_jax.config import ModelConfig
 from arl2_jax.evaluation.retention_plot import retention_picture, short
 from arl2_jax.models import Params
-from arl2_jax.training.retention import retention
+from arl2_jax.training.retention import measured_layers, retention
 
 # Measure and heading of each group of columns.
 _COLUMNS = (
@@ -36,7 +36,7 @@ def retention_of_models(
       Measures by name, ready for JSON, as `arl2_jax.training.retention.retention` gives them; and a
       PNG file, or None if there is no memory to measure.
     """
-    if not students or not cfg.hybrid_layers or cfg.memory_gate == "zero":
+    if not students or not measured_layers(cfg):
         return {}, None
     measures = {
         name: retention(params, cfg, clips, context_noise=context_noise)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.evaluation.gap import Batch, Model, flow_errors
-from arl2_jax.models import Params, stack_params, without_delta
+from arl2_jax.models import Params, base_of, stack_params, without_delta
 from arl2_jax.models.wan import make_layer, make_stem
 from arl2_jax.training.losses import NoisedClip, embed_noised
 
@@ -48,22 +48,20 @@ def swapped_flow(
     Raises:
       ValueError: some layers of cfg are not hybrid.
     """
-    if len(cfg.hybrid_layers) < cfg.num_layers:
+    if len(cfg.converted_layers) < cfg.num_layers:
         raise ValueError(f"hybrid_layers={cfg.hybrid_layers} must be all {cfg.num_layers} layers")
     stacked = stack_params(params, cfg)
     stem = make_stem(cfg, stacked.stem)
     tokens = embed_noised(stem, cfg, clip)
     blocks = clip.clean.shape[1] // cfg.frames_per_block
 
-    def pass_through(cfg: ModelConfig, kind: str, weights: Params, x: Array) -> Array:
-        module = make_layer(cfg, kind, weights)
+    def pass_through(cfg: ModelConfig, weights: Params, x: Array) -> Array:
+        module = make_layer(cfg, 0, weights)
         context = module.cross_attn.encode(tokens.text)
         return module.clip(x, tokens.conditions, context, blocks, copies=2)[0]
 
-    hybrid = functools.partial(pass_through, cfg, "gated_delta")
-    softmax = lambda weights, x: pass_through(
-        cfg.teacher(), "softmax_cache", {n: w for n, w in weights.items() if n != "delta"}, x
-    )
+    hybrid = functools.partial(pass_through, cfg)
+    softmax = lambda weights, x: pass_through(cfg.teacher(), base_of(weights), x)
 
     def step(x, weights_and_index):
         weights, index = weights_and_index

@@ -20,11 +20,12 @@ from arl2_jax.generation import rollout
 
 # What is read of the one kind of memory that an exchange is about; of the other it is the own.
 _OWN, _TWIN, _ZERO = range(3)
+# Of each exchange: whether it is about the layers that conversion changed, or about the others.
 _READ = {
-    "none": ("", _OWN),
-    "states": ("gated_delta", _TWIN),
-    "caches": ("softmax_cache", _TWIN),
-    "zeroed": ("gated_delta", _ZERO),
+    "none": (True, _OWN),
+    "states": (True, _TWIN),
+    "caches": (False, _TWIN),
+    "zeroed": (True, _ZERO),
 }
 EXCHANGES = tuple(_READ)
 
@@ -47,8 +48,8 @@ Exchange = str | OfLayers
 
 def exchanges_of(cfg: ModelConfig) -> tuple[str, ...]:
     """Names of the exchanges that a model has the memories for, "none" first."""
-    states = bool(cfg.hybrid_layers) and cfg.memory_gate == "learned"
-    caches = len(cfg.hybrid_layers) < cfg.num_layers
+    states = bool(cfg.converted_layers) and cfg.memory_gate == "learned"
+    caches = len(cfg.converted_layers) < cfg.num_layers
     has = {"none": True, "states": states, "caches": caches, "zeroed": states}
     return tuple(name for name in EXCHANGES if has[name])
 
@@ -72,9 +73,9 @@ def draw_exchanged(
     one kind of memory
 
       "none": nothing else, all are the clip's own;
-      "states": the gated delta states of its twin;
-      "caches": the softmax caches of its twin;
-      "zeroed": gated delta states of zeros.
+      "states": its twin's states of the layers that conversion changed;
+      "caches": its twin's caches, of all other layers;
+      "zeroed": zeros as states.
 
     The twin's memories are those that the twin has with nothing exchanged. What a clip itself
     writes follows from what it has read: an identity that it no longer reads cannot reach it by
@@ -149,8 +150,8 @@ def _codes(cfg: ModelConfig, exchange: Exchange) -> Int[np.ndarray, "layers"]:
     name, layers = exchange if isinstance(exchange, OfLayers) else (exchange, None)
     if name not in _READ:
         raise ValueError(f"exchanges has {[name]}; known are {', '.join(EXCHANGES)}")
-    kind, code = _READ[name]
-    having = [i for i in range(cfg.num_layers) if cfg.memory_of(i) == kind]
+    converted, code = _READ[name]
+    having = [i for i in range(cfg.num_layers) if (i in cfg.converted_layers) == converted]
     if lacking := sorted({*(layers or ())} - {*having}):
         raise ValueError(f"the exchange {name!r} is of layers {lacking}, which lack that memory")
     codes = np.full(cfg.num_layers, _OWN)

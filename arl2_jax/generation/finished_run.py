@@ -101,17 +101,14 @@ def _check_trained(run: epath.Path, model: str) -> None:
 
 def _find(run: epath.Path, model: str, config: Config, encoders: Encoders) -> VideoModel:
     _check_trained(run, model)
-    changes = {
-        "teacher": {"hybrid_layers": ()},
-        "control": {"memory_gate": "zero"},
-        "control_local": {"memory_gate": "local"},
-    }
+    gates = {"control": "zero", "control_local": "local"}
+    cfg = config.model.teacher() if model == "teacher" else config.model
     codec = (
         encoders.codec(config.data.vae) if config.data.codec == "wan_vae" else make_codec(config)
     )
     assert codec is not None  # only Wan's may lack its weights
     return VideoModel(
-        dataclasses.replace(config.model, **changes.get(model, {})),
+        dataclasses.replace(cfg, memory_gate=gates.get(model, cfg.memory_gate)),
         lambda: load_params_folder(run / model / "weights")[0],
         config.sampler,
         codec,

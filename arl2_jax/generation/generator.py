@@ -24,8 +24,8 @@ AnyArray = Array | np.ndarray
 class Generator:
     """Generates videos block by block, and hands out each block as soon as it is made.
 
-    The blocks are those of `rollout` with the same key. A model whose layers are all hybrid streams
-    without end in constant memory; softmax layers need to know how many frames to keep room for.
+    The blocks are those of `rollout` with the same key. A model whose memories are all of fixed
+    size streams without end; full softmax caches need to know how many frames to keep room for.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Generator:
           key: random key.
           past: clean latents to continue, whole blocks; they are remembered, not handed out.
           frames: latent frames to generate, whole blocks; None goes on without end.
-          capacity: latent frames, the past's included, that softmax layers have room for; by
-            default as many as are asked for. Models without softmax layers have no use for it.
+          capacity: latent frames, the past's included, that memories which grow have room for; by
+            default as many as are asked for. Models without such memories have no use for it.
           null_text: what guidance leads away from, see `rollout.start`.
 
         Returns:
@@ -108,7 +108,7 @@ class Generator:
 
         Raises:
           ValueError: before anything is compiled, if shapes do not fit, or if frames are endless
-            or more than capacity in a model with softmax layers; and on the way, when an endless
+            or more than capacity in a model whose memory grows; and on the way, when an endless
             stream has filled its capacity.
         """
         text = jnp.asarray(text_embedding)
@@ -164,7 +164,7 @@ class Generator:
     def _stream(
         self, text, null_text, key, past, frames: int | None, room: int | None
     ) -> Iterator[Array]:
-        context, state = self._start(self._params, text, null_text, key, frames=room or 0)
+        context, state = self._start(self._params, text, null_text, key, frames=room)
         f, position = self._shape[0], 0
         while past is not None and position < past.shape[1]:
             state = self._remember(context, *state, block=past[:, position : position + f])
@@ -173,21 +173,21 @@ class Generator:
         while end is None or position < end:
             if room is not None and position + f > room:
                 raise ValueError(
-                    f"capacity={room} latent frames are spent and the softmax layers have no room "
+                    f"capacity={room} latent frames are spent and the softmax caches have no room "
                     "for another block; raise it"
                 )
             state, block = self._next(context, *state)
             position += f
             yield block
 
-    def _make_block(self, context: RolloutContext, memory, position, key):
-        state = RolloutState(memory, position, key)
+    def _make_block(self, context: RolloutContext, memory, position, key, aux=None):
+        state = RolloutState(memory, position, key, aux)
         batch = context.text[0].k.shape[1] // (2 if self.sampler.guidance > 1 else 1)
         shape = (batch, *self._shape)
         return generate_block(context, self.cfg, self.sampler, state, shape)
 
-    def _write_block(self, context: RolloutContext, memory, position, key, block):
-        state = RolloutState(memory, position, key)
+    def _write_block(self, context: RolloutContext, memory, position, key, aux=None, *, block):
+        state = RolloutState(memory, position, key, aux)
         return write_block(context, self.cfg, self.sampler, state, block)
 
     def _check_past(self, past, batch: int) -> int:
@@ -203,14 +203,14 @@ class Generator:
         return past.shape[1]
 
     def _room(self, known: int, frames: int | None, capacity: int | None) -> int | None:
-        """Latent frames that softmax layers get room for; None without such layers."""
-        softmax = self.cfg.num_layers - len(self.cfg.hybrid_layers)
-        if not softmax:
+        """Latent frames that memories which grow get room for; None without such memories."""
+        growing = len(models.unbounded_layers(self.cfg))
+        if not growing:
             return None
         if capacity is None and frames is None:
             raise ValueError(
-                f"frames and capacity are both None, but {softmax} of {self.cfg.num_layers} layers "
-                "keep the past in a softmax cache; set one of them"
+                f"frames and capacity are both None, but {growing} of {self.cfg.num_layers} layers "
+                "keep the whole past; set one of them"
             )
         needed = known + (self._shape[0] if frames is None else frames)
         if capacity is not None and capacity < needed:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from arl2_jax import models
 from arl2_jax.config import ModelConfig, SamplerConfig
-from arl2_jax.diffusion import add_noise, draw_noise, sample
+from arl2_jax.diffusion import add_noise, draw_noise, sample_carrying
 from arl2_jax.models.wan import StackedParams
 
 
@@ -21,11 +21,13 @@ class RolloutState(NamedTuple):
       memory: memories of all layers; with guidance, of the batch with and without text.
       position: index of the next latent frame, int32.
       key: random key.
+      aux: what the memories have gathered while the next block was denoised; None before.
     """
 
     memory: Any
     position: Int[Array, ""]
     key: Array
+    aux: Any = None
 
 
 class RolloutContext(NamedTuple):
@@ -53,7 +55,8 @@ def start(
       sampler: with guidance above 1, the batch is doubled by its copy with `null_text`.
       text: text embeddings [B, L, text_dim].
       key: random key.
-      frames: latent frames that softmax layers have room for; hybrid layers need none.
+      frames: latent frames of the whole video; None if no end is known, see
+        `arl2_jax.init_memory`.
       tokens_per_frame: tokens of a latent frame.
       null_text: embedding [L, text_dim] that guidance leads away from: of the empty or of a
         negative prompt. By default zeros, which is the text that training drops.
@@ -95,7 +98,7 @@ def write_block(
         block = add_noise(block, eps, level)
     # With guidance, the batch with and without text remembers the same.
     copies = context.text[0].k.shape[1] // block.shape[0]
-    _, memory = models.apply(
+    _, memory, _ = models.apply_pass(
         context.params,
         cfg,
         jnp.tile(block, (copies, 1, 1, 1, 1)),
@@ -105,8 +108,9 @@ def write_block(
         position=state.position,
         write=True,
         read=read,
+        aux=state.aux,
     )
-    return state._replace(memory=memory, position=state.position + block.shape[1])
+    return state._replace(memory=memory, position=state.position + block.shape[1], aux=None)
 
 
 def denoise_block(
@@ -119,11 +123,11 @@ def denoise_block(
     """Makes the next block, of the given shape, from noise; it is not yet remembered."""
     key, block_key = jax.random.split(state.key)
 
-    def flow_fn(x, s):
+    def flow_fn(x, s, aux):
         guided = sampler.guidance > 1
         latents = jnp.concatenate([x, x]) if guided else x
         timestep = jnp.full(latents.shape[:2], 1000 * s)
-        flow, _ = models.apply(
+        flow, _, aux = models.apply_pass(
             context.params,
             cfg,
             latents,
@@ -131,13 +135,20 @@ def denoise_block(
             context.text,
             memory=state.memory,
             position=state.position,
+            aux=aux,
         )
         if not guided:
-            return flow
+            return flow, aux
         with_text, without = jnp.split(flow, 2)
-        return without + sampler.guidance * (with_text - without)
+        return without + sampler.guidance * (with_text - without), aux
 
-    return state._replace(key=key), sample(flow_fn, block_key, shape, sampler)
+    aux: Any = (None,) * len(state.memory)
+    if models.gathers(cfg):
+        # The passes are a scan that carries aux, whose shape has to be known before the first.
+        shapes = jax.eval_shape(lambda: flow_fn(jnp.zeros(shape), jnp.float32(1), None)[1])
+        aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    block, aux = sample_carrying(flow_fn, aux, block_key, shape, sampler)
+    return state._replace(key=key, aux=aux), block
 
 
 def generate_block(

@@ -8,9 +8,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from arl2_jax.config import ModelConfig
+from arl2_jax.config import AttentionConfig, GatedDeltaConfig
 from arl2_jax.memory import initial
-from arl2_jax.memory.interface import Projections
+from arl2_jax.memory.interface import Projections, Room
 from arl2_jax.memory.recurrence import (
     BY_BLOCK,
     Writes,
@@ -18,10 +18,12 @@ from arl2_jax.memory.recurrence import (
     state_after,
     states_before,
 )
+from arl2_jax.memory.retention import measure_memory
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.linear import dot_general
 from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.norm import rms_norm
+from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
 from arl2_jax.sharding import per_device
 from pallas_kernels import dot_product_attention
@@ -48,10 +50,14 @@ class GatedDelta(nnx.Module):
     Source: ARL2, arXiv 2605.16579; the rule itself: arXiv 2412.06464.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    bounded = True
+    stacked = False
+    gathers = False
+
+    def __init__(self, settings: GatedDeltaConfig, cfg: AttentionConfig, *, rngs: nnx.Rngs):
         dim, heads, dtype = cfg.dim, cfg.num_heads, jnp.dtype(cfg.dtype)
         self.heads, self.head_dim, self.eps, self.dtype = heads, cfg.head_dim, cfg.eps, dtype
-        self.gate, self.settings = cfg.memory_gate, cfg.delta
+        self.gate, self.settings = cfg.memory_gate, settings
         # Xavier-uniform with gain 2^-2.5, whose square is the scale of the variance.
         gentle = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
         make = lambda: nnx.Linear(
@@ -64,64 +70,69 @@ class GatedDelta(nnx.Module):
             rngs=rngs,
         )
         self.a_proj, self.b_proj, self.gate_proj = make(), make(), make()
-        start = initial.values(cfg, rngs.params(), rngs.params())
+        start = initial.values(settings, cfg, rngs.params(), rngs.params())
         self.A_log, self.dt_bias = nnx.Param(start.A_log), nnx.Param(start.dt_bias)
         if start.beta_bias is not None:
             self.beta_bias = nnx.Param(start.beta_bias)
         identity = jnp.tile(jnp.eye(cfg.head_dim), (heads, 1, 1))
         self.phi_q, self.phi_k = nnx.Param(identity), nnx.Param(identity)
-        self.value_scale = initial.value_scale(cfg)
+        self.value_scale = initial.value_scale(settings, cfg)
         self.phi_v = nnx.Param(self.value_scale * identity)
+        width = heads * cfg.head_dim
         lora = lambda: LowRank(
-            dim, dim, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
+            dim, width, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
         )
         self.lora_q, self.lora_k, self.lora_v = lora(), lora(), lora()
 
-    def init_state(self, batch: int, capacity: int = 0) -> State:
-        """The empty state [B, H, D, D] float32; its size does not depend on the capacity."""
-        del capacity
+    def init_state(self, batch: int, room: Room | None = None) -> State:
+        """Return the empty state [B, H, D, D] float32; its size does not depend on the room."""
+        del room
         return jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32)
 
-    def attend(self, p: Projections, state: State, position=0):
-        """The block's own softmax plus what it reads from the state."""
-        del position  # positions are in the rotation
-        local = attention(*self._local(p))
+    def attend(self, p: Projections, state: State, grid: TokenGrid):
+        """Return the block's own softmax plus what it reads from the state; no aux."""
+        local = attention(*self._local(p, grid))
         if self.gate != "learned":
-            return local
-        read, gate = self._read(p, state[:, None], copies=1)
-        return local + (gate * read).astype(local.dtype)
+            return local, None
+        read, gate = self._read(p, grid, state[:, None], copies=1)
+        return local + (gate * read).astype(local.dtype), None
 
-    def write(self, p: Projections, state: State, position=0) -> State:
-        """The state after the block."""
-        del position
+    def write(self, p: Projections, aux: None, state: State, grid: TokenGrid) -> State:
+        """Return the state after the block."""
+        del aux
         if self.gate != "learned":
             return state
-        return state_after(self.settings, self.writes(p, 1), state)
+        return state_after(self.settings, self.writes(p, grid, 1), state)
 
-    def attend_clip(self, p: Projections, blocks, copies):
-        """All blocks at once: clean copies make the states, all copies read them."""
+    def attend_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
+        """Attend in all blocks at once: clean copies make the states, all copies read them."""
         split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
-        q, k, v = map(split, self._local(p))
+        q, k, v = map(split, self._local(p, grid))
         local = per_device(_attend_inside, (BY_BLOCK,) * 3, BY_BLOCK)(q, k, v).reshape(p.v.shape)
         if self.gate != "learned":
             return local, {}
         clean = p.first_of(copies)
-        writes, empty = self.writes(clean, blocks), self.init_state(len(clean.x))
-        read, gate = self._read(p, states_before(self.settings, writes, empty, blocks), copies)
+        writes, empty = self.writes(clean, grid, blocks), self.init_state(len(clean.x))
+        states = states_before(self.settings, writes, empty, blocks)
+        read, gate = self._read(p, grid, states, copies)
         logged = _diagnostics(local, read, gate, writes, blocks)
         return local + (gate * read).astype(local.dtype), logged
 
-    def read_clip(self, p: Projections, blocks: int, copies: int):
-        """What every token of a clip reads of the past, [B, n, H, D] float32, and its gate.
+    def read_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
+        """Return what every token of a clip reads of the past, [B, n, H, D] float32, and its gate.
 
         The gate is [B, n, H, 1]; arguments as in `attend_clip`.
         """
         clean = p.first_of(copies)
         state = self.init_state(len(clean.x))
-        states = states_before(self.settings, self.writes(clean, blocks), state, blocks)
-        return self._read(p, states, copies)
+        states = states_before(self.settings, self.writes(clean, grid, blocks), state, blocks)
+        return self._read(p, grid, states, copies)
 
-    def writes(self, p: Projections, blocks: int) -> Writes:
+    def measure(self, p: Projections, grid: TokenGrid, blocks: int) -> dict[str, Array]:
+        """Measure how much of the past the memory keeps; see `retention.measure_memory`."""
+        return measure_memory(self, p, grid, blocks)
+
+    def writes(self, p: Projections, grid: TokenGrid, blocks: int) -> Writes:
         """Compute keys, values, log decays and strengths of the tokens of some blocks."""
         _, k, v = self._memory_heads(p)
         if self.settings.decay == "none":
@@ -134,13 +145,15 @@ class GatedDelta(nnx.Module):
         if hasattr(self, "beta_bias"):
             strength = strength + self.beta_bias[...]
         beta = self.settings.beta_max * jax.nn.sigmoid(strength)
-        return Writes(_unit(rotate(k, p.rope)), v, g, beta)
+        return Writes(_unit(rotate(k, grid.rotation())), v, g, beta)
 
-    def _read(self, p: Projections, states: Float[Array, "b m h k v"], copies: int):
+    def _read(
+        self, p: Projections, grid: TokenGrid, states: Float[Array, "b m h k v"], copies: int
+    ):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
-        q = _unit(rotate(self._memory_heads(p)[0], p.rope))
+        q = _unit(rotate(self._memory_heads(p)[0], grid.rotation()))
         if self.settings.read == "token":
-            read = self._read_running(p, q, states, copies)
+            read = self._read_running(p, grid, q, states, copies)
         else:
             q = rearrange(q, "(b s) (m n) h k -> b s m n h k", s=copies, m=states.shape[1])
             # The state comes first: XLA for CPUs cannot run the other order in bfloat16.
@@ -153,26 +166,29 @@ class GatedDelta(nnx.Module):
         read = read.reshape(p.v.shape) * self.head_dim**-0.5
         return read, jax.nn.sigmoid(self.gate_proj(p.x))[..., None]
 
-    def _read_running(self, p: Projections, q, states: Float[Array, "b m h k v"], copies: int):
+    def _read_running(
+        self, p: Projections, grid: TokenGrid, q, states: Float[Array, "b m h k v"], copies: int
+    ):
         """Reads of the running state: every copy of a block goes on from the block's state."""
         fold = lambda x: x.reshape(-1, x.shape[1] // states.shape[1], *x.shape[2:])
         before = jnp.repeat(states, copies, axis=0).reshape(-1, *states.shape[2:])
-        writes = Writes(*map(fold, self.writes(p, states.shape[1])))
+        writes = Writes(*map(fold, self.writes(p, grid, states.shape[1])))
         return running_reads(self.settings, fold(q), writes, before)
 
-    def _local(self, p: Projections):
+    def _local(self, p: Projections, grid: TokenGrid):
         """Rotated queries and keys, and values, of the softmax inside the block."""
+        rope = grid.rotation()
         if self.gate != "local":
-            return rotate(p.q, p.rope), rotate(p.k, p.rope), p.v
+            return rotate(p.q, rope), rotate(p.k, rope), p.v
         q, k, v = self._memory_heads(p)
         # P_v may start as c I; divide by c, so that the control starts from the softmax values.
-        return rotate(q, p.rope), rotate(k, p.rope), v / self.value_scale
+        return rotate(q, rope), rotate(k, rope), v / self.value_scale
 
     def _memory_heads(self, p: Projections):
         """Queries, keys and values of the memory, [B, n, H, D], neither rotated nor scaled."""
         q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
         k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
-        v = p.v.reshape(p.x.shape) + self.lora_v(p.x)
+        v = p.v.reshape(p.q_raw.shape) + self.lora_v(p.x)
         return (
             self._heads(q, self.phi_q),
             self._heads(k, self.phi_k),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arl2_jax.config import ConfigError, ModelConfig
+from arl2_jax.config import AttentionConfig, ConfigError, GatedDeltaConfig
 
 
 class InitialValues(NamedTuple):
@@ -24,10 +24,13 @@ class InitialValues(NamedTuple):
     beta_bias: Float[Array, "h"] | None
 
 
-def values(cfg: ModelConfig, rate_key: Array, step_key: Array) -> InitialValues:
+def values(
+    settings: GatedDeltaConfig, cfg: AttentionConfig, rate_key: Array, step_key: Array
+) -> InitialValues:
     """Draw the initial values of one layer.
 
     Args:
+      settings: of the memory.
       cfg: `memory_init` chooses between ARL2's code and constants by block.
       rate_key, step_key: random keys.
 
@@ -35,18 +38,18 @@ def values(cfg: ModelConfig, rate_key: Array, step_key: Array) -> InitialValues:
       ConfigError: "by_block" without the number of tokens in a block.
     """
     if cfg.memory_init == "by_block":
-        return _by_block(cfg, rate_key)
+        return _by_block(settings, cfg, rate_key)
     rates = jax.random.uniform(rate_key, (cfg.num_heads,), minval=1e-4, maxval=16.0)
     low, high = jnp.log(1e-3), jnp.log(1e-1)
     steps = jnp.exp(jax.random.uniform(step_key, (cfg.num_heads,), minval=low, maxval=high))
     return InitialValues(jnp.log(rates), _inverse_softplus(steps), None)
 
 
-def value_scale(cfg: ModelConfig) -> float:
+def value_scale(settings: GatedDeltaConfig, cfg: AttentionConfig) -> float:
     """Return c of the initial P_v = c I."""
     if cfg.memory_init == "published":
         return 1.0
-    return cfg.delta.read_gain * cfg.head_dim**0.5
+    return settings.read_gain * cfg.head_dim**0.5
 
 
 def initial_strength(tokens: int, head_dim: int, load: float) -> float:
@@ -65,8 +68,8 @@ def initial_strength(tokens: int, head_dim: int, load: float) -> float:
     return 1 - math.sqrt(max(1 - erased, 0))
 
 
-def _by_block(cfg: ModelConfig, key: Array) -> InitialValues:
-    settings, heads = cfg.delta, cfg.num_heads
+def _by_block(settings: GatedDeltaConfig, cfg: AttentionConfig, key: Array) -> InitialValues:
+    heads = cfg.num_heads
     if not settings.block_tokens:
         raise ConfigError(
             "model.memory_init=by_block needs the tokens of a frame block: set "

@@ -3,13 +3,22 @@
 A self-attention layer is projections and a memory. The layer projects the tokens of the current
 frame block; its memory decides what the block sees of the past and what is kept of it. State goes
 in and comes out; a memory object holds parameters at most.
+
+A memory is made as `Memory(settings, cfg, rngs=rngs)`: the settings of its kind, what the layer
+knows of the model (`AttentionConfig`), and a source of initial parameters. `Memory` is what
+generation needs; `TrainableMemory` adds the form for training. Two methods are optional, and found
+by their name:
+
+    after_block(states, grid)     one decision over all layers that share a kind: the states of
+                                  their runs, each with a leading layer axis, before and after it
+    measure(p, grid, blocks)      how much of the past it keeps, see `memory.retention`
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from arl2_jax.nn.rope import Rope
+from arl2_jax.nn.positions import TokenGrid
 
 
 class Projections(NamedTuple):
@@ -17,21 +26,19 @@ class Projections(NamedTuple):
 
     Attributes:
       x: the layer's input, normalised and modulated, [B, n, C].
-      q_raw, k_raw: projections before their norm, [B, n, C].
+      q_raw, k_raw: projections before their norm, [B, n, H D].
       q, k, v: heads of the normalised projections, [B, n, H, D], not yet rotated.
-      q_scale, k_scale: scales of the norms over the full width, [C] float32.
-      rope: rotary positions of a block, or of a clip, or None.
+      q_scale, k_scale: scales of the norms over the full width, [H D] float32.
     """
 
     x: Float[Array, "b n c"]
-    q_raw: Float[Array, "b n c"]
-    k_raw: Float[Array, "b n c"]
+    q_raw: Float[Array, "b n w"]
+    k_raw: Float[Array, "b n w"]
     q: Float[Array, "b n h d"]
     k: Float[Array, "b n h d"]
     v: Float[Array, "b n h d"]
-    q_scale: Float[Array, "c"]
-    k_scale: Float[Array, "c"]
-    rope: Rope | None
+    q_scale: Float[Array, "w"]
+    k_scale: Float[Array, "w"]
 
     def first_of(self, copies: int) -> "Projections":
         """The first of every `copies` neighbours in the batch."""
@@ -40,30 +47,81 @@ class Projections(NamedTuple):
         return self._replace(**{name: first(getattr(self, name)) for name in names})
 
 
+class Room(NamedTuple):
+    """How much a memory may have to hold.
+
+    Attributes:
+      frames: latent frames of the whole video; None if no end is known.
+      tokens_per_frame: tokens of a latent frame.
+      frames_per_block: latent frames of a frame block.
+    """
+
+    frames: int | None
+    tokens_per_frame: int
+    frames_per_block: int
+
+
 class Memory(Protocol):
     """What a block sees of the past, and what is kept of it.
 
-    `attend_clip` equals `init_state`, then `attend` and `write` block by block.
+    Attributes:
+      bounded: whether the state has one size however long the video. Other memories are given
+        `room.frames`.
+      stacked: whether the memory is a `StackedMemory`.
+      gathers: whether `attend` returns aux.
     """
 
-    def init_state(self, batch: int, capacity: int) -> Any:
-        """The empty state, a pytree of arrays; `capacity` counts tokens."""
+    bounded: bool
+    stacked: bool
+    gathers: bool
+
+    def init_state(self, batch: int, room: Room) -> Any:
+        """Return the empty state of one layer, a pytree of arrays."""
         ...
 
     def attend(
-        self, p: Projections, state: Any, position: int | Int[Array, ""]
-    ) -> Float[Array, "b n h d"]:
-        """Output of a block whose first token has index `position`; reads the state."""
+        self, p: Projections, state: Any, grid: TokenGrid
+    ) -> tuple[Float[Array, "b n h d"], Any]:
+        """Return the output of a block, and aux; read the state, and leave it.
+
+        aux is None, or a pytree of arrays which is summed over the passes of a block.
+        """
         ...
 
-    def write(self, p: Projections, state: Any, position: int | Int[Array, ""]) -> Any:
-        """The state after a clean block whose first token has index `position`."""
+    def write(self, p: Projections, aux: Any, state: Any, grid: TokenGrid) -> Any:
+        """Return the state after a finished block.
+
+        aux is the sum over all passes of the block, this one included.
+        """
         ...
+
+
+class StackedMemory(Memory, Protocol):
+    """A memory that reads large states of a run of equal layers where they are held.
+
+    `attend` is given the states of all layers, each array with a leading layer axis, and
+    `grid.layer` says which is meant; or, without `grid.layer`, the state of one layer. What layers
+    write they return as entries, which are put into their states after the pass: no pass copies a
+    state. `write` is both steps for one layer.
+    """
+
+    def entries(self, p: Projections, grid: TokenGrid) -> Any:
+        """Return what one layer keeps of a finished block, a pytree of arrays."""
+        ...
+
+    def put(self, entries: Any, state: Any, grid: TokenGrid) -> Any:
+        """Return the state with the entries; both of one layer, or both with a layer axis."""
+        ...
+
+
+@runtime_checkable
+class TrainableMemory(Memory, Protocol):
+    """A memory with a form for whole clips, equal to `attend` and `write` block by block."""
 
     def attend_clip(
-        self, p: Projections, blocks: int, copies: int
+        self, p: Projections, grid: TokenGrid, blocks: int, copies: int
     ) -> tuple[Float[Array, "b n h d"], dict[str, Array]]:
-        """Outputs of all blocks of a clip at once, and diagnostics (float32 scalars).
+        """Return outputs of all blocks of a clip at once, and diagnostics (float32 scalars).
 
         With copies = 2 every clip is in the batch twice, a clean copy and next to it a noisy one:
         what is remembered comes from clean blocks alone, and a block sees earlier clean blocks and

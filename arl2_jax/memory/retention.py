@@ -4,18 +4,23 @@ Over a block the update is affine in the state, S -> A S + B (ARL2, section 3): 
 survives of any earlier state.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax.config import GatedDeltaConfig
-from arl2_jax.memory.gated_delta import GatedDelta
 from arl2_jax.memory.interface import Projections
 from arl2_jax.memory.recurrence import Writes, state_after, states_before
 from arl2_jax.nn.attention import attention
+from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
 from arl2_jax.sharding import CLIPS, HEADS, per_device
+
+if TYPE_CHECKING:
+    from arl2_jax.memory.gated_delta import GatedDelta
 
 # Numbers of blocks over which survival is measured.
 LAGS = (1, 2, 4, 8)
@@ -155,12 +160,15 @@ def measure_writes(
     return measures | {f"survival_{lag}": survival(found, lag) for lag in lags}
 
 
-def measure_memory(memory: GatedDelta, p: Projections, blocks: int) -> Measures:
+def measure_memory(
+    memory: "GatedDelta", p: Projections, grid: TokenGrid, blocks: int
+) -> Measures:
     """Measure a layer's memory on clips.
 
     Args:
       memory: the layer's memory.
       p: projections of clean clips, each its own past.
+      grid: positions of a clip.
       blocks: blocks of a clip.
 
     Returns:
@@ -171,17 +179,20 @@ def measure_memory(memory: GatedDelta, p: Projections, blocks: int) -> Measures:
     # A device has its heads of all tokens: keys and values are small beside the activations.
     tokens, per_clip = PartitionSpec(CLIPS, None, HEADS), PartitionSpec(CLIPS, HEADS)
     measure = lambda *writes: measure_writes(Writes(*writes), blocks, memory.settings)
-    measures = per_device(measure, (tokens,) * 4, per_clip)(*memory.writes(p, blocks))
-    return measures | {"read_to_local": _read_to_local(memory, p, blocks)}
+    measures = per_device(measure, (tokens,) * 4, per_clip)(*memory.writes(p, grid, blocks))
+    return measures | {"read_to_local": _read_to_local(memory, p, grid, blocks)}
 
 
-def _read_to_local(memory: GatedDelta, p: Projections, blocks: int) -> Float[Array, "b h"]:
+def _read_to_local(
+    memory: "GatedDelta", p: Projections, grid: TokenGrid, blocks: int
+) -> Float[Array, "b h"]:
     batch, time, heads, width = p.v.shape
     if memory.gate != "learned" or blocks == 1:
         return jnp.zeros((batch, heads), jnp.float32)
     fold = lambda x: x.reshape(batch * blocks, time // blocks, heads, width)
-    local = attention(*map(fold, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v)))
-    read, gate = memory.read_clip(p, blocks, copies=1)
+    rope = grid.rotation()
+    local = attention(*map(fold, (rotate(p.q, rope), rotate(p.k, rope), p.v)))
+    read, gate = memory.read_clip(p, grid, blocks, copies=1)
 
     def rms(x):
         later = x.astype(jnp.float32).reshape(batch, blocks, -1, heads, width)[:, 1:]

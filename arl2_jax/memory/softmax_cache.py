@@ -8,57 +8,74 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from arl2_jax.config import ModelConfig
+from arl2_jax.config import AttentionConfig, MemorySettings
 from arl2_jax.memory.clip_attention import attend_blocks
-from arl2_jax.memory.interface import Projections
-from arl2_jax.nn.attention import attention
+from arl2_jax.memory.interface import Projections, Room
+from arl2_jax.nn.attention import partial_attention
+from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
 from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, lay_out, per_device
+from pallas_kernels import merge_attention
 
 
 class CacheState(NamedTuple):
     """Keys (rotated) and values of the past in slots of fixed number, [B, capacity, H, D]."""
 
-    k: Float[Array, "b capacity h d"]
-    v: Float[Array, "b capacity h d"]
+    k: Float[Array, "*layers b capacity h d"]
+    v: Float[Array, "*layers b capacity h d"]
 
 
 class SoftmaxCache(nnx.Module):
-    """Softmax over the whole past and the block itself; the state grows with the video."""
+    """Softmax over the whole past and the block itself; the state grows with the video.
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        del rngs  # no parameters
+    A pass attends to the cache and to its own block apart and merges both, so that nothing is
+    written to attend. A finished block is written once, in place.
+    """
+
+    bounded = False
+    stacked = True
+    gathers = False
+
+    def __init__(self, settings: MemorySettings, cfg: AttentionConfig, *, rngs: nnx.Rngs):
+        del settings, rngs  # it has neither
         self.heads, self.head_dim, self.dtype = cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
 
-    def init_state(self, batch, capacity):
-        """Zeroed slots for `capacity` tokens."""
-        shape = (batch, capacity, self.heads, self.head_dim)
+    def init_state(self, batch: int, room: Room) -> CacheState:
+        """Return zeroed slots for all tokens of a video; none where no end is known."""
+        shape = (batch, (room.frames or 0) * room.tokens_per_frame, self.heads, self.head_dim)
         return CacheState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def write(self, p: Projections, state: CacheState, position) -> CacheState:
-        """Fills the block's slots, which start at `position`."""
-        start = (0, position, 0, 0)
-        k = rotate(p.k, p.rope).astype(state.k.dtype)
-        return CacheState(
-            jax.lax.dynamic_update_slice(state.k, k, start),
-            jax.lax.dynamic_update_slice(state.v, p.v.astype(state.v.dtype), start),
-        )
+    def attend(self, p: Projections, state: CacheState, grid: TokenGrid):
+        """Attend to the tokens before the block and to the block itself; no aux."""
+        rope = grid.rotation()
+        q, k = rotate(p.q, rope), rotate(p.k, rope)
+        past = partial_attention(q, state.k, state.v, grid.first_token, grid.layer)
+        return merge_attention([past, partial_attention(q, k, p.v)])[0], None
 
-    def attend(self, p: Projections, state: CacheState, position):
-        """Attends to the slots before `position` and to the block itself."""
-        seen = self.write(p, state, position)
-        q = rotate(p.q, p.rope)
-        return attention(q, seen.k, seen.v, position + q.shape[1])
+    def entries(self, p: Projections, grid: TokenGrid) -> CacheState:
+        """Return rotated keys, and values, of the block."""
+        return CacheState(rotate(p.k, grid.rotation()).astype(self.dtype), p.v.astype(self.dtype))
 
-    def attend_clip(self, p: Projections, blocks, copies):
-        """All blocks at once: every copy sees the clean blocks before its own, and its own."""
+    def put(self, entries: CacheState, state: CacheState, grid: TokenGrid) -> CacheState:
+        """Fill the block's slots."""
+        start = (*(0,) * (state.k.ndim - 3), grid.first_token, 0, 0)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), state, entries)
+
+    def write(self, p: Projections, aux: None, state: CacheState, grid: TokenGrid) -> CacheState:
+        """Return one layer's state with the block."""
+        del aux
+        return self.put(self.entries(p, grid), state, grid)
+
+    def attend_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
+        """Attend in all blocks at once: each copy sees the clean blocks before, and its own."""
         by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
         by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
         split = lambda x: lay_out(
             x.reshape(-1, copies, blocks, x.shape[1] // blocks, *x.shape[2:]), by_block
         )
-        q, k, v = map(split, (rotate(p.q, p.rope), rotate(p.k, p.rope), p.v))
-        # Every block sees all before it. So the devices that had shared out the blocks share out
-        # the heads: q, k, v and then the output move between them (all-to-all).
+        rope = grid.rotation()
+        q, k, v = map(split, (rotate(p.q, rope), rotate(p.k, rope), p.v))
+        # Every block sees all before it. So the devices that hold a part of the blocks each now
+        # hold a part of the heads: q, k, v and then the output move between them (all-to-all).
         out = per_device(attend_blocks, (by_head,) * 3, by_head)(q, k, v)
         return lay_out(out, by_block).reshape(p.q.shape), {}

@@ -1,20 +1,24 @@
 """One transformer layer, the same for a block and for a whole clip."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from arl2_jax.config import ModelConfig
-from arl2_jax.memory import MEMORIES, GatedDelta
+from arl2_jax.config import MemorySpec, ModelConfig
+from arl2_jax.memory import make_memory
 from arl2_jax.models.attention import CrossAttention, SelfAttention, TextContext
 from arl2_jax.models.embeddings import modulate
 from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.mlp import MLP, gelu_tanh
 from arl2_jax.nn.norm import layer_norm
-from arl2_jax.nn.rope import Rope
+from arl2_jax.nn.positions import TokenGrid
+
+Params = dict[str, Any]
 
 
 class Conditions(NamedTuple):
@@ -22,29 +26,22 @@ class Conditions(NamedTuple):
 
     Attributes:
       modulation: projected timestep, [B, F, 6, C] float32.
-      rope: rotary positions.
+      grid: positions of the tokens.
     """
 
     modulation: Float[Array, "b f six c"]
-    rope: Rope
+    grid: TokenGrid
 
 
-class Delta(GatedDelta):
-    """Everything that ARL2 adds to a layer: the memory and low-rank updates of the FFN."""
+class FFNUpdates(nnx.Module):
+    """Low-rank updates of the two matrices of a converted layer's feed-forward network."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(cfg, rngs=rngs)
-        lora = lambda i, o: LowRank(
-            i,
-            o,
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            jnp.dtype(cfg.dtype),
-            init=cfg.lora_init,
-            rngs=rngs,
+        dtype = jnp.dtype(cfg.dtype)
+        make = lambda i, o: LowRank(
+            i, o, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
         )
-        self.lora_fc1 = lora(cfg.dim, cfg.ffn_dim)
-        self.lora_fc2 = lora(cfg.ffn_dim, cfg.dim)
+        self.fc1, self.fc2 = make(cfg.dim, cfg.ffn_dim), make(cfg.ffn_dim, cfg.dim)
 
 
 class TransformerLayer(nnx.Module):
@@ -54,22 +51,18 @@ class TransformerLayer(nnx.Module):
     `attention_input`, then attention, then `finish`.
     """
 
-    def __init__(self, cfg: ModelConfig, memory: str, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, spec: MemorySpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
         self.norm1 = layer_norm(cfg.dim, cfg.eps, affine=False, rngs=rngs)
-        self.self_attn = SelfAttention(cfg, rngs=rngs)
+        self.self_attn = SelfAttention(cfg.attention, rngs=rngs)
         self.norm3 = layer_norm(cfg.dim, cfg.eps, affine=True, rngs=rngs)
-        self.cross_attn = CrossAttention(cfg, rngs=rngs)
+        self.cross_attn = CrossAttention(cfg.attention, rngs=rngs)
         self.norm2 = layer_norm(cfg.dim, cfg.eps, affine=False, rngs=rngs)
         self.ffn = MLP(cfg.dim, cfg.ffn_dim, cfg.dim, gelu_tanh, dtype, rngs=rngs)
         spread = nnx.initializers.normal(cfg.dim**-0.5)
         self.modulation = nnx.Param(spread(rngs.params(), (6, cfg.dim)))
-        self.hybrid = memory == "gated_delta"
         self.dtype = dtype
-        if self.hybrid:
-            self.delta = Delta(cfg, rngs=rngs)
-        else:
-            self.memory = MEMORIES[memory](cfg, rngs=rngs)
+        self.memory, self.ffn_updates = additions(cfg, spec, rngs=rngs)
 
     def attention_input(self, x, conditions: Conditions):
         """Normalised and modulated tokens, [B, n, C]."""
@@ -82,13 +75,14 @@ class TransformerLayer(nnx.Module):
         x = x + _gated(attended, gate)
         x = x + self.cross_attn(self.norm3(x).astype(self.dtype), text)
         h = modulate(self.norm2(x), ffn_shift, ffn_scale).astype(self.dtype)
-        loras = (self.delta.lora_fc1, self.delta.lora_fc2) if self.hybrid else (None, None)
-        return x + _gated(self.ffn(h, *loras), ffn_gate)
+        updates = self.ffn_updates
+        low_rank = () if updates is None else (updates.fc1, updates.fc2)
+        return x + _gated(self.ffn(h, *low_rank), ffn_gate)
 
     def attend_clip(self, h, conditions: Conditions, blocks: int, copies: int):
         """Self-attention of a whole clip: (output after Wo, diagnostics)."""
-        p = self.self_attn.project(h, conditions.rope)
-        out, diagnostics = self.own_memory.attend_clip(p, blocks, copies)
+        p = self.self_attn.project(h)
+        out, diagnostics = self.memory.attend_clip(p, conditions.grid, blocks, copies)
         return self.self_attn.output(out), diagnostics
 
     def clip(self, x, conditions: Conditions, text: TextContext, blocks: int, copies: int):
@@ -103,27 +97,34 @@ class TransformerLayer(nnx.Module):
         conditions: Conditions,
         text: TextContext,
         state,
-        position,
+        aux=None,
         *,
         write: bool,
         read=None,
+        layer=None,
     ):
-        """The layer on one block: (tokens, state); the state is new only if `write`.
+        """The layer on one block: (tokens, state, aux).
 
-        `read` is the state to attend to, by default `state`, which is the one written to.
+        Args:
+          x: tokens [B, n, C].
+          conditions, text: of the block.
+          state: of the memory. It is new only if `write`; a stacked one, of which `layer` is
+            meant, is replaced by the layer's entries for it.
+          aux: sum of what the memory has gathered over the passes of this block before.
+          write: whether the block is finished and to be remembered.
+          read: state to attend to, by default `state`, which is the one written to.
+          layer: index in the states of a run, if they come stacked.
         """
         h = self.attention_input(x, conditions)
-        p = self.self_attn.project(h, conditions.rope)
-        seen = state if read is None else read
-        attended = self.self_attn.output(self.own_memory.attend(p, seen, position))
-        if write:
-            state = self.own_memory.write(p, state, position)
-        return self.finish(x, attended, conditions, text), state
-
-    @property
-    def own_memory(self):
-        """The memory, wherever its parameters live."""
-        return self.delta if self.hybrid else self.memory
+        p = self.self_attn.project(h)
+        grid = dataclasses.replace(conditions.grid, text=text.k, layer=layer)
+        attended, gathered = self.memory.attend(p, state if read is None else read, grid)
+        aux = gathered if aux is None else jax.tree.map(jnp.add, aux, gathered)
+        if write and layer is not None:
+            state = self.memory.entries(p, grid)
+        elif write:
+            state = self.memory.write(p, aux, state, grid)
+        return self.finish(x, self.self_attn.output(attended), conditions, text), state, aux
 
     def _modulation(self, conditions: Conditions):
         """Six [B, F, C] float32 terms: shift, scale, gate of attention, then of the FFN."""
@@ -134,3 +135,36 @@ def _gated(y, gate: Float[Array, "b f c"]):
     """y times one gate per frame, in the dtype of y."""
     frames = rearrange(y, "b (f n) c -> b f n c", f=gate.shape[1])
     return (frames * gate[:, :, None]).reshape(y.shape).astype(y.dtype)
+
+
+def additions(cfg: ModelConfig, spec: MemorySpec, *, rngs: nnx.Rngs):
+    """Make what a layer has beside the pretrained network: its memory, and updates of the FFN."""
+    memory = make_memory(spec, cfg.attention, rngs=rngs)
+    return memory, FFNUpdates(cfg, rngs=rngs) if spec.settings.converts else None
+
+
+# Parameters of the additions lie under one node of a layer's public tree.
+ADDED = "delta"
+_FFN = {"fc1": "lora_fc1", "fc2": "lora_fc2"}
+
+
+def to_public(layer: Params) -> Params:
+    """Rename the parameters of a layer's modules as they stand in the public tree."""
+    layer = dict(layer)
+    updates = layer.pop("ffn_updates", {})
+    added = layer.pop("memory", {}) | {_FFN[name]: node for name, node in updates.items()}
+    return layer | ({ADDED: added} if added else {})
+
+
+def from_public(layer: Params) -> Params:
+    """Rename a layer's part of the public tree as its modules have it; undoes `to_public`."""
+    if ADDED not in layer:
+        return layer
+    added = dict(layer[ADDED])
+    updates = {name: added.pop(public) for name, public in _FFN.items() if public in added}
+    base = {name: node for name, node in layer.items() if name != ADDED}
+    return (
+        base
+        | ({"memory": added} if added else {})
+        | ({"ffn_updates": updates} if updates else {})
+    )

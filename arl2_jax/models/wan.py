@@ -7,21 +7,27 @@ with depth.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from arl2_jax.config import ModelConfig
-from arl2_jax.memory import MEMORIES
+from arl2_jax.config import ConfigError, MemorySpec, ModelConfig
+from arl2_jax.memory import Room, TrainableMemory, make_memory
 from arl2_jax.models.attention import TextContext
 from arl2_jax.models.embeddings import Stem
-from arl2_jax.models.layer import Conditions, Delta, TransformerLayer
-from arl2_jax.nn.rope import video_rope
-
-Params = dict[str, Any]
+from arl2_jax.models.layer import (
+    ADDED,
+    Conditions,
+    Params,
+    TransformerLayer,
+    additions,
+    from_public,
+    to_public,
+)
+from arl2_jax.nn.positions import TokenGrid, video_grid
 
 
 class StackedParams(NamedTuple):
@@ -37,9 +43,9 @@ class StackedParams(NamedTuple):
 
 
 @functools.lru_cache
-def layer_graph(cfg: ModelConfig, memory: str) -> nnx.GraphDef:
+def layer_graph(cfg: ModelConfig, spec: MemorySpec) -> nnx.GraphDef:
     """Structure of a layer, to be merged with its parameters."""
-    abstract = nnx.eval_shape(lambda: TransformerLayer(cfg, memory, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: TransformerLayer(cfg, spec, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)[0]
 
 
@@ -49,9 +55,10 @@ def stem_graph(cfg: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Stem(cfg, rngs=nnx.Rngs(0))))[0]
 
 
-def make_layer(cfg: ModelConfig, memory: str, params: Params) -> TransformerLayer:
-    """A layer of the given kind around its parameters."""
-    return nnx.merge(layer_graph(cfg, memory), params)
+def make_layer(cfg: ModelConfig, layer: int | MemorySpec, params: Params) -> TransformerLayer:
+    """A layer around its parameters: one of the model by its index, or with another memory."""
+    spec = cfg.memory_of(layer) if isinstance(layer, int) else layer
+    return nnx.merge(layer_graph(cfg, spec), from_public(params))
 
 
 def make_stem(cfg: ModelConfig, params: Params) -> Stem:
@@ -62,8 +69,8 @@ def make_stem(cfg: ModelConfig, params: Params) -> Stem:
 def init_params(cfg: ModelConfig, key: Array) -> Params:
     """Random parameters, float32, a nested dict with string keys.
 
-    A layer's own weights depend on the key and on its index, not on which layers are hybrid: the
-    teacher's parameters are those of any hybrid of it, less the "delta" nodes.
+    A layer's pretrained weights depend on the key and on its index, not on its memory: the
+    teacher's parameters are those of any conversion of it, less the "delta" nodes.
     """
     return _init(cfg, key)
 
@@ -73,17 +80,29 @@ def _init(cfg: ModelConfig, key: Array) -> Params:
     pure = lambda module: nnx.to_pure_dict(nnx.split(module)[1])
     stem_key, layer_key, delta_key = jax.random.split(key, 3)
     params = pure(Stem(cfg, rngs=nnx.Rngs(stem_key)))
-    make = lambda key: pure(TransformerLayer(cfg, "softmax_cache", rngs=nnx.Rngs(key)))
-    make_delta = lambda key: pure(Delta(cfg, rngs=nnx.Rngs(key)))
+    plain = MemorySpec("softmax_cache")
+    make = lambda key: pure(TransformerLayer(cfg, plain, rngs=nnx.Rngs(key)))
     layers = _unstack(jax.vmap(make)(jax.random.split(layer_key, cfg.num_layers)))
-    deltas = _unstack(jax.vmap(make_delta)(jax.random.split(delta_key, cfg.num_layers)))
-    for i in cfg.hybrid_layers:
-        layers[i]["delta"] = deltas[i]
+    keys = jax.random.split(delta_key, cfg.num_layers)
+    for spec in {cfg.memory_of(i): None for i in range(cfg.num_layers)}:
+        added = _unstack(jax.vmap(functools.partial(_init_additions, cfg, spec))(keys))
+        for i, node in enumerate(added):
+            if cfg.memory_of(i) == spec:
+                layers[i] |= node
     return params | {"blocks": {str(i): layer for i, layer in enumerate(layers)}}
 
 
+def _init_additions(cfg: ModelConfig, spec: MemorySpec, key: Array) -> Params:
+    """What a memory adds to the public tree of a layer."""
+    memory, updates = additions(cfg, spec, rngs=nnx.Rngs(key))
+    modules = {"memory": memory} | ({} if updates is None else {"ffn_updates": updates})
+    made = {name: nnx.to_pure_dict(nnx.split(module)[1]) for name, module in modules.items()}
+    return to_public({name: node for name, node in made.items() if node})
+
+
 def _unstack(tree: Params) -> list[Params]:
-    count = jax.tree.leaves(tree)[0].shape[0]
+    leaves = jax.tree.leaves(tree)
+    count = len(leaves[0]) if leaves else 0
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
 
 
@@ -93,12 +112,13 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 
 def without_delta(params: Params) -> Params:
-    """The teacher's parameters: those of a hybrid less everything that ARL2 adds."""
-    layers = {
-        i: {name: node for name, node in layer.items() if name != "delta"}
-        for i, layer in params["blocks"].items()
-    }
-    return params | {"blocks": layers}
+    """The teacher's parameters: those of a hybrid less everything that conversion adds."""
+    return params | {"blocks": {i: base_of(layer) for i, layer in params["blocks"].items()}}
+
+
+def base_of(layer: Params) -> Params:
+    """A layer's parameters less everything that conversion adds."""
+    return {name: node for name, node in layer.items() if name != ADDED}
 
 
 def stack_params(params: Params | StackedParams, cfg: ModelConfig) -> StackedParams:
@@ -140,22 +160,53 @@ def _cast(path, leaf, dtype):
     return leaf if names & _KEEP_FLOAT32 else leaf.astype(dtype)
 
 
-def init_memory(cfg: ModelConfig, *, batch: int, frames: int, tokens_per_frame: int):
+def init_memory(cfg: ModelConfig, *, batch: int, frames: int | None, tokens_per_frame: int):
     """Empty memories of all layers: a tuple with one stacked state per run of equal layers.
 
     Args:
       cfg: model.
       batch: videos generated together.
-      frames: latent frames that softmax layers have room for; hybrid layers need none.
+      frames: latent frames of the whole video; None if no end is known, which suits models
+        without `unbounded_layers`.
       tokens_per_frame: tokens of a latent frame.
     """
-    states = []
+    states, room = [], Room(frames, tokens_per_frame, cfg.frames_per_block)
     for start, stop in cfg.layer_runs():
-        memory = MEMORIES[cfg.memory_of(start)](cfg, rngs=nnx.Rngs(0))
-        one = jax.eval_shape(lambda m=memory: m.init_state(batch, frames * tokens_per_frame))
+        memory = memory_of(cfg, start)
+        one = jax.eval_shape(lambda m=memory: m.init_state(batch, room))
         zeros = lambda s, n=stop - start: jnp.zeros((n, *s.shape), s.dtype)
         states.append(jax.tree.map(zeros, one))
     return tuple(states)
+
+
+@functools.lru_cache
+def memory_of(cfg: ModelConfig, layer: int):
+    """A layer's memory without values of its parameters, to ask what it needs and can do."""
+    return nnx.eval_shape(
+        lambda: make_memory(cfg.memory_of(layer), cfg.attention, rngs=nnx.Rngs(0))
+    )
+
+
+def unbounded_layers(cfg: ModelConfig) -> tuple[int, ...]:
+    """Indices of the layers whose memory grows with the video."""
+    return tuple(i for i in range(cfg.num_layers) if not memory_of(cfg, i).bounded)
+
+
+def check_trainable(cfg: ModelConfig) -> None:
+    """Raise ConfigError, one line, if a memory of the model has no form for clips."""
+    layers = range(cfg.num_layers)
+    lacking = [i for i in layers if not isinstance(memory_of(cfg, i), TrainableMemory)]
+    if lacking:
+        raise ConfigError(
+            f"model.memories has kind={cfg.memory_of(lacking[0]).kind!r} in layers {lacking}, which "
+            "has no form for clips (attend_clip) and cannot be trained; give these layers another "
+            "memory, or only generate with it"
+        )
+
+
+def gathers(cfg: ModelConfig) -> bool:
+    """Whether a memory of the model gathers something in the passes over a block."""
+    return any(memory_of(cfg, i).gathers for i in range(cfg.num_layers))
 
 
 def encode_text(
@@ -167,9 +218,7 @@ def encode_text(
     embedded = stem.text_embedding(text)
     contexts = []
     for (start, _), run in zip(cfg.layer_runs(), stacked.runs, strict=True):
-        encode = lambda layer, start=start: make_layer(
-            cfg, cfg.memory_of(start), layer
-        ).cross_attn.encode(embedded)
+        encode = lambda layer, start=start: make_layer(cfg, start, layer).cross_attn.encode(embedded)
         contexts.append(jax.lax.map(encode, run))
     return tuple(contexts)
 
@@ -205,31 +254,108 @@ def apply(
     Raises:
       ValueError: the block's shape does not fit the model or the memory.
     """
+    return apply_pass(
+        params, cfg, latents, timestep, text,
+        memory=memory, position=position, write=write, read=read,
+    )[:2]  # fmt: skip
+
+
+def apply_pass(
+    params: Params | StackedParams,
+    cfg: ModelConfig,
+    latents: Float[Array, "b f rows columns channels"],
+    timestep: Float[Array, "b f"],
+    text: Float[Array, "b l text_dim"] | tuple[TextContext, ...],
+    *,
+    memory: tuple,
+    position: int | Int[Array, ""] = 0,
+    write: bool = False,
+    read: tuple | None = None,
+    aux: tuple | None = None,
+) -> tuple[Float[Array, "b f rows columns channels"], tuple, tuple]:
+    """`apply` as one of the passes over a block whose memories gather something in each.
+
+    Args:
+      params, cfg, latents, timestep, text, memory, position, write, read: as in `apply`.
+      aux: what an earlier pass over the block returned as the last of its results; None in the
+        first pass.
+
+    Returns:
+      The flow and the memory as in `apply`; and what the memories have gathered in the passes so
+      far, one tree per run of equal layers.
+    """
     rows, columns = _check_latents(cfg, latents, timestep)
     stacked = stack_params(params, cfg)
     stem = make_stem(cfg, stacked.stem)
     contexts = text if isinstance(text, tuple) else encode_text(stacked, cfg, text)
     x = stem.embed_patches(latents)
     time, modulation = stem.embed_time(timestep)
-    frames = latents.shape[1]
-    conditions = Conditions(modulation, video_rope(position, frames, rows, columns, cfg.head_dim))
-    first_token = position * rows * columns
+    grid = video_grid(position, latents.shape[1], rows, columns, cfg.head_dim)
+    conditions = Conditions(modulation, grid)
 
-    new_memory = []
-    seen = (None,) * len(memory) if read is None else read
-    for run, weights, context, state, own_read in zip(
-        cfg.layer_runs(), stacked.runs, contexts, memory, seen, strict=True
+    none = (None,) * len(memory)
+    new_memory, gathered = [], []
+    for (start, _), weights, context, state, seen, aux_of_run in zip(
+        cfg.layer_runs(), stacked.runs, contexts, memory, read or none, aux or none, strict=True
     ):
-
-        def step(x, layer, kind=cfg.memory_of(run[0])):
-            weights, context, state, read = layer
-            module = make_layer(cfg, kind, weights)
-            return module.block(x, conditions, context, state, first_token, write=write, read=read)
-
-        x, state = jax.lax.scan(step, x, (weights, context, state, own_read))
+        run = _pass_stacked if memory_of(cfg, start).stacked else _pass_sliced
+        x, state, aux_of_run = run(
+            cfg, start, conditions, write, x, weights, context, state, seen, aux_of_run
+        )
         new_memory.append(state)
+        gathered.append(aux_of_run)
     flow = stem.predict_flow(x, time, latents.shape[2], latents.shape[3])
-    return flow, tuple(new_memory) if write else memory
+    if not write:
+        return flow, memory, tuple(gathered)
+    return flow, _after_block(cfg, new_memory, grid), tuple(gathered)
+
+
+def _pass_sliced(cfg, start, conditions, write, x, weights, context, state, seen, aux):
+    """Passes through a run of equal layers, each of which is given the state of its layer."""
+
+    def step(x, layer):
+        weights, context, state, seen, aux = layer
+        x, state, aux = make_layer(cfg, start, weights).block(
+            x, conditions, context, state, aux, write=write, read=seen
+        )
+        return x, (state if write else None, aux)
+
+    x, (written, aux) = jax.lax.scan(step, x, (weights, context, state, seen, aux))
+    return x, written if write else state, aux
+
+
+def _pass_stacked(cfg, start, conditions, write, x, weights, context, state, seen, aux):
+    """The same with the states of the whole run in one piece, of which nothing is copied.
+
+    The layers read it where it is. Their entries are written after the last of them, in one piece.
+    """
+
+    def step(x, layer):
+        weights, context, aux, index = layer
+        x, entries, aux = make_layer(cfg, start, weights).block(
+            x, conditions, context, state, aux, write=write, read=seen, layer=index
+        )
+        return x, (entries if write else None, aux)
+
+    indices = jnp.arange(len(jax.tree.leaves(weights)[0]), dtype=jnp.int32)
+    x, (entries, aux) = jax.lax.scan(step, x, (weights, context, aux, indices))
+    if write:
+        state = memory_of(cfg, start).put(entries, state, conditions.grid)
+    return x, state, aux
+
+
+def _after_block(cfg: ModelConfig, memory: list, grid: TokenGrid) -> tuple:
+    """Memories after the decisions that all layers of a kind make together."""
+    runs: dict[str, list[int]] = {}
+    for i, (start, _) in enumerate(cfg.layer_runs()):
+        runs.setdefault(cfg.memory_of(start).kind, []).append(i)
+    for indices in runs.values():
+        decide = getattr(memory_of(cfg, cfg.layer_runs()[indices[0]][0]), "after_block", None)
+        if decide is None:
+            continue
+        for i, state in zip(indices, decide([memory[i] for i in indices], grid), strict=True):
+            memory[i] = state
+    return tuple(memory)
 
 
 class Clip(NamedTuple):
@@ -259,8 +385,8 @@ def embed_clip(
     both = lambda clean, noisy: jnp.stack([clean, noisy], 1).reshape(-1, *noisy.shape[1:])
     x = stem.embed_patches(both(clean, noisy))
     time, modulation = stem.embed_time(both(context_timestep, timestep))
-    rope = video_rope(0, noisy.shape[1], rows, columns, cfg.head_dim)
-    return Clip(x, Conditions(modulation, rope), stem.text_embedding(text), _noisy(time))
+    grid = video_grid(0, noisy.shape[1], rows, columns, cfg.head_dim)
+    return Clip(x, Conditions(modulation, grid), stem.text_embedding(text), _noisy(time))
 
 
 def _noisy(x: Float[Array, "b2 ..."]) -> Float[Array, "b ..."]:
@@ -304,8 +430,8 @@ def apply_clip(
     x, diagnostics = clip.x, []
     for run, weights in zip(cfg.layer_runs(), stacked.runs, strict=True):
 
-        def step(x, weights, kind=cfg.memory_of(run[0])):
-            layer = make_layer(cfg, kind, weights)
+        def step(x, weights, start=run[0]):
+            layer = make_layer(cfg, start, weights)
             context = layer.cross_attn.encode(clip.text)
             return layer.clip(x, clip.conditions, context, blocks, copies=2)
 

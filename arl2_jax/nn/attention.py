@@ -9,17 +9,41 @@ from pallas_kernels import dot_product_attention
 
 _QUERIES = PartitionSpec(CLIPS, BLOCKS, HEADS)
 _KEYS = PartitionSpec(CLIPS, None, HEADS)
+_STACK = PartitionSpec(None, *_KEYS)
+
+Partial = tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]
 
 
 def attention(
-    q: Float[Array, "b n h d"],
-    k: Float[Array, "b m h d"],
-    v: Float[Array, "b m h d"],
-    key_length: int | Int[Array, ""] | None = None,
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
     """`pallas_kernels.dot_product_attention`; each device has its own clips, queries and heads."""
-    if key_length is None:
-        return per_device(dot_product_attention, (_QUERIES, _KEYS, _KEYS), _QUERIES)(q, k, v)
-    some = lambda q, k, v, length: dot_product_attention(q, k, v, key_length=length)
-    inputs = (_QUERIES, _KEYS, _KEYS, PartitionSpec())
-    return per_device(some, inputs, _QUERIES)(q, k, v, jnp.asarray(key_length))
+    return per_device(dot_product_attention, (_QUERIES, _KEYS, _KEYS), _QUERIES)(q, k, v)
+
+
+def partial_attention(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "*layers b m h d"],
+    v: Float[Array, "*layers b m h d"],
+    key_length: int | Int[Array, ""] | None = None,
+    layer: Int[Array, ""] | None = None,
+) -> Partial:
+    """Attend to some of the keys: (output, log-sum-exp), to be merged with those to the others.
+
+    Args:
+      q: queries.
+      k, v: keys and values; with `layer`, those of a run of layers, [layers, B, m, H, D].
+      key_length: number of visible keys; by default all.
+      layer: whose keys are meant; they are read where they are, where the device can.
+    """
+    length = k.shape[-3] if key_length is None else key_length
+
+    def attend(q, k, v, length, *layer):
+        return dot_product_attention(
+            q, k, v, key_length=length, layer=layer[0] if layer else None, return_lse=True
+        )
+
+    keys = _KEYS if layer is None else _STACK
+    scalars = (jnp.asarray(length, jnp.int32), *(() if layer is None else (layer,)))
+    inputs = (_QUERIES, keys, keys, *(PartitionSpec(),) * len(scalars))
+    return per_device(attend, inputs, (_QUERIES, _QUERIES))(q, k, v, *scalars)

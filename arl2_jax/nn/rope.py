@@ -44,19 +44,22 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def video_rope(first_frame, frames: int, rows: int, columns: int, head_dim: int) -> Rope:
+def video_rope(
+    first_frame, frames: int, rows: int, columns: int, head_dim: int, *, space: bool = True
+) -> Rope:
     """Rotary embedding of a run of latent frames, tokens in (frame, row, column) order.
 
     Args:
       first_frame: position of the first frame, int32 scalar, may be traced.
       frames, rows, columns: size of the token grid.
       head_dim: width of a head, any even number of at least 6.
+      space: whether rows and columns rotate, or time alone.
     """
     time, row, column = axis_widths(head_dim)
     grid = (frames, rows, columns)
     t = rope_angles(first_frame + jnp.arange(frames), time)[:, None, None]
-    r = rope_angles(jnp.arange(rows), row)[None, :, None]
-    c = rope_angles(jnp.arange(columns), column)[None, None]
+    r = rope_angles(space * jnp.arange(rows), row)[None, :, None]
+    c = rope_angles(space * jnp.arange(columns), column)[None, None]
     parts = [jnp.broadcast_to(angles, (*grid, angles.shape[-1])) for angles in (t, r, c)]
     angles = jnp.concatenate(parts, axis=-1).reshape(frames * rows * columns, head_dim // 2)
     return Rope(jnp.cos(angles), jnp.sin(angles))
@@ -72,7 +75,7 @@ def rotate(x: Float[Array, "*batch tokens heads dim"], rope: Rope | None):
     """Rotates the interleaved pairs (2i, 2i + 1) of every head, in float32; `None` leaves x."""
     if rope is None:
         return x
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     cos = rope.cos[:, None, :, None]
     sin = jnp.stack([-rope.sin, rope.sin], axis=-1)[:, None]
     return (pairs * cos + pairs[..., ::-1] * sin).reshape(x.shape).astype(x.dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import add_noise, draw_levels, draw_noise, per_frame
-from arl2_jax.models import Params, apply_clip, stack_params, without_delta
+from arl2_jax.models import Params, apply_clip, base_of, stack_params, without_delta
 from arl2_jax.models.embeddings import Stem
 from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
 
@@ -111,10 +111,10 @@ def teacher_flow(params: Params, cfg: ModelConfig, clip: NoisedClip):
 
 
 class LayerDistillation(NamedTuple):
-    """Errors of the hybrid layers' attention and their gradients.
+    """Errors of the converted layers' attention and their gradients.
 
     Attributes:
-      errors: per hybrid layer, relative to the teacher's mean square; layer index -> scalar.
+      errors: per converted layer, relative to the teacher's mean square; layer index -> scalar.
       gradients: layer index -> {"delta": gradient of that layer's own error}.
       diagnostics: per run of equal layers, as in `apply_clip`.
     """
@@ -125,7 +125,7 @@ class LayerDistillation(NamedTuple):
 
 
 def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
-    """Stage 1: every hybrid layer imitates the softmax attention it replaces (ARL2, section 3).
+    """Stage 1: every converted layer imitates the softmax attention it replaces (ARL2, section 3).
 
     Each layer is given the teacher's own input, so that errors do not add up, and is compared
     after Wo. The gradient is taken inside the scan over layers: however deep the model, the
@@ -138,20 +138,20 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
     blocks = clip.clean.shape[1] // cfg.frames_per_block
     x, errors, gradients, diagnostics = tokens.x, {}, {}, []
     for (start, stop), weights in zip(cfg.layer_runs(), stacked.runs, strict=True):
-        kind = cfg.memory_of(start)
+        converted = start in cfg.converted_layers
 
-        def step(x, weights, kind=kind):
-            base = {name: node for name, node in weights.items() if name != "delta"}
-            layer = make_layer(teacher, "softmax_cache", base)
+        def step(x, weights, start=start, converted=converted):
+            base = base_of(weights)
+            layer = make_layer(teacher, start, base)
             h = layer.attention_input(x, tokens.conditions)
             target, _ = layer.attend_clip(h, tokens.conditions, blocks, copies=2)
             context = layer.cross_attn.encode(tokens.text)
             finished = layer.finish(x, target, tokens.conditions, context)
-            if kind != "gated_delta":
+            if not converted:
                 return finished, None
 
             def error(delta):
-                student = make_layer(cfg, kind, base | {"delta": delta})
+                student = make_layer(cfg, start, base | {"delta": delta})
                 out, logged = student.attend_clip(h, tokens.conditions, blocks, copies=2)
                 pairs = (x.reshape(-1, 2, *x.shape[1:]) for x in (out, target))
                 return relative_error(*pairs), logged

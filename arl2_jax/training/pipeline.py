@@ -67,6 +67,7 @@ def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, 
     Raises:
       ConfigError: one line naming the field or file, its value and the remedy.
     """
+    models.check_trainable(config.model)
     mesh = sharding.make_mesh(config.train.mesh)
     sharding.check_blocks(mesh, config.blocks)
     for phase in config.phases:

@@ -14,13 +14,12 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from arl2_jax.config import Config, ModelConfig
+from arl2_jax.config import Config, MemorySpec, ModelConfig
 from arl2_jax.data import ClipData
 from arl2_jax.diffusion import add_noise
-from arl2_jax.memory.retention import measure_memory
 from arl2_jax.models import Params, cast_params
 from arl2_jax.models.layer import Conditions
-from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
+from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem, memory_of
 from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
 from arl2_jax.storage import write_whole
 
@@ -33,7 +32,7 @@ Measures = dict[str, Any]
 def retention(
     params: Params, cfg: ModelConfig, clips: Mapping[str, Any], *, context_noise: float = 0.0
 ) -> Measures:
-    """Measure what every hybrid layer keeps, at the model's own activations on clips.
+    """Measure what every layer with such a measure keeps, at its activations on clips.
 
     Clips go through the network one by one and layer by layer, as they do when they are
     remembered. Two compilations serve all layers, one for each kind.
@@ -51,7 +50,7 @@ def retention(
       `arl2_jax.memory.retention.measure_writes` and "read_to_local". "survival" has such a table
       for each lag, "1", "2", ..., in blocks. No layers where the memory is closed.
     """
-    layers = cfg.hybrid_layers if cfg.memory_gate != "zero" else ()
+    layers = measured_layers(cfg)
     _, frames, rows, columns, _ = clips["latents"].shape
     tokens = cfg.frames_per_block * (rows // cfg.patch_size[1]) * (columns // cfg.patch_size[2])
     facts: Measures = {
@@ -72,6 +71,13 @@ def retention(
     lags = [name for name in tables if name.startswith("survival_")]
     survival = {name.removeprefix("survival_"): tables.pop(name) for name in lags}
     return facts | tables | {"survival": survival}
+
+
+def measured_layers(cfg: ModelConfig) -> tuple[int, ...]:
+    """Indices of the layers whose memory can be measured; none where it is closed."""
+    if cfg.memory_gate == "zero":
+        return ()
+    return tuple(i for i in range(cfg.num_layers) if hasattr(memory_of(cfg, i), "measure"))
 
 
 def _as_written(clips: Mapping[str, Any], level: float) -> Mapping[str, Any]:
@@ -98,15 +104,15 @@ def _by_layer(
         for i in range(len(latents))
     ]
     found = []
-    for layer in range(max(cfg.hybrid_layers) + 1):
+    for layer in range(max(measured_layers(cfg)) + 1):
         # On their way to a device, weights in host memory stay there for one layer alone.
         weights = jax.tree.map(jnp.asarray, params["blocks"][str(layer)])
-        kind, each = cfg.memory_of(layer), []
+        spec, each = cfg.memory_of(layer), []
         for i, clip in enumerate(passing):
-            x, measures = _apply(weights, cfg, kind, blocks, clip)
+            x, measures = _apply(weights, cfg, spec, blocks, clip)
             passing[i] = clip._replace(x=x)
             each.append(measures)
-        if kind == "gated_delta":
+        if layer in measured_layers(cfg):
             pairs = jax.device_get(each)
             mean = lambda *values: np.mean(np.concatenate(values), axis=0, dtype=np.float64)
             found.append(jax.tree.map(mean, *pairs))
@@ -122,18 +128,18 @@ def _embed(stem: Params, cfg: ModelConfig, latents, text, level: float = 0.0) ->
     clean = lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 0]
     modulation = clean(both.conditions.modulation)
     return both._replace(
-        x=_lay_out(clean(both.x)), conditions=Conditions(modulation, both.conditions.rope)
+        x=_lay_out(clean(both.x)), conditions=Conditions(modulation, both.conditions.grid)
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _apply(weights: Params, cfg: ModelConfig, kind: str, blocks: int, clip: Clip):
-    """A layer on clean clips: (tokens, measures of its memory, [B, H] each, if it is hybrid)."""
-    layer = make_layer(cfg, kind, cast_params(weights, cfg))
-    h = layer.attention_input(clip.x, clip.conditions)
-    p = layer.self_attn.project(h, clip.conditions.rope)
-    measures = measure_memory(layer.delta, p, blocks) if layer.hybrid else {}
-    attended, _ = layer.own_memory.attend_clip(p, blocks, copies=1)
+def _apply(weights: Params, cfg: ModelConfig, spec: MemorySpec, blocks: int, clip: Clip):
+    """A layer on clean clips: (tokens, measures of its memory, [B, H] each, if it has any)."""
+    layer = make_layer(cfg, spec, cast_params(weights, cfg))
+    h, grid = layer.attention_input(clip.x, clip.conditions), clip.conditions.grid
+    p, measure = layer.self_attn.project(h), getattr(layer.memory, "measure", None)
+    measures = measure(p, grid, blocks) if measure and cfg.memory_gate != "zero" else {}
+    attended, _ = layer.memory.attend_clip(p, grid, blocks, copies=1)
     context = layer.cross_attn.encode(clip.text)
     x = layer.finish(clip.x, layer.self_attn.output(attended), clip.conditions, context)
     # Small and needed by every process.
@@ -200,8 +206,7 @@ def record_retention(
       warn: whether to warn of layers that forget a block.
     """
     path = folder / "retention.json"
-    open_layers = config.model.hybrid_layers and config.model.memory_gate != "zero"
-    if not open_layers or not {"stage1", "stage2"} & {*config.phases} or path.exists():
+    if not measured_layers(config.model) or not {"stage1", "stage2"} & {*config.phases} or path.exists():
         return
     measures = retention(
         params, config.model, data.held_out(1), context_noise=config.sampler.context_noise

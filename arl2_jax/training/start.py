@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax import sharding
-from arl2_jax.config import Config, ModelConfig, to_config_dict
+from arl2_jax.config import Config, MemorySpec, ModelConfig, to_config_dict
 from arl2_jax.data import ClipData
 from arl2_jax.memory.recurrence import states_before
-from arl2_jax.models import Params, cast_params
+from arl2_jax.models import Params, base_of, cast_params
 from arl2_jax.models.wan import Clip, make_layer, make_stem
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
@@ -77,20 +77,27 @@ def _by_layer(params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Ar
         weights = layers[str(i)]
         if i in cfg.hybrid_layers:
             own_key = jax.random.fold_in(key, i)
-            delta, errors[str(i)] = _fit_layer(weights, cfg, blocks, passing, own_key)
+            spec = cfg.memory_of(i)
+            delta, errors[str(i)] = _fit_layer(weights, cfg, spec, blocks, passing, own_key)
             layers[str(i)] = weights | {"delta": delta}
             logging.info("start of layer %d: error %.4f before, %.4f after", i, *errors[str(i)])
         if i < max(cfg.hybrid_layers):
-            base = {name: node for name, node in weights.items() if name != "delta"}
-            passing = [_teacher_layer(base, cfg.teacher(), blocks, clip) for clip in passing]
+            teacher = cfg.teacher()
+            passing = [_teacher_layer(base_of(weights), teacher, blocks, clip) for clip in passing]
     return params | {"blocks": layers}, errors
 
 
 def _fit_layer(
-    weights: Params, cfg: ModelConfig, blocks: int, clips: list[Clip], key: Array
+    weights: Params,
+    cfg: ModelConfig,
+    spec: MemorySpec,
+    blocks: int,
+    clips: list[Clip],
+    key: Array,
 ) -> tuple[Params, LayerStart]:
     """The layer's "delta" node with its readout fitted, and the errors."""
-    readings, delta = [_readings(weights, cfg, blocks, clip) for clip in clips], weights["delta"]
+    readings = [_readings(weights, cfg, spec, blocks, clip) for clip in clips]
+    delta = weights["delta"]
     first = Readout(delta["phi_q"], delta["phi_v"], _columns(delta["gate_proj"]["kernel"]))
     output = weights["self_attn"]["o"]["kernel"]
     readout, errors = fit_readout(first, readings, output, key)
@@ -155,33 +162,32 @@ def _embed(stem: Params, cfg: ModelConfig, clip: NoisedClip) -> Clip:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _teacher_layer(base: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Clip:
     """Clips behind a layer of the teacher, `cfg`."""
-    layer = make_layer(cfg, "softmax_cache", cast_params(base, cfg))
+    layer = make_layer(cfg, 0, cast_params(base, cfg))
     context = layer.cross_attn.encode(clip.text)
     x, _ = layer.clip(clip.x, clip.conditions, context, blocks, copies=2)
     return clip._replace(x=_by_place(x))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _readings(weights: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Readings:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _readings(
+    weights: Params, cfg: ModelConfig, spec: MemorySpec, blocks: int, clip: Clip
+) -> Readings:
     """What a hybrid layer reads with and from at the teacher's input."""
     weights = cast_params(weights, cfg)
     delta = weights["delta"]
     identity = jnp.broadcast_to(jnp.eye(cfg.head_dim), delta["phi_v"].shape)
-    layer = make_layer(cfg, "gated_delta", weights | {"delta": delta | {"phi_v": identity}})
-    memory = layer.delta
-    p = layer.self_attn.project(
-        layer.attention_input(clip.x, clip.conditions), clip.conditions.rope
-    )
+    layer = make_layer(cfg, spec, weights | {"delta": delta | {"phi_v": identity}})
+    memory, grid = layer.memory, clip.conditions.grid
+    p = layer.self_attn.project(layer.attention_input(clip.x, clip.conditions))
     clean = p.first_of(2)
     empty = memory.init_state(len(clean.x))
-    states = states_before(memory.settings, memory.writes(clean, blocks), empty, blocks)
+    states = states_before(memory.settings, memory.writes(clean, grid, blocks), empty, blocks)
     q = rms_norm(p.q_raw + memory.lora_q(p.x), p.q_scale, cfg.eps)
 
-    closed = dataclasses.replace(cfg, memory_gate="zero")
-    local, _ = make_layer(closed, "gated_delta", weights).delta.attend_clip(p, blocks, copies=2)
-    base = {name: node for name, node in weights.items() if name != "delta"}
-    teacher = make_layer(cfg.teacher(), "softmax_cache", base)
-    whole, _ = teacher.own_memory.attend_clip(p, blocks, copies=2)
+    closed = make_layer(dataclasses.replace(cfg, memory_gate="zero"), spec, weights)
+    local, _ = closed.memory.attend_clip(p, grid, blocks, copies=2)
+    teacher = make_layer(cfg.teacher(), 0, base_of(weights))
+    whole, _ = teacher.memory.attend_clip(p, grid, blocks, copies=2)
     attended = layer.self_attn.output(whole).astype(jnp.float32)
     squares = jnp.sum(jnp.square(attended).reshape(len(clean.x), -1), axis=1)
     return Readings(
@@ -190,7 +196,7 @@ def _readings(weights: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Rea
         x=p.x,
         target=whole.astype(jnp.float32) - local.astype(jnp.float32),
         weights=jnp.repeat(1 / (squares + 1e-12), 2),
-        rope=clip.conditions.rope,
+        rope=grid.rotation(),
     )
 
 

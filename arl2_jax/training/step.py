@@ -83,7 +83,7 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
 
 
 def _optimizer(config: Config, phase: str, trained: Params):
-    scale = value_scale(config.model)
+    scale = value_scale(config.model.delta, config.model.attention)
     return make_optimizer(getattr(config, phase), trained, value_scale=scale)
 
 

@@ -31,7 +31,7 @@ MODEL_FACTS = (
 )  # fmt: skip
 HYBRID_FACTS = (
     "hybrid_layers", "lora_rank", "lora_alpha", "frames_per_block", "memory_gate", "memory_init",
-    "delta",
+    "delta", "memories",
 )  # fmt: skip
 # Other programs' names of the same fields.
 _MODEL_NAMES = {

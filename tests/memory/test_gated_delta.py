@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arl2_jax.models.attention import HybridAttention
+from arl2_jax.models.hybrid_attention import HybridAttention
 from arl2_jax.models.wan import make_layer
+from arl2_jax.nn.positions import video_grid
 from arl2_jax.nn.rope import video_rope
 
 BLOCKS, ROWS, COLUMNS = 4, 2, 3
@@ -100,21 +101,20 @@ class Reference:
 def test_layer_is_its_equations(cfg, make_params, error, heads, width):
     cfg = dataclasses.replace(cfg, dim=heads * width, num_heads=heads, hybrid_layers=(0,))
     weights = make_params(cfg)["blocks"]["0"]
-    layer = make_layer(cfg, "gated_delta", weights)
+    layer = make_layer(cfg, 0, weights)
     rng = np.random.default_rng(1)
     shape = (BLOCKS, 1, cfg.frames_per_block * ROWS * COLUMNS, cfg.dim)
     clean, noisy = rng.standard_normal((2, *shape), np.float32)
 
     @jax.jit
     def step(x, state, first):
-        p = layer.self_attn.project(
-            x, video_rope(first, cfg.frames_per_block, ROWS, COLUMNS, cfg.head_dim)
-        )
-        out = layer.self_attn.output(layer.delta.attend(p, state))
-        return out, layer.delta.write(p, state)
+        p = layer.self_attn.project(x)
+        grid = video_grid(first, cfg.frames_per_block, ROWS, COLUMNS, cfg.head_dim)
+        out, aux = layer.memory.attend(p, state, grid)
+        return layer.self_attn.output(out), layer.memory.write(p, aux, state, grid)
 
     reference = Reference(cfg, weights["self_attn"], weights["delta"])
-    state = layer.delta.init_state(1)
+    state = layer.memory.init_state(1)
     for i in range(BLOCKS):
         first = 1000 + i * cfg.frames_per_block
         # float32 products and sums of up to dim terms against float64.
@@ -130,7 +130,7 @@ def test_initial_values(cfg):
     from arl2_jax.memory import GatedDelta
 
     graph_and_state = jax.jit(
-        lambda: nnx.to_pure_dict(nnx.split(GatedDelta(many, rngs=nnx.Rngs(0)))[1])
+        lambda: nnx.to_pure_dict(nnx.split(GatedDelta(many.delta, many.attention, rngs=nnx.Rngs(0)))[1])
     )
     delta = jax.device_get(graph_and_state())
     rates, steps = np.exp(delta["A_log"]), softplus(delta["dt_bias"])

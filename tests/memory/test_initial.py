@@ -22,6 +22,7 @@ from arl2_jax.memory.initial import initial_strength
 from arl2_jax.memory.retention import survival, transitions
 from arl2_jax.models import init_params
 from arl2_jax.nn.lora import LowRank
+from arl2_jax.nn.positions import given_rotations
 from arl2_jax.training.optimizer import make_optimizer, path_name
 
 
@@ -39,13 +40,17 @@ def random_tokens(cfg, tokens, blocks, seed=0):
     x, q, k, v = (draw() for _ in range(4))
     heads = lambda y: y.reshape(*y.shape[:2], cfg.num_heads, cfg.head_dim)
     one = jnp.ones(cfg.dim)
-    return Projections(x, q, k, heads(q), heads(k), heads(v), one, one, None)
+    return Projections(x, q, k, heads(q), heads(k), heads(v), one, one)
+
+
+def not_rotated(cfg, tokens):
+    return given_rotations(None, tokens, cfg.head_dim)
 
 
 def retention(cfg, tokens, blocks=2):
     """Share of a random state that survives a block, of each head [H]."""
-    memory = GatedDelta(cfg, rngs=nnx.Rngs(0))
-    writes = memory.writes(random_tokens(cfg, tokens, blocks), blocks)
+    memory = GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
+    writes = memory.writes(random_tokens(cfg, tokens, blocks), not_rotated(cfg, tokens * blocks), blocks)
     kept = jax.jit(lambda writes: survival(transitions(writes, blocks, cfg.delta), 1))
     return kept(writes)[0]
 
@@ -64,7 +69,7 @@ def test_the_published_start_is_unchanged_bit_for_bit(cfg):
     )
     kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     loras = [kaiming(rngs.params(), (cfg.dim, cfg.lora_rank)) for _ in range(3)]
-    memory = GatedDelta(cfg, rngs=nnx.Rngs(0))
+    memory = GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
     found = nnx.to_pure_dict(nnx.split(memory)[1])
     for name, kernel in zip(("a_proj", "b_proj", "gate_proj"), kernels, strict=True):
         np.testing.assert_array_equal(found[name]["kernel"], kernel)
@@ -108,7 +113,8 @@ def test_writes_leave_what_their_load_says(tokens, load):
 
 def test_the_strongest_start_erases_what_a_key_has_held():
     assert initial_strength(4, 128, 5.0) == 1
-    memory = GatedDelta(make_cfg(4, head_dim=128, write_load=5.0), rngs=nnx.Rngs(0))
+    cfg = make_cfg(4, head_dim=128, write_load=5.0)
+    memory = GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
     strength = 2 * jax.nn.sigmoid(memory.beta_bias[...])
     assert bool(jnp.all(jnp.isfinite(memory.beta_bias[...])) and jnp.all(strength == strength[0]))
     np.testing.assert_allclose(strength, 1, rtol=1e-6)
@@ -117,7 +123,7 @@ def test_the_strongest_start_erases_what_a_key_has_held():
 def test_time_constants_spread_over_the_heads():
     """One in each of as many equal parts of the range, in the logarithm."""
     cfg = make_cfg(100, heads=8, time_constants=(0.5, 128.0))
-    memory = GatedDelta(cfg, rngs=nnx.Rngs(3))
+    memory = GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(3))
     steps = jax.nn.softplus(memory.dt_bias[...]) * jnp.exp(memory.A_log[...])
     blocks = np.sort(1 / (np.asarray(steps) * 100))
     parts = np.log2(blocks / 0.5)
@@ -126,7 +132,7 @@ def test_time_constants_spread_over_the_heads():
 
 def test_the_read_begins_as_large_as_its_gain_says():
     cfg = make_cfg(64, read_gain=0.5)
-    memory = GatedDelta(cfg, rngs=nnx.Rngs(0))
+    memory = GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(memory.phi_v[...], np.tile(0.5 * 32**0.5 * np.eye(32), (4, 1, 1)))
 
 

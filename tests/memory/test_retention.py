@@ -18,7 +18,7 @@ from arl2_jax.memory.retention import (
     weights_at_end,
 )
 from arl2_jax.models.wan import make_layer
-from arl2_jax.nn.rope import video_rope
+from arl2_jax.nn.positions import video_grid
 
 measure = jax.jit(measure_writes, static_argnums=1)
 
@@ -194,27 +194,25 @@ def test_lags_longer_than_the_clip_are_refused_and_left_out():
 def test_reads_against_local_are_those_of_the_block_form(cfg, params):
     """What a block adds to its own attention, block after block with the state carried along."""
     frames, rows, columns, blocks = 2, 2, 3, 3
-    layer = make_layer(cfg, "gated_delta", params["blocks"]["0"])
-    project, delta = layer.self_attn.project, layer.delta
-    attend, write, measured = (
-        jax.jit(f)
-        for f in (delta.attend, delta.write, partial(measure_memory, delta, blocks=blocks))
-    )
+    layer = make_layer(cfg, 0, params["blocks"]["0"])
+    project, delta = layer.self_attn.project, layer.memory
+    measured = jax.jit(partial(measure_memory, delta, blocks=blocks))
+    attend, write = jax.jit(lambda *a: delta.attend(*a)[0]), jax.jit(delta.write)
     n = frames * rows * columns
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, blocks * n, cfg.dim)), jnp.float32)
-    rope = video_rope(0, blocks * frames, rows, columns, cfg.head_dim)
-    measures = measured(project(x, rope))
+    grid = video_grid(0, blocks * frames, rows, columns, cfg.head_dim)
+    measures = measured(project(x), grid)
 
     state, reads, local = delta.init_state(2), [], []
     empty = state
     for i in range(blocks):
-        own = video_rope(i * frames, frames, rows, columns, cfg.head_dim)
-        p = project(x[:, i * n : (i + 1) * n], own)
-        local.append(attend(p, empty))
-        reads.append(attend(p, state) - local[-1])
-        state = write(p, state)
+        own = video_grid(i * frames, frames, rows, columns, cfg.head_dim)
+        p = project(x[:, i * n : (i + 1) * n])
+        local.append(attend(p, empty, own))
+        reads.append(attend(p, state, own) - local[-1])
+        state = write(p, None, state, own)
     rms = lambda parts: np.sqrt(np.mean(np.square(parts[1:]), axis=(0, 2, 4)))
     np.testing.assert_allclose(measures["read_to_local"], rms(reads) / rms(local), rtol=1e-4)
     assert np.all(reads[0] == 0)
-    alone = jax.eval_shape(lambda p: measure_memory(delta, p, 1), project(x, rope))
+    alone = jax.eval_shape(lambda p: measure_memory(delta, p, grid, 1), project(x))
     assert not any(name in alone for name in ("survival_2", "survival_4"))

@@ -9,7 +9,7 @@ from arl2_jax.models.embeddings import modulate, timestep_features
 from arl2_jax.models.layer import Conditions
 from arl2_jax.models.wan import make_layer, make_stem
 from arl2_jax.nn.norm import rms_norm
-from arl2_jax.nn.rope import video_rope
+from arl2_jax.nn.positions import video_grid
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def test_modulation_is_per_frame():
 
 
 def test_timestep_of_a_frame_moves_the_input_of_its_tokens_alone(stem, cfg, params):
-    layer = make_layer(cfg, "softmax_cache", params["blocks"]["2"])
+    layer = make_layer(cfg, 2, params["blocks"]["2"])
     x = jax.random.normal(jax.random.key(0), (1, 18, cfg.dim))
-    rope = video_rope(0, 3, 2, 3, cfg.head_dim)
+    grid = video_grid(0, 3, 2, 3, cfg.head_dim)
 
     @jax.jit
     def attention_input(timestep):
-        return layer.attention_input(x, Conditions(stem.embed_time(timestep)[1], rope))
+        return layer.attention_input(x, Conditions(stem.embed_time(timestep)[1], grid))
 
     one = attention_input(jnp.asarray([[100.0, 100.0, 100.0]]))
     other = attention_input(jnp.asarray([[100.0, 700.0, 100.0]]))
@@ -83,12 +83,12 @@ def test_timestep_of_a_frame_moves_the_input_of_its_tokens_alone(stem, cfg, para
 def test_layer_is_its_equations_outside_the_attention(cfg, params, error):
     """Order of the six modulation terms, gates, norms, and no modulation of cross-attention."""
     weights = params["blocks"]["2"]
-    layer = make_layer(cfg, "softmax_cache", weights)
+    layer = make_layer(cfg, 2, weights)
     rng = np.random.default_rng(2)
     x, attended = rng.standard_normal((2, 1, 12, cfg.dim))
     time = rng.standard_normal((1, 2, 6, cfg.dim))
     text = rng.standard_normal((1, 5, cfg.dim))
-    conditions = Conditions(jnp.asarray(time, jnp.float32), video_rope(0, 2, 2, 3, cfg.head_dim))
+    conditions = Conditions(jnp.asarray(time, jnp.float32), video_grid(0, 2, 2, 3, cfg.head_dim))
 
     @jax.jit
     def run(x, attended, text):
@@ -134,7 +134,7 @@ def test_norm_of_queries_spans_all_heads(cfg, params):
     kernel = larger["self_attn"]["q"]["kernel"]
     larger["self_attn"]["q"]["kernel"] = kernel.at[:, : cfg.head_dim].multiply(3)
     x = jax.random.normal(jax.random.key(0), (1, 6, cfg.dim))
-    project = lambda w: make_layer(cfg, "gated_delta", w).self_attn.project(x, None)
+    project = lambda w: make_layer(cfg, 0, w).self_attn.project(x)
     one, other = project(weights), project(larger)
     ratio = np.abs(other.q[:, :, 1] / one.q[:, :, 1])
     assert np.all(ratio < 0.95)

@@ -114,7 +114,7 @@ def test_scanned_layers_are_single_layers(params, cfg, clip, apply_clip, error):
         tokens = wan.embed_clip(stem, cfg, *clip)
         x = tokens.x
         for i in range(cfg.num_layers):
-            layer = wan.make_layer(cfg, cfg.memory_of(i), params["blocks"][str(i)])
+            layer = wan.make_layer(cfg, i, params["blocks"][str(i)])
             context = layer.cross_attn.encode(tokens.text)
             x, _ = layer.clip(x, tokens.conditions, context, blocks=3, copies=2)
         return stem.predict_flow(x[1::2], tokens.time, 4, 6)

@@ -10,7 +10,7 @@ from wan_names import from_diffusers, from_original, golden
 from arl2_jax import models
 from arl2_jax.models.layer import Conditions
 from arl2_jax.models.wan import make_layer
-from arl2_jax.nn.rope import video_rope
+from arl2_jax.nn.positions import video_grid
 
 GRID = (2, 3, 5)  # latent frames, rows and columns of tokens
 
@@ -24,13 +24,12 @@ def test_network(apply, error):
     assert error(flow, arrays["flow"]) < 1e-5
 
 
-def block(cfg, kind, weights, state, first_frame, x, modulation, embedded):
+def block(cfg, layer, weights, state, first_frame, x, modulation, embedded):
     """(tokens, state) of one layer alone."""
-    rope = video_rope(first_frame, *GRID, cfg.head_dim)
-    layer = make_layer(cfg, kind, weights)
+    grid = video_grid(first_frame, *GRID, cfg.head_dim)
+    layer = make_layer(cfg, layer, weights)
     context = layer.cross_attn.encode(embedded)
-    position = first_frame * GRID[1] * GRID[2]
-    return layer.block(x, Conditions(modulation, rope), context, state, position, write=True)
+    return layer.block(x, Conditions(modulation, grid), context, state, write=True)[:2]
 
 
 def test_one_layer(error):
@@ -39,7 +38,7 @@ def test_one_layer(error):
     memory = models.init_memory(cfg, batch=2, frames=GRID[0], tokens_per_frame=15)
     state = jax.tree.map(lambda layers: layers[1], memory[0])
     inputs = (arrays[name] for name in ("x", "modulation", "embedded"))
-    y, _ = jax.jit(block, static_argnums=(0, 1))(cfg, "softmax_cache", weights, state, 0, *inputs)
+    y, _ = jax.jit(block, static_argnums=(0, 1))(cfg, 1, weights, state, 0, *inputs)
     assert error(y, arrays["y"]) < 5e-6
 
 
@@ -50,6 +49,6 @@ def test_two_blocks_of_a_converted_layer(error):
     state, run = state[0], jax.jit(block, static_argnums=(0, 1))
     for i in range(2):
         inputs = (arrays["x"][i], arrays["modulation"][i], arrays["embedded"])
-        y, state = run(cfg, "gated_delta", weights, state, i * GRID[0], *inputs)
+        y, state = run(cfg, 0, weights, state, i * GRID[0], *inputs)
         assert error(y, arrays["y"][i]) < 5e-6
         assert error(state, arrays["states"][i]) < 5e-6

@@ -11,7 +11,7 @@ from wan_names import from_original, original_tensors
 from arl2_jax.config import ModelConfig
 from arl2_jax.models.layer import Conditions
 from arl2_jax.models.wan import make_layer
-from arl2_jax.nn.rope import video_rope
+from arl2_jax.nn.positions import video_grid
 
 pytestmark = pytest.mark.parity
 
@@ -28,7 +28,7 @@ def test_two_blocks_in_a_row(heads, head_dim, grid, error):
     tensors = original_tensors(cfg)
     reference = HybridLayer(tensors, 1, heads=heads, alpha=cfg.lora_alpha)
     weights = jax.tree.map(jnp.asarray, from_original(tensors, cfg)["blocks"]["1"])
-    ours = make_layer(cfg, "gated_delta", weights)
+    ours = make_layer(cfg, 1, weights)
 
     frames, rows, columns = grid
     tokens = rows * columns
@@ -45,10 +45,10 @@ def test_two_blocks_in_a_row(heads, head_dim, grid, error):
         wanted = reference(x_torch, of_tokens, text_torch, turns, wanted_state)
         wanted_state = reference.write(x_torch, of_tokens, turns, wanted_state)
 
-        conditions = Conditions(modulation, video_rope(first, *grid, head_dim))
-        block = (jnp.asarray(x), conditions, context, state, first * tokens)
-        read, kept = ours.block(*block, write=False)
-        found, state = ours.block(*block, write=True)
+        conditions = Conditions(modulation, video_grid(first, *grid, head_dim))
+        block = (jnp.asarray(x), conditions, context, state)
+        read, kept, _ = ours.block(*block, write=False)
+        found, state, _ = ours.block(*block, write=True)
         np.testing.assert_array_equal(kept, block[3])
         np.testing.assert_array_equal(read, found)
         assert error(found, wanted) < 5e-6

@@ -23,9 +23,11 @@ from wan_names import from_diffusers
 
 from arl2_jax import models
 from arl2_jax.config import ModelConfig
+from arl2_jax.memory import Room
 from arl2_jax.models.embeddings import timestep_features
 from arl2_jax.models.layer import Conditions
 from arl2_jax.models.wan import make_layer, make_stem
+from arl2_jax.nn.positions import video_grid
 from arl2_jax.nn.rope import rotate, video_rope
 
 pytestmark = pytest.mark.parity
@@ -147,11 +149,11 @@ def test_one_layer(case, layer, error):
     wanted = network.blocks[layer](torch.tensor(x), torch.tensor(text), tokens, rotary)
 
     weights = params["blocks"][str(layer % cfg.num_layers)]
-    ours = make_layer(cfg, "softmax_cache", jax.tree.map(jnp.asarray, weights))
-    conditions = Conditions(modulation, video_rope(0, frames, rows, columns, cfg.head_dim))
-    state = ours.memory.init_state(2, x.shape[1])
+    ours = make_layer(cfg, layer % cfg.num_layers, jax.tree.map(jnp.asarray, weights))
+    conditions = Conditions(modulation, video_grid(0, frames, rows, columns, cfg.head_dim))
+    state = ours.memory.init_state(2, Room(frames, rows * columns, frames))
     context = ours.cross_attn.encode(jnp.asarray(text))
-    found, _ = ours.block(jnp.asarray(x), conditions, context, state, 0, write=False)
+    found, _, _ = ours.block(jnp.asarray(x), conditions, context, state, write=False)
     assert error(found, wanted.detach()) < 5e-6
 
 

@@ -86,11 +86,11 @@ def layer_error(params, cfg, clip, layer, delta):
     x = tokens.x
     for i in range(layer + 1):
         base = models.without_delta(params)["blocks"][str(i)]
-        softmax = wan.make_layer(teacher, "softmax_cache", base)
+        softmax = wan.make_layer(teacher, 0, base)
         h = softmax.attention_input(x, tokens.conditions)
         wanted, _ = softmax.attend_clip(h, tokens.conditions, 3, 2)
         x, _ = softmax.clip(x, tokens.conditions, softmax.cross_attn.encode(tokens.text), 3, 2)
-    student = wan.make_layer(cfg, "gated_delta", base | {"delta": delta})
+    student = wan.make_layer(cfg, 0, base | {"delta": delta})
     out, _ = student.attend_clip(h, tokens.conditions, 3, 2)
     per_clip = lambda y: jnp.mean(jnp.square(y).reshape(len(clip.clean), -1), axis=1)
     return jnp.mean(per_clip(out - wanted) / per_clip(wanted))

@@ -119,10 +119,10 @@ def test_blocks_before_are_read_and_a_softmax_layer_may_stand_between(cfg, make_
     clip = module._embed(
         {n: x for n, x in params.items() if n != "blocks"}, between, clips["latents"], clips["text"]
     )
-    layer = make_layer(between, "gated_delta", params["blocks"]["0"])
+    layer = make_layer(between, 0, params["blocks"]["0"])
     h = layer.attention_input(clip.x, clip.conditions)
-    p = layer.self_attn.project(h, clip.conditions.rope)
-    alone = jax.jit(lambda p: measure_memory(layer.delta, p, 3))(p)
+    p = layer.self_attn.project(h)
+    alone = jax.jit(lambda p: measure_memory(layer.memory, p, clip.conditions.grid, 3))(p)
     # A rounding of a matrix moves its least singular value by as much as its largest (Weyl).
     rounding = {"least_kept": 1e-6 * np.max(alone["best_kept"][0])}
     for name in MEASURES:

@@ -1,0 +1,104 @@
+"""Where tokens stand in a video or in a sequence."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from arl2_jax.nn.rope import Rope, sequence_rope, video_rope
+
+_static: Any = lambda: dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenGrid:
+    """Positions of the tokens of a block or of a clip, in (frame, row, column) order.
+
+    A sequence without rows and columns is a grid whose frames have one token each.
+
+    Attributes:
+      first_frame: index of the first frame, int32 scalar, may be traced.
+      absolute: rotations of all tokens by their absolute positions; None without rotations.
+      frames, rows, columns: size of the grid.
+      head_dim: width of a head.
+      axes: what rotates a head: "video" gives time, row and column a part of it each; "sequence"
+        gives all of it to the position; "given" knows nothing but `absolute`.
+      text: keys of the layer's cross-attention, [B, L, H, D]; None outside a model with text.
+      layer: index in a run of layers whose states come stacked, int32 scalar; None if the state is
+        that of one layer.
+    """
+
+    first_frame: int | Int[Array, ""]
+    absolute: Rope | None
+    frames: int = _static()
+    rows: int = _static()
+    columns: int = _static()
+    head_dim: int = _static()
+    axes: Literal["video", "sequence", "given"] = _static()
+    text: Float[Array, "b l h d"] | None = None
+    layer: Int[Array, ""] | None = None
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one frame."""
+        return self.rows * self.columns
+
+    @property
+    def first_token(self) -> int | Int[Array, ""]:
+        """Index of the first token."""
+        return self.first_frame * self.tokens_per_frame
+
+    def rotation(
+        self, first_frame: int | Int[Array, ""] | None = None, *, space: bool = True
+    ) -> Rope | None:
+        """Rotations of the tokens, as if the first frame stood at `first_frame`.
+
+        Args:
+          first_frame: position of the first frame, not negative; by default its own.
+          space: whether rows and columns rotate, or time alone.
+        """
+        if self.axes == "given" or (first_frame is None and space):
+            return self.absolute
+        first = self.first_frame if first_frame is None else first_frame
+        if self.axes == "sequence":
+            return sequence_rope(first, self.frames, self.head_dim)
+        return video_rope(
+            first, self.frames, self.rows, self.columns, self.head_dim, space=space
+        )
+
+    def block(self, index: int | Int[Array, ""], blocks: int) -> "TokenGrid":
+        """One of the equal parts of a run of frames.
+
+        Raises:
+          ValueError: `blocks` does not divide the frames.
+        """
+        frames, rest = divmod(self.frames, blocks)
+        if rest:
+            raise ValueError(f"{blocks} blocks must divide the {self.frames} frames of the grid")
+        size = frames * self.tokens_per_frame
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)
+        first = self.first_frame + index * frames
+        absolute = jax.tree.map(cut, self.absolute)
+        return dataclasses.replace(self, first_frame=first, absolute=absolute, frames=frames)
+
+
+def video_grid(
+    first_frame: int | Int[Array, ""], frames: int, rows: int, columns: int, head_dim: int
+) -> TokenGrid:
+    """Positions of a run of latent frames."""
+    rope = video_rope(first_frame, frames, rows, columns, head_dim)
+    return TokenGrid(first_frame, rope, frames, rows, columns, head_dim, "video")
+
+
+def sequence_grid(first: int | Int[Array, ""], length: int, head_dim: int) -> TokenGrid:
+    """Positions of a run of tokens in a sequence."""
+    return TokenGrid(
+        first, sequence_rope(first, length, head_dim), length, 1, 1, head_dim, "sequence"
+    )
+
+
+def given_rotations(rope: Rope | None, tokens: int, head_dim: int) -> TokenGrid:
+    """A run of tokens with rotations from elsewhere, or with none, from position 0 on."""
+    return TokenGrid(0, rope, tokens, 1, 1, head_dim, "given")
