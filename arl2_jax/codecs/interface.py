@@ -1,4 +1,4 @@
-"""What a codec does: pixels become the latents that the model denoises, and back."""
+"""The interface of codecs: they turn pixels into the latents that a model denoises, and back."""
 
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ class Codec(Protocol):
 
     @property
     def spatial_factor(self) -> int:
-        """Rows and columns of pixels that make one latent."""
+        """Pixels along each side of the square that one latent covers."""
         ...
 
     @property
@@ -19,33 +19,33 @@ class Codec(Protocol):
         ...
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames that `latent_frames` latent frames decode to."""
+        """Return how many pixel frames `latent_frames` latent frames decode to."""
         ...
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """Latent frames that `pixel_frames` pixel frames encode to."""
+        """Return how many latent frames `pixel_frames` pixel frames encode to."""
         ...
 
     def encode(self, pixels: Array) -> Array:
-        """Encodes pixels [B, F, H, W, 3], float in [-1, 1], as latents [B, T, h, w, C]."""
+        """Encode pixels [B, F, H, W, 3], float in [-1, 1], as latents [B, T, h, w, C]."""
         ...
 
     def decode(self, latents: Array) -> Array:
-        """Decodes latents [B, T, h, w, C] to pixels [B, F, H, W, 3]."""
+        """Decode latents [B, T, h, w, C] to pixels [B, F, H, W, 3]."""
         ...
 
     def init_state(self, batch: int, rows: int, columns: int) -> Any:
-        """What `decode_block` knows before the first block of `rows` x `columns` latents."""
+        """Return the state before the first block of `rows` x `columns` latents."""
         ...
 
     def decode_block(self, latents: Array, state: Any, *, first: bool) -> tuple[Array, Any]:
-        """Decodes the next frames of a video: (pixels [B, F, H, W, 3], state).
+        """Decode the next frames of a video: (pixels [B, F, H, W, 3], state).
 
-        All blocks in turn give the frames that `decode` gives of the whole.
+        Block by block, the frames are those that `decode` gives for the whole video.
 
         Args:
           latents: [B, f, h, w, C].
-          state: of `init_state`, or as the block before has left it.
+          state: from `init_state` or the block before.
           first: whether the video begins with this block.
         """
         ...

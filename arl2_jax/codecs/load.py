@@ -1,7 +1,7 @@
-"""Codecs as a run names them, and Wan's autoencoder with its weights.
+"""The codec of a run, and Wan's autoencoder with its weights.
 
-`arl2_jax.weights` is imported by the functions that read files: who only needs a codec's shape or
-a codec without weights does not load Orbax and safetensors.
+`arl2_jax.weights` is imported inside the functions that read files, so that code which only uses a
+codec does not load Orbax and safetensors.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from arl2_jax.config import Config, ConfigError
 
 
 def make_codec(config: Config) -> Codec | None:
-    """The codec that `config.data.codec` names, for the channels of `config.model`.
+    """Make the codec that `config.data.codec` names, for the channels of `config.model`.
 
     Returns:
-      The codec; None for Wan's autoencoder if `config.data.vae` names no weights, without which
-      stored latents can be trained on, but not be shown.
+      The codec. None for Wan's autoencoder if `config.data.vae` names no weights: stored latents
+      can then be trained on, but not decoded.
 
     Raises:
       ConfigError: the codec does not fit the model, or its weights cannot be read.
@@ -47,15 +47,15 @@ def make_codec(config: Config) -> Codec | None:
 def load_wan_codec(
     path: str, dtype: str | None = None, tile: tuple[int, int] | None = None
 ) -> WanCodec:
-    """Wan's autoencoder with the weights of a file or folder, on the default device.
+    """Load Wan's autoencoder from a file or folder onto the default device.
 
     Args:
-      path: weights in any layout that `arl2_jax.weights` reads, or a release with them.
-      dtype: type of the convolutions; by default bfloat16, on CPUs float32.
+      path: weights in any layout that `arl2_jax.weights` reads, or a release that has them.
+      dtype: type of the convolutions; by default bfloat16, or float32 on CPUs.
       tile: rows and columns of latents that are computed together; by default all.
 
     Raises:
-      WeightsError: the weights cannot be read, or are of another network.
+      WeightsError: the weights cannot be read, or belong to another network.
     """
     from arl2_jax.weights import load_vae, vae_config
 
@@ -67,7 +67,7 @@ def load_wan_codec(
 
 
 def vae_weights(path: str) -> str:
-    """The file or folder of the autoencoder's weights: in a release's folder, or `path` itself."""
+    """Find the autoencoder's weights: those of a release's folder, else `path` itself."""
     from arl2_jax.weights import find_release
 
     return str(find_release(path).vae or path)

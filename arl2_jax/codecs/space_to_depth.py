@@ -42,40 +42,40 @@ class SpaceToDepth:
         return 3 * self.spatial_factor**2
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """The same number: time is not compressed."""
+        """Return the same number: time is not compressed."""
         return latent_frames
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """The same number: time is not compressed."""
+        """Return the same number: time is not compressed."""
         return pixel_frames
 
     def encode(self, pixels: Array) -> Array:
-        """Encodes pixels [B, F, H, W, 3], float in [-1, 1], as latents [B, F, h, w, C]."""
+        """Encode pixels [B, F, H, W, 3], float in [-1, 1], as latents [B, F, h, w, C]."""
         p = self.spatial_factor
         latents = rearrange(pixels, "b f (h p) (w q) c -> b f h w (p q c)", p=p, q=p)
         return latents if self.channels == self.values else _matmul(latents, self._lift())
 
     def decode(self, latents: Array) -> Array:
-        """Decodes latents [B, F, h, w, C] to pixels [B, F, H, W, 3]."""
+        """Decode latents [B, F, h, w, C] to pixels [B, F, H, W, 3]."""
         if self.channels != self.values:
             latents = _matmul(latents, self._lift().T)
         p = self.spatial_factor
         return rearrange(latents, "b f h w (p q c) -> b f (h p) (w q) c", p=p, q=p)
 
     def init_state(self, batch: int, rows: int, columns: int) -> tuple[()]:
-        """Nothing: frames are decoded one by one."""
+        """Return nothing: frames are decoded one by one."""
         del batch, rows, columns
         return ()
 
     def decode_block(
         self, latents: Array, state: tuple[()], *, first: bool
     ) -> tuple[Array, tuple[()]]:
-        """Decodes a block like any other."""
+        """Decode a block like any other."""
         del first
         return self.decode(latents), state
 
     def _lift(self) -> np.ndarray:
-        """Q [values, channels]: the first rows of the orthonormal cosine transform."""
+        """Return Q [values, channels]: the first rows of the orthonormal cosine transform."""
         row, column = np.ogrid[: self.values, : self.channels]
         q = np.cos(np.pi * row * (column + 0.5) / self.channels) * np.sqrt(2 / self.channels)
         q[0] /= np.sqrt(2)
@@ -83,7 +83,7 @@ class SpaceToDepth:
 
 
 def _matmul(x: Array, matrix: np.ndarray) -> Array:
-    """X times matrix in x's type, at full precision also where the default is lower (TPU)."""
+    """Multiply in the type of x, at full precision also where the default is lower (TPU)."""
     if isinstance(x, np.ndarray):
         return x @ matrix.astype(x.dtype)
     return jnp.matmul(x, jnp.asarray(matrix, x.dtype), precision="highest")

@@ -1,4 +1,4 @@
-"""Wan's autoencoder as the codec of data and generation, with its programs compiled."""
+"""Wan's video autoencoder as a codec, with its programs compiled."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ class WanCodec:
 
     @property
     def spatial_factor(self) -> int:
-        """Rows and columns of pixels that make one latent."""
+        """Pixels along each side of the square that one latent covers."""
         return self.cfg.spatial_factor
 
     @property
@@ -48,32 +48,34 @@ class WanCodec:
         return self.cfg.z_dim
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """One for the first latent frame, and `cfg.temporal_factor` for every later one."""
+        """Return one for the first latent frame, and `cfg.temporal_factor` for every later one."""
         return max(1 + (latent_frames - 1) * self.cfg.temporal_factor, 0)
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """Latent frames that `pixel_frames` give; frames short of a whole one are not counted."""
+        """Return whole latent frames only: pixel frames left over are not counted."""
         return 1 + (pixel_frames - 1) // self.cfg.temporal_factor
 
     def encode(self, pixels):
-        """Encodes pixels [B, F, H, W, 3], float in [-1, 1], as float32 latents [B, T, h, w, z]."""
+        """Encode pixels [B, F, H, W, 3], float in [-1, 1], as float32 latents [B, T, h, w, z]."""
         return _encode(self.params, self.cfg, pixels, tile=self.tile)
 
     def decode(self, latents):
-        """Decodes latents [B, T, h, w, z] to float32 pixels [B, F, H, W, 3] in [-1, 1]."""
+        """Decode latents [B, T, h, w, z] to float32 pixels [B, F, H, W, 3] in [-1, 1]."""
         return _decode(self.params, self.cfg, latents, tile=self.tile)
 
     def init_state(self, batch: int, rows: int, columns: int) -> frames.State:
-        """The decoder's state before the first block of `rows` x `columns` latents."""
+        """Return the decoder's state before the first block of `rows` x `columns` latents."""
         return frames.init_decoder_state(self.cfg, batch, rows, columns, tile=self.tile)
 
     def decode_block(self, latents, state: frames.State, *, first: bool):
-        """Decodes the next frames of a video; blocks in turn give what `decode` gives of the whole.
+        """Decode the next frames of a video.
+
+        Block by block, the frames are those that `decode` gives for the whole video.
 
         Args:
           latents: [B, f, h, w, z].
           state: from `init_state` or the block before; its buffers are used up.
-          first: whether a video begins with this block.
+          first: whether the video begins with this block.
 
         Returns:
           Pixels (float32, in [-1, 1]), `pixel_frames(f)` of them if `first`, else

@@ -1,4 +1,4 @@
-"""A fixed random vector for every word: captions as embeddings, without a text encoder."""
+"""Toy text embeddings: a fixed random vector for each word, and no text encoder."""
 
 import functools
 import hashlib
@@ -7,14 +7,14 @@ import numpy as np
 
 
 def embed_caption(caption: str, text_len: int, text_dim: int) -> np.ndarray:
-    """Embeds a caption, one word a slot; stands in for the text encoder in runs without one.
+    """Embed a caption, one word a slot; stands in for the text encoder in runs without one.
 
-    Every word has a fixed vector of unit norm, drawn from a stable hash of the word in lower case.
+    Each word has a fixed vector of unit norm, drawn from a stable hash of the word in lower case.
     Words past `text_len` are dropped. Equal words embed equally and different ones almost
     orthogonally; nothing else is known of their meaning.
 
     Args:
-      caption: words separated by blanks; "" embeds as zeros, which is the dropped text.
+      caption: words separated by blanks; "" gives zeros, as dropped text does.
       text_len: slots.
       text_dim: width of a slot.
 

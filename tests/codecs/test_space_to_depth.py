@@ -1,13 +1,9 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_sizes import make_data, tiny_model
 
-from arl2_jax.codecs import SpaceToDepth, make_codec
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.codecs import SpaceToDepth
 
 
 def pixels(frames=3, height=8, width=16):
@@ -47,16 +43,3 @@ def test_jax_and_jit_agree_with_numpy(factor, channels):
 def test_keeps_the_number_of_frames():
     codec = SpaceToDepth(2, 16)
     assert codec.pixel_frames(7) == codec.latent_frames(7) == 7
-
-
-def test_too_few_channels_name_both_fields():
-    with pytest.raises(ConfigError, match=r"data\.codec_factor=4 .*model\.in_dim=16"):
-        make_codec(Config(tiny_model(in_dim=16, out_dim=16), data=make_data()))
-
-
-def test_make_codec_takes_factor_and_channels_from_the_config():
-    config = Config(tiny_model(), data=make_data())
-    assert make_codec(config) == SpaceToDepth(4, 48)
-    unequal = dataclasses.replace(config, model=tiny_model(out_dim=16))
-    with pytest.raises(ConfigError, match=r"model\.out_dim"):
-        make_codec(unequal)
