@@ -243,7 +243,7 @@ def test_layers_fall_into_runs():
     cfg = ModelConfig.tiny(num_layers=6, hybrid_layers=(5, 1, 2, 2))
     assert cfg.hybrid_layers == (1, 2, 5)
     assert cfg.layer_runs() == [(0, 1), (1, 3), (3, 5), (5, 6)]
-    assert [cfg.memory_of(i) for i in (0, 1)] == ["softmax_cache", "gated_delta"]
+    assert [cfg.memory_of(i).kind for i in (0, 1)] == ["softmax_cache", "gated_delta"]
     assert cfg.teacher().layer_runs() == [(0, 6)]
     assert dataclasses.replace(cfg, hybrid_layers=range(6)).layer_runs() == [(0, 6)]
 

@@ -180,14 +180,14 @@ class Generator:
             position += f
             yield block
 
-    def _make_block(self, context: RolloutContext, memory, position, key, aux=None):
-        state = RolloutState(memory, position, key, aux)
+    def _make_block(self, context: RolloutContext, memory, position, key):
+        state = RolloutState(memory, position, key)
         batch = context.text[0].k.shape[1] // (2 if self.sampler.guidance > 1 else 1)
         shape = (batch, *self._shape)
         return generate_block(context, self.cfg, self.sampler, state, shape)
 
-    def _write_block(self, context: RolloutContext, memory, position, key, aux=None, *, block):
-        state = RolloutState(memory, position, key, aux)
+    def _write_block(self, context: RolloutContext, memory, position, key, block):
+        state = RolloutState(memory, position, key)
         return write_block(context, self.cfg, self.sampler, state, block)
 
     def _check_past(self, past, batch: int) -> int:

@@ -21,13 +21,11 @@ class RolloutState(NamedTuple):
       memory: memories of all layers; with guidance, of the batch with and without text.
       position: index of the next latent frame, int32.
       key: random key.
-      aux: what the memories have gathered while the next block was denoised; None before.
     """
 
     memory: Any
     position: Int[Array, ""]
     key: Array
-    aux: Any = None
 
 
 class RolloutContext(NamedTuple):
@@ -81,6 +79,7 @@ def write_block(
     *,
     read=None,
     eps: Float[Array, "b f rows columns channels"] | None = None,
+    aux: Any = None,
 ) -> RolloutState:
     """Runs a block at noise level sampler.context_noise through the network and remembers it.
 
@@ -89,6 +88,7 @@ def write_block(
       block: clean latents [B, f, rows, columns, channels].
       read: memories that the block sees instead of those of `state`, which it is written to.
       eps: noise for the block, standard normal; by default drawn with the key of `state`.
+      aux: what the memories have gathered while the block was denoised; None if it was not.
     """
     level = jnp.full(block.shape[:2], sampler.context_noise, jnp.float32)
     if sampler.context_noise > 0:
@@ -108,9 +108,9 @@ def write_block(
         position=state.position,
         write=True,
         read=read,
-        aux=state.aux,
+        aux=aux,
     )
-    return state._replace(memory=memory, position=state.position + block.shape[1], aux=None)
+    return state._replace(memory=memory, position=state.position + block.shape[1])
 
 
 def denoise_block(
@@ -121,6 +121,11 @@ def denoise_block(
     shape: tuple[int, ...],
 ) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
     """Makes the next block, of the given shape, from noise; it is not yet remembered."""
+    return _denoise_block(context, cfg, sampler, state, shape)[:2]
+
+
+def _denoise_block(context: RolloutContext, cfg, sampler, state: RolloutState, shape):
+    """`denoise_block`, and what the memories have gathered."""
     key, block_key = jax.random.split(state.key)
 
     def flow_fn(x, s, aux):
@@ -148,7 +153,7 @@ def denoise_block(
         shapes = jax.eval_shape(lambda: flow_fn(jnp.zeros(shape), jnp.float32(1), None)[1])
         aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     block, aux = sample_carrying(flow_fn, aux, block_key, shape, sampler)
-    return state._replace(key=key, aux=aux), block
+    return state._replace(key=key), block, aux
 
 
 def generate_block(
@@ -159,8 +164,8 @@ def generate_block(
     shape: tuple[int, ...],
 ) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
     """Denoises the next block and remembers it."""
-    state, block = denoise_block(context, cfg, sampler, state, shape)
-    return write_block(context, cfg, sampler, state, block), block
+    state, block, aux = _denoise_block(context, cfg, sampler, state, shape)
+    return write_block(context, cfg, sampler, state, block, aux=aux), block
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "sampler", "blocks", "shape"))

@@ -294,9 +294,10 @@ def apply_pass(
     conditions = Conditions(modulation, grid)
 
     none = (None,) * len(memory)
+    seen_memory = memory if read is None else read
     new_memory, gathered = [], []
     for (start, _), weights, context, state, seen, aux_of_run in zip(
-        cfg.layer_runs(), stacked.runs, contexts, memory, read or none, aux or none, strict=True
+        cfg.layer_runs(), stacked.runs, contexts, memory, seen_memory, aux or none, strict=True
     ):
         run = _pass_stacked if memory_of(cfg, start).stacked else _pass_sliced
         x, state, aux_of_run = run(

@@ -52,7 +52,7 @@ def by_hand(apply, params, cfg, clip, block, exchange):
         kinds = {"states": "gated_delta", "zeroed": "gated_delta", "caches": "softmax_cache"}
         read = []
         for (start, _), own, theirs in zip(runs, memory, undisturbed, strict=True):
-            if kinds.get(name) != cfg.memory_of(start):
+            if kinds.get(name) != cfg.memory_of(start).kind:
                 read.append(own)
                 continue
             other = jax.tree.map(lambda x: x[:, np.arange(batch) ^ 1], theirs)
@@ -79,7 +79,9 @@ def by_hand(apply, params, cfg, clip, block, exchange):
     return np.stack([sample(flow, jax.random.split(key)[1], shape, SAMPLER) for key in KEYS])
 
 
-def test_reading_the_own_memory_is_the_default_bit_for_bit(params, cfg, clip, apply):
+def test_reading_the_own_memory_is_the_default_bit_for_bit(params, cfg, clip):
+    # Operation by operation: XLA rounds one sum differently in two whole programs.
+    apply = models.apply
     memory = models.init_memory(cfg, batch=4, frames=8, tokens_per_frame=6)
     now = dict(memory=memory, position=jnp.int32(0), write=True)
     block, level = clip.clean[:, :2], clip.timestep[:, :2]
