@@ -1,4 +1,4 @@
-"""Device mesh, rules that lay out parameters on it by their path, and layouts of activations."""
+"""Device mesh, layouts of parameters on it by their path, and layouts of activations."""
 
 import collections
 import math
@@ -11,25 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from arl2_jax.config import ConfigError, MeshConfig
-
-# Path -> axes of the last dimensions. "fsdp" shares a parameter out for storage, "tensor" for
-# computation: heads and FFN columns. Optimizer states and averages have their parameter's path at
-# their end, and so its layout.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(self_attn|cross_attn)/(q|k|v)/kernel$", ("fsdp", "tensor")),
-    (r"(self_attn|cross_attn)/o/kernel$", ("tensor", "fsdp")),
-    (r"(ffn|text_embedding|time_embedding)/fc1/kernel$", ("fsdp", "tensor")),
-    (r"(ffn|text_embedding|time_embedding)/fc2/kernel$", ("tensor", "fsdp")),
-    (r"(patch_embedding|time_projection|head/linear)/kernel$", ("fsdp", None)),
-    (r"delta/phi_[qkv]$", ("tensor", None, None)),
-    (r"delta/(a|b|gate)_proj/kernel$", ("fsdp", None)),
-    (r"delta/lora_\w+/a$", ("fsdp", None)),
-    (r"delta/lora_\w+/b$", (None, "fsdp")),
-    (r"delta/(A_log|dt_bias|beta_bias)$", (None,)),
-    (r"(bias|scale)$", (None,)),
-    (r"modulation$", (None, None)),
-    (r"muon/\w+/ns_coeffs$", (None,)),
-)
+from arl2_jax.parameters import facts_of
 
 AXES = ("data", "fsdp", "tensor", "context")
 # Mesh axes of a batch's clips, of a clip's frame blocks, and of heads.
@@ -99,16 +81,14 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Layout of one parameter; an axis that does not divide a dimension is left out.
 
     Raises:
-      ConfigError: no rule matches the path.
+      ConfigError: nothing is declared of the parameter.
     """
-    for pattern, axes in RULES:
-        if re.search(pattern, path):
-            leading = (None,) * (len(shape) - len(axes))
-            fits = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
-            return PartitionSpec(
-                *(a if fits(a, n) else None for a, n in zip(leading + axes, shape, strict=True))
-            )
-    raise ConfigError(f"no sharding rule matches the parameter {path}; add one to sharding.RULES")
+    axes = facts_of(path).axes
+    leading = (None,) * (len(shape) - len(axes))
+    fits = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
+    return PartitionSpec(
+        *(a if fits(a, n) else None for a, n in zip(leading + axes, shape, strict=True))
+    )
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

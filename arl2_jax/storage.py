@@ -30,7 +30,8 @@ def check_writable(folder: epath.PathLike, size: int = 0, remedy: str = OTHER_FO
 
     Args:
       folder: local or remote folder.
-      size: bytes that must be free, e.g. of all that a run still writes; only local disks are asked.
+      size: bytes that must be free, such as those that a run still writes; only local disks are
+        asked.
       remedy: what else the user can do.
 
     Raises:

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 # Room (a package, or a module that stands alone) -> the rooms that it imports: no more, no fewer.
 ARROWS = {
     "arl2_jax.config": set(),
-    "arl2_jax.sharding": {"config"},
+    "arl2_jax.parameters": {"config"},
+    "arl2_jax.sharding": {"config", "parameters"},
     "arl2_jax.storage": {"config"},
     "arl2_jax.nn": {"sharding"},
-    "arl2_jax.memory": {"nn", "config", "sharding"},
-    "arl2_jax.models": {"memory", "nn", "config"},
+    "arl2_jax.memory": {"nn", "config", "sharding", "parameters"},
+    "arl2_jax.models": {"memory", "nn", "config", "parameters"},
     "arl2_jax.diffusion": {"config"},
     "arl2_jax.weights": {"models", "config", "storage"},
     "arl2_jax.text": {"models", "config", "storage", "weights"},
@@ -27,8 +28,8 @@ ARROWS = {
     "arl2_jax.preparation": {"generation", "data", "weights", "config", "storage"},
     "arl2_jax.command_line": {"config", "generation"},
     "arl2_jax.training": {
-        "config", "sharding", "storage", "models", "memory", "nn", "diffusion", "generation",
-        "data", "weights",
+        "config", "sharding", "storage", "parameters", "models", "memory", "nn", "diffusion",
+        "generation", "data", "weights",
     },
     "arl2_jax.evaluation": {
         "config", "sharding", "storage", "models", "diffusion", "generation", "codecs", "data",

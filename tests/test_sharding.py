@@ -85,7 +85,7 @@ def test_leading_axes_of_a_stack_are_whole(mesh):
 
 
 def test_unmatched_parameter_is_named(mesh):
-    with pytest.raises(ConfigError, match="no sharding rule matches the parameter blocks/0/new"):
+    with pytest.raises(ConfigError, match="the parameter blocks/0/new has no facts"):
         sharding.tree_shardings({"blocks": {"0": {"new": jnp.zeros((2, 2))}}}, mesh)
 
 

@@ -28,7 +28,8 @@ _PER_MODEL = ("recall", "recall_by_lag", "exchange")
 
 def models_of(config: Config, converted: Converted) -> dict[str, Model]:
     """The models that the run has; "student" is the last of its hybrids that was trained."""
-    teacher = Model(models.without_delta(converted.untrained), config.model.teacher())
+    params = models.teacher_params(converted.untrained, config.model)
+    teacher = Model(params, config.model.teacher())
     if not config.model.converted_layers:
         return {"teacher": teacher}
     trained = [p for p in (converted.stage2, converted.stage1) if p is not None]

@@ -147,7 +147,7 @@ def _write_pictures(
 
 def _facts(config: Config, converted: Converted) -> dict[str, Any]:
     """Sizes, times and surroundings of the run."""
-    teacher = _count(models.without_delta(converted.untrained))
+    teacher = _count(models.teacher_params(converted.untrained, config.model))
     frames = [config.data.frames, config.data.frames * config.evaluation.rollout_length]
     student = config.model if config.model.converted_layers else None
     devices = jax.devices()

@@ -25,8 +25,19 @@ from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
+from arl2_jax.parameters import ParameterFacts, declare
 from arl2_jax.sharding import per_device
 from pallas_kernels import dot_product_attention
+
+declare(
+    {
+        "delta/phi_[qkv]": ParameterFacts(("tensor", None, None), matrix=True),
+        "delta/(a|b|gate)_proj/kernel": ParameterFacts(("fsdp", None), keep_float32=True),
+        "delta/lora_[qkv]/a": ParameterFacts(("fsdp", None), matrix=True),
+        "delta/lora_[qkv]/b": ParameterFacts((None, "fsdp"), matrix=True),
+        "delta/(A_log|dt_bias|beta_bias)": ParameterFacts((None,), decay=False, keep_float32=True),
+    }
+)
 
 State = Float[Array, "b h k v"]
 

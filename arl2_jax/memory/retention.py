@@ -160,9 +160,7 @@ def measure_writes(
     return measures | {f"survival_{lag}": survival(found, lag) for lag in lags}
 
 
-def measure_memory(
-    memory: "GatedDelta", p: Projections, grid: TokenGrid, blocks: int
-) -> Measures:
+def measure_memory(memory: "GatedDelta", p: Projections, grid: TokenGrid, blocks: int) -> Measures:
     """Measure a layer's memory on clips.
 
     Args:

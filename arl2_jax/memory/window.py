@@ -160,12 +160,12 @@ def _attend_windows(
     return jnp.stack(outputs, axis=1).reshape(q.shape)
 
 
-def _write_frames(
-    slots: Slots, x: Slots, frames: Int[Array, "frames"], grid: TokenGrid
-) -> Slots:
+def _write_frames(slots: Slots, x: Slots, frames: Int[Array, "frames"], grid: TokenGrid) -> Slots:
     """Write each frame of x to its place among the frames of the slots; drop those past the end."""
     if slots.shape[-3] == 0:
         return slots
     split = lambda y: y.reshape(*y.shape[:-3], -1, grid.tokens_per_frame, *y.shape[-2:])
     place = (*(slice(None),) * (slots.ndim - 3), frames)
-    return split(slots).at[place].set(split(x), mode="drop", unique_indices=True).reshape(slots.shape)
+    return (
+        split(slots).at[place].set(split(x), mode="drop", unique_indices=True).reshape(slots.shape)
+    )

@@ -15,6 +15,7 @@ from arl2_jax.models.wan import (
     init_params,
     param_shapes,
     stack_params,
+    teacher_params,
     unbounded_layers,
     without_delta,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "init_params",
     "param_shapes",
     "stack_params",
+    "teacher_params",
     "unbounded_layers",
     "without_delta",
 ]

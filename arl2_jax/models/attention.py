@@ -12,6 +12,18 @@ from arl2_jax.memory import Projections
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.linear import dot_general
 from arl2_jax.nn.norm import RMSNorm
+from arl2_jax.parameters import ParameterFacts, declare
+
+declare(
+    {
+        "(self_attn|cross_attn)/[qkv]/kernel": ParameterFacts(("fsdp", "tensor"), matrix=True),
+        "(self_attn|cross_attn)/o/kernel": ParameterFacts(("tensor", "fsdp"), matrix=True),
+        "(self_attn|cross_attn)/[qkvo]/bias": ParameterFacts((None,), decay=False),
+        "(self_attn|cross_attn)/norm_[qk]/scale": ParameterFacts(
+            (None,), decay=False, keep_float32=True
+        ),
+    }
+)
 
 
 class AttentionProjections(nnx.Module):

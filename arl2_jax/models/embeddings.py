@@ -13,6 +13,22 @@ from arl2_jax.config import ModelConfig
 from arl2_jax.nn.linear import dot_general
 from arl2_jax.nn.mlp import MLP, gelu_tanh
 from arl2_jax.nn.norm import layer_norm
+from arl2_jax.parameters import ParameterFacts, declare
+
+declare(
+    {
+        "text_embedding/fc1/kernel": ParameterFacts(("fsdp", "tensor")),
+        "text_embedding/fc2/kernel": ParameterFacts(("tensor", "fsdp")),
+        "text_embedding/fc[12]/bias": ParameterFacts((None,), decay=False),
+        "time_embedding/fc1/kernel": ParameterFacts(("fsdp", "tensor"), keep_float32=True),
+        "time_embedding/fc2/kernel": ParameterFacts(("tensor", "fsdp"), keep_float32=True),
+        "time_embedding/fc[12]/bias": ParameterFacts((None,), decay=False, keep_float32=True),
+        "time_projection/kernel": ParameterFacts(("fsdp", None), keep_float32=True),
+        "time_projection/bias": ParameterFacts((None,), decay=False, keep_float32=True),
+        "(patch_embedding|head/linear)/kernel": ParameterFacts(("fsdp", None)),
+        "(patch_embedding|head/linear)/bias": ParameterFacts((None,), decay=False),
+    }
+)
 
 
 def timestep_features(timestep: Float[Array, "..."], width: int) -> Float[Array, "... width"]:

@@ -17,6 +17,21 @@ from arl2_jax.nn.lora import LowRank
 from arl2_jax.nn.mlp import MLP, gelu_tanh
 from arl2_jax.nn.norm import layer_norm
 from arl2_jax.nn.positions import TokenGrid
+from arl2_jax.parameters import ParameterFacts, declare
+
+declare(
+    {
+        "ffn/fc1/kernel": ParameterFacts(("fsdp", "tensor"), matrix=True),
+        "ffn/fc2/kernel": ParameterFacts(("tensor", "fsdp"), matrix=True),
+        "ffn/fc[12]/bias": ParameterFacts((None,), decay=False),
+        "norm3/scale": ParameterFacts((None,), decay=False, keep_float32=True),
+        "norm3/bias": ParameterFacts((None,), decay=False),
+        # Of a layer, and of the head.
+        "modulation": ParameterFacts((None, None), decay=False, keep_float32=True),
+        "delta/lora_fc[12]/a": ParameterFacts(("fsdp", None), matrix=True),
+        "delta/lora_fc[12]/b": ParameterFacts((None, "fsdp"), matrix=True),
+    }
+)
 
 Params = dict[str, Any]
 
@@ -164,7 +179,5 @@ def from_public(layer: Params) -> Params:
     updates = {name: added.pop(public) for name, public in _FFN.items() if public in added}
     base = {name: node for name, node in layer.items() if name != ADDED}
     return (
-        base
-        | ({"memory": added} if added else {})
-        | ({"ffn_updates": updates} if updates else {})
+        base | ({"memory": added} if added else {}) | ({"ffn_updates": updates} if updates else {})
     )

@@ -28,6 +28,7 @@ from arl2_jax.models.layer import (
     to_public,
 )
 from arl2_jax.nn.positions import TokenGrid, video_grid
+from arl2_jax.parameters import facts_of
 
 
 class StackedParams(NamedTuple):
@@ -116,6 +117,11 @@ def without_delta(params: Params) -> Params:
     return params | {"blocks": {i: base_of(layer) for i, layer in params["blocks"].items()}}
 
 
+def teacher_params(params: Params, cfg: ModelConfig) -> Params:
+    """The parameters of `cfg.teacher()` among those of a model."""
+    return without_delta(params) if cfg.converted_layers else params
+
+
 def base_of(layer: Params) -> Params:
     """A layer's parameters less everything that conversion adds."""
     return {name: node for name, node in layer.items() if name != ADDED}
@@ -148,16 +154,9 @@ def compute_shapes(cfg: ModelConfig) -> Params:
     return jax.eval_shape(functools.partial(cast_params, cfg=cfg), param_shapes(cfg))
 
 
-# Small parameters that steer the network or the state; they stay float32.
-_KEEP_FLOAT32 = {
-    "scale", "modulation", "A_log", "dt_bias", "beta_bias", "a_proj", "b_proj", "gate_proj",
-    "time_embedding", "time_projection",
-}  # fmt: skip
-
-
 def _cast(path, leaf, dtype):
-    names = {str(entry.key) for entry in path}
-    return leaf if names & _KEEP_FLOAT32 else leaf.astype(dtype)
+    name = "/".join(str(entry.key) for entry in path)
+    return leaf if facts_of(name).keep_float32 else leaf.astype(dtype)
 
 
 def init_memory(cfg: ModelConfig, *, batch: int, frames: int | None, tokens_per_frame: int):
@@ -198,9 +197,9 @@ def check_trainable(cfg: ModelConfig) -> None:
     lacking = [i for i in layers if not isinstance(memory_of(cfg, i), TrainableMemory)]
     if lacking:
         raise ConfigError(
-            f"model.memories has kind={cfg.memory_of(lacking[0]).kind!r} in layers {lacking}, which "
-            "has no form for clips (attend_clip) and cannot be trained; give these layers another "
-            "memory, or only generate with it"
+            f"model.memories has kind={cfg.memory_of(lacking[0]).kind!r} in layers {lacking}, "
+            "which has no form for clips (attend_clip) and cannot be trained; give these layers "
+            "another memory, or only generate with it"
         )
 
 
@@ -218,7 +217,9 @@ def encode_text(
     embedded = stem.text_embedding(text)
     contexts = []
     for (start, _), run in zip(cfg.layer_runs(), stacked.runs, strict=True):
-        encode = lambda layer, start=start: make_layer(cfg, start, layer).cross_attn.encode(embedded)
+        encode = lambda layer, start=start: make_layer(cfg, start, layer).cross_attn.encode(
+            embedded
+        )
         contexts.append(jax.lax.map(encode, run))
     return tuple(contexts)
 

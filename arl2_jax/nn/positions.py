@@ -64,9 +64,7 @@ class TokenGrid:
         first = self.first_frame if first_frame is None else first_frame
         if self.axes == "sequence":
             return sequence_rope(first, self.frames, self.head_dim)
-        return video_rope(
-            first, self.frames, self.rows, self.columns, self.head_dim, space=space
-        )
+        return video_rope(first, self.frames, self.rows, self.columns, self.head_dim, space=space)
 
     def block(self, index: int | Int[Array, ""], blocks: int) -> "TokenGrid":
         """One of the equal parts of a run of frames.

@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from arl2_jax.config import ConfigError, PhaseConfig
+from arl2_jax.parameters import ParameterFacts, declare, facts_of
 
-# Decay pulls towards zero, which means something else for these: a step size for A_log and
-# dt_bias, no signal for a norm's scale and a modulation.
-NO_DECAY = r"(A_log|dt_bias|bias|scale|modulation)$"
-# The matrices inside the layers, which map activations to activations: what Muon is made for.
-MATRICES = r"blocks/\d+/.*((q|k|v|o|fc1|fc2)/kernel|lora_\w+/[ab]|phi_[qkv])$"
+declare({r"muon/\w+/ns_coeffs": ParameterFacts(axes=(None,))})  # in the state of Muon
 # Root mean square of an AdamW update in practice. An orthogonal update scaled to it can share the
 # learning rate and the decay of AdamW (arXiv 2502.16982, section 2.2).
 ADAM_RMS = 0.2
@@ -89,7 +86,7 @@ def _add_decay(rate: float, value_scale: float):
 
     def add(path, update, param):
         name = path_name(path)
-        if re.search(NO_DECAY, name):
+        if not facts_of(name).decay:
             return update
         if re.search(r"phi_[qkv]$", name):
             scale = value_scale if name.endswith("phi_v") else 1.0
@@ -105,7 +102,7 @@ def _precondition(phase: PhaseConfig, params: Any) -> optax.GradientTransformati
     if phase.optimizer == "adamw":
         return adam
     kinds = jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if re.search(MATRICES, path_name(path)) else "adam", params
+        lambda path, _: "muon" if facts_of(path_name(path)).matrix else "adam", params
     )
     axes = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
     muon = optax.contrib.scale_by_muon(

@@ -123,8 +123,9 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
         return trained
 
     if "teacher" in config.phases:
-        delta, _ = split_params(params, "/delta/")
-        params = merge_params(phase("teacher", models.without_delta(params)), delta)
+        teacher = phase("teacher", models.teacher_params(params, config.model))
+        additions, _ = split_params(params, "/delta/")
+        params = merge_params(additions, teacher)
     untrained, stages = params, {}
     record_retention(config, untrained, data, folder, warn=True)
     for name in ("stage1", "stage2"):

@@ -206,7 +206,11 @@ def record_retention(
       warn: whether to warn of layers that forget a block.
     """
     path = folder / "retention.json"
-    if not measured_layers(config.model) or not {"stage1", "stage2"} & {*config.phases} or path.exists():
+    if (
+        not measured_layers(config.model)
+        or not {"stage1", "stage2"} & {*config.phases}
+        or path.exists()
+    ):
         return
     measures = retention(
         params, config.model, data.held_out(1), context_noise=config.sampler.context_noise

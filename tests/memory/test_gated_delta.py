@@ -130,7 +130,9 @@ def test_initial_values(cfg):
     from arl2_jax.memory import GatedDelta
 
     graph_and_state = jax.jit(
-        lambda: nnx.to_pure_dict(nnx.split(GatedDelta(many.delta, many.attention, rngs=nnx.Rngs(0)))[1])
+        lambda: nnx.to_pure_dict(
+            nnx.split(GatedDelta(many.delta, many.attention, rngs=nnx.Rngs(0)))[1]
+        )
     )
     delta = jax.device_get(graph_and_state())
     rates, steps = np.exp(delta["A_log"]), softplus(delta["dt_bias"])

@@ -50,7 +50,9 @@ def not_rotated(cfg, tokens):
 def retention(cfg, tokens, blocks=2):
     """Share of a random state that survives a block, of each head [H]."""
     memory = GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
-    writes = memory.writes(random_tokens(cfg, tokens, blocks), not_rotated(cfg, tokens * blocks), blocks)
+    writes = memory.writes(
+        random_tokens(cfg, tokens, blocks), not_rotated(cfg, tokens * blocks), blocks
+    )
     kept = jax.jit(lambda writes: survival(transitions(writes, blocks, cfg.delta), 1))
     return kept(writes)[0]
 

@@ -150,9 +150,7 @@ def test_softmax_cache_ignores_slots_that_are_not_written(cfg, make_params, bloc
 
 def grid_at(grid, first_frame):
     """The same grid later in the video."""
-    return video_grid(
-        jnp.int32(first_frame), grid.frames, grid.rows, grid.columns, grid.head_dim
-    )
+    return video_grid(jnp.int32(first_frame), grid.frames, grid.rows, grid.columns, grid.head_dim)
 
 
 @pytest.mark.parametrize("copies", [1, 2])

@@ -16,7 +16,10 @@ from arl2_jax.config import MEMORY_SETTINGS, MemorySettings, TeacherConfig
 from arl2_jax.memory import TrainableMemory
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.rope import rotate
+from arl2_jax.parameters import ParameterFacts, declare
 from arl2_jax.training.pipeline import convert, prepare
+
+declare({"delta/factor": ParameterFacts((None,), decay=False, keep_float32=True)})
 
 SAMPLER = arl2.SamplerConfig(timesteps=(1000.0, 750.0, 500.0))
 
@@ -196,9 +199,7 @@ def test_what_it_gathers_decides_and_sees(cfg, make_params):
     )
     params, text = make_params(counting), np.ones((2, 4, 8), np.float32)
     generator = arl2.Generator(counting, params, SAMPLER, latent_shape=(4, 6, 4))
-    context, state = generator._start(
-        generator._params, text, None, jax.random.key(0), frames=None
-    )
+    context, state = generator._start(generator._params, text, None, jax.random.key(0), frames=None)
     for _ in range(3):
         state, _ = generator._next(context, *state)
     first, _, last = state.memory
@@ -219,7 +220,9 @@ def test_without_a_clip_form_it_cannot_be_trained(config, tmp_path):
     run = dataclasses.replace(
         config, model=model, train=dataclasses.replace(config.train, workdir=str(tmp_path / "x"))
     )
-    with pytest.raises(arl2.ConfigError, match="kind='counting' in layers .1., which has no form"):
+    with pytest.raises(
+        arl2.ConfigError, match=r"kind='counting' in layers \[1\], which has no form"
+    ):
         prepare(run)
     assert not (tmp_path / "x").exists()
 

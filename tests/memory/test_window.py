@@ -118,7 +118,9 @@ def test_positions_matter_by_their_differences_alone(error):
         for i in range(2):  # fills the sink
             state = memory.write(first, None, state, video_grid(i * f, f, ROWS, COLUMNS, WIDTH))
         for i in range(2, 4):
-            state = memory.write(second, None, state, video_grid(t + i * f, f, ROWS, COLUMNS, WIDTH))
+            state = memory.write(
+                second, None, state, video_grid(t + i * f, f, ROWS, COLUMNS, WIDTH)
+            )
         return memory.attend(first, state, video_grid(t + 4 * f, f, ROWS, COLUMNS, WIDTH))[0]
 
     soon = attend(jnp.int32(0))
@@ -149,8 +151,10 @@ def test_window_is_full_softmax_while_nothing_is_dropped(
     found, memory = block_by_block(params, window, clip)
     assert error(found, wanted) < 1e-5  # float32 sums in another order, through three layers
     longer = make_clip(full, blocks=8, batch=1)
-    assert error(block_by_block(params, window, longer)[0], block_by_block(params, full, longer)[0])\
+    assert (
+        error(block_by_block(params, window, longer)[0], block_by_block(params, full, longer)[0])
         > 1e-4
+    )
     assert memory[0].k.shape == (1, 1, 7 * 6, 2, 16)
 
 

@@ -91,14 +91,15 @@ def test_pattern_without_a_parameter_is_refused(params, patterns, idle):
 
 
 def test_gradient_is_clipped_by_its_global_norm():
-    params = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
+    layer = lambda bias, kernel: {"self_attn": {"q": {"bias": bias, "kernel": kernel}}}
+    params = layer(jnp.zeros(3), jnp.zeros((2, 2)))
     optimizer = make_optimizer(PhaseConfig(clip_norm=0.5), params)
-    gradients = {"a": jnp.full(3, 3.0), "b": jnp.full((2, 2), 4.0)}
+    gradients = layer(jnp.full(3, 3.0), jnp.full((2, 2), 4.0))
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     moments = optax.tree.scale(1 / 0.1, state[1].mu)  # the first moment keeps 1 - b1 of it
     np.testing.assert_allclose(optax.tree.norm(moments), 0.5, rtol=1e-6)
     _, state = optimizer.update(optax.tree.scale(1e-3, gradients), optimizer.init(params), params)
-    np.testing.assert_allclose(state[1].mu["b"], 0.1 * 4e-3, rtol=1e-6)
+    np.testing.assert_allclose(state[1].mu["self_attn"]["q"]["kernel"], 0.1 * 4e-3, rtol=1e-6)
 
 
 def test_made_of_shapes_as_of_parameters(cfg):

@@ -1,0 +1,73 @@
+"""What is true of a parameter beside its shape, declared in the file that makes it.
+
+Shardings, optimizers and casts look it up by path: the moments of an optimizer, averages and
+checkpoints have the path of their parameter and nothing else of it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+
+from arl2_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterFacts:
+    """What is true of a parameter.
+
+    Attributes:
+      axes: mesh axes of its last dimensions, or None. "fsdp" divides a parameter for storage,
+        "tensor" for computation: heads and FFN columns.
+      decay: whether weight decay pulls it towards where it starts. Decay means something else for a
+        step size, the scale of a norm or a modulation.
+      keep_float32: whether it stays float32 where matrices have the compute type: it is small, and
+        steers the network or the state.
+      matrix: whether it maps activations to activations inside a layer, which is what Muon is made
+        for.
+    """
+
+    axes: tuple[str | None, ...]
+    decay: bool = True
+    keep_float32: bool = False
+    matrix: bool = False
+
+
+# Ends of paths, as regular expressions.
+_FACTS: dict[str, ParameterFacts] = {}
+
+
+def declare(facts: Mapping[str, ParameterFacts]) -> None:
+    """Say what is true of parameters.
+
+    Args:
+      facts: by the end of their path in whole names, a regular expression such as
+        `self_attn/[qkv]/kernel`. What a memory adds to a layer lies under `delta/`.
+
+    Raises:
+      ValueError: the same expression was declared with other facts.
+    """
+    for end, new in facts.items():
+        if _FACTS.setdefault(end, new) != new:
+            raise ValueError(f"parameters {end!r} are declared twice: {_FACTS[end]} and {new}")
+    facts_of.cache_clear()
+
+
+@functools.cache
+def facts_of(path: str) -> ParameterFacts:
+    """Return the facts of a parameter.
+
+    Args:
+      path: `blocks/0/self_attn/q/kernel`, or any path that ends with it from a whole name on.
+
+    Raises:
+      ConfigError: none or several are declared.
+    """
+    found = [end for end in _FACTS if re.search(f"(^|/)({end})$", path)]
+    if len(found) == 1:
+        return _FACTS[found[0]]
+    problem = f"has several facts, {found}" if found else "has no facts"
+    raise ConfigError(
+        f"the parameter {path} {problem}; declare them once where it is made, see "
+        "arl2_jax.parameters"
+    )
