@@ -15,7 +15,7 @@ from flax.nnx import bridge
 
 from arl2_jax import HybridAttention
 
-PAIRS, VALUES, WIDTH, HEADS, BLOCK = 8, 6, 64, 2, 8
+PAIRS, VALUES, WIDTH, BLOCK = 8, 6, 64, 8
 
 
 class Model(linen.Module):
@@ -25,7 +25,7 @@ class Model(linen.Module):
         """Names the parts."""
         self.embed = linen.Dense(WIDTH)
         self.norm = linen.RMSNorm()
-        self.attention = bridge.to_linen(HybridAttention, WIDTH, num_heads=HEADS)
+        self.attention = bridge.to_linen(HybridAttention, WIDTH, num_heads=2)
         self.head = linen.Dense(VALUES)
 
     def __call__(self, tokens):
@@ -36,9 +36,12 @@ class Model(linen.Module):
     def step(self, tokens, state):
         """One block and the state that it leaves behind, for generation."""
         x = self.embed(tokens)
-        h = self.norm(x)
-        state_after = self.attention(h, state, nnx_method="write")
-        return self.head(x + self.attention(h, state)), state_after
+        attended, state = self.attention(self.norm(x), state, nnx_method="step")
+        return self.head(x + attended), state
+
+    def init_state(self, batch):
+        """Return the empty state."""
+        return self.attention(batch, nnx_method="init_state")
 
 
 def make_batch(rng: np.random.Generator, size: int = 64):
@@ -75,7 +78,7 @@ def main():
 
     step = jax.jit(lambda *inputs: model.apply(params, *inputs, method=Model.step))
     tokens, answers = make_batch(rng)
-    empty = jnp.zeros((len(tokens), HEADS, WIDTH // HEADS, WIDTH // HEADS))
+    empty = model.apply(params, len(tokens), method=Model.init_state)
     _, state = step(tokens[:, :BLOCK], empty)
     logits, _ = step(tokens[:, BLOCK:], state)
     right = jnp.mean(logits.argmax(-1) == answers)

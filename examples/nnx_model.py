@@ -34,8 +34,8 @@ class Model(nnx.Module):
     def step(self, tokens, state):
         """One block and the state that it leaves behind, for generation."""
         x = self.embed(tokens)
-        h = self.norm(x)
-        return self.head(x + self.attention(h, state)), self.attention.write(h, state)
+        attended, state = self.attention.step(self.norm(x), state)
+        return self.head(x + attended), state
 
 
 def make_batch(rng: np.random.Generator, size: int = 64):

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arl2_jax.models.hybrid_attention import HybridAttention
 from arl2_jax.models.wan import make_layer
 from arl2_jax.nn.positions import video_grid
-from arl2_jax.nn.rope import video_rope
 
 BLOCKS, ROWS, COLUMNS = 4, 2, 3
 
@@ -149,28 +147,3 @@ def test_initial_values(cfg):
     for name in ("a_proj", "b_proj", "gate_proj"):
         assert 0.9 * bound < np.abs(delta[name]["kernel"]).max() <= bound
         assert set(delta[name]) == {"kernel"}  # no bias
-
-
-@pytest.fixture(scope="module")
-def attention():
-    """The module alone, with noise on all that starts at zero or one."""
-    module = HybridAttention(20, 2, rngs=nnx.Rngs(0), lora_rank=3)
-    graph, state = nnx.split(module)
-    rng = np.random.default_rng(0)
-    noisy = lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
-    return nnx.merge(graph, jax.tree.map(noisy, state))
-
-
-@pytest.mark.parametrize("with_rope", [True, False])
-def test_module_alone(attention, error, with_rope):
-    x = jax.random.normal(jax.random.key(1), (2, 15, 20))
-    whole = video_rope(0, 5, 1, 3, 10) if with_rope else None
-    clip = jax.jit(lambda x: attention.clip(x, 5, whole))(x)
-    state, outputs = attention.init_state(2), []
-    for i in range(0, 15, 5):
-        rope_of_block = jax.tree.map(lambda r, i=i: r[i : i + 5], whole)
-        outputs.append(attention(x[:, i : i + 5], state, rope_of_block))
-        state = attention.write(x[:, i : i + 5], state, rope_of_block)
-    assert error(clip, jnp.concatenate(outputs, axis=1)) < 2e-6
-    with pytest.raises(ValueError, match="block_size=4 must divide the 15 tokens"):
-        attention.clip(x, 4)
