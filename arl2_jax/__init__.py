@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arl2_jax.codecs import load_wan_codec
-    from arl2_jax.config import Config, ConfigError, ModelConfig, SamplerConfig
+    from arl2_jax.config import (
+        Config,
+        ConfigError,
+        MemorySpec,
+        ModelConfig,
+        SamplerConfig,
+        WindowConfig,
+    )
     from arl2_jax.generation.generator import Generator
     from arl2_jax.generation.rollout import rollout
     from arl2_jax.models import (
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
         param_shapes,
     )
     from arl2_jax.models.hybrid_attention import HybridAttention
+    from arl2_jax.models.transformer import WanTransformer
     from arl2_jax.text import encode_prompts
     from arl2_jax.weights import export_params, load_params, model_config
     from arl2_jax.weights.folder import save_params
@@ -36,8 +44,11 @@ __all__ = [
     "ConfigError",
     "Generator",
     "HybridAttention",
+    "MemorySpec",
     "ModelConfig",
     "SamplerConfig",
+    "WanTransformer",
+    "WindowConfig",
     "apply",
     "apply_clip",
     "encode_prompts",
@@ -58,8 +69,11 @@ _HOMES = {
     "ConfigError": "config",
     "Generator": "generation.generator",
     "HybridAttention": "models.hybrid_attention",
+    "MemorySpec": "config",
     "ModelConfig": "config",
     "SamplerConfig": "config",
+    "WanTransformer": "models.transformer",
+    "WindowConfig": "config",
     "apply": "models",
     "apply_clip": "models",
     "encode_prompts": "text",

@@ -41,6 +41,7 @@ from flax import nnx
 
 from arl2_jax.config import GatedDeltaConfig, ModelConfig
 from arl2_jax.memory import GatedDelta, Projections
+from arl2_jax.nn.positions import given_rotations
 from arl2_jax.nn.rope import Rope, axis_widths, rope_angles
 
 _TOKENS = flags.DEFINE_integer("tokens", 512, "Tokens n of a block.")
@@ -218,7 +219,8 @@ class Programs(NamedTuple):
 @functools.lru_cache
 def make_programs(cfg: ModelConfig) -> Programs:
     """Makes the training step and the test, both jitted."""
-    graph = nnx.split(nnx.eval_shape(lambda: GatedDelta(cfg, rngs=nnx.Rngs(0))))[0]
+    make = lambda: GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
+    graph = nnx.split(nnx.eval_shape(make))[0]
     optimizer = optax.partition(
         {"gates": optax.adam(_RATE.value * _GATE_RATE.value), "rest": optax.adam(_RATE.value)},
         lambda params: jax.tree_util.tree_map_with_path(_group, params),
@@ -226,7 +228,10 @@ def make_programs(cfg: ModelConfig) -> Programs:
 
     def read(trained, params, markers, key):
         clip, target, asking = draw_clip(cfg, markers, key)
-        value, gate = nnx.merge(graph, params | trained).read_clip(clip, _BLOCKS.value, copies=1)
+        memory = nnx.merge(graph, params | trained)
+        rope = _rope(cfg) if _ROPE.value else None
+        grid = given_rotations(rope, clip.x.shape[1], cfg.head_dim)
+        value, gate = memory.read_clip(clip, grid, _BLOCKS.value, copies=1)
         by_block = lambda x: x.reshape(_BLOCKS.value, -1, *x.shape[2:])
         pick = lambda x: jnp.take_along_axis(by_block(x), asking[:, :, None, None], axis=1)
         return gate * value, target, pick
@@ -259,7 +264,8 @@ def _group(path, _) -> str:
 
 def initial_params(cfg: ModelConfig, key) -> dict[str, jax.Array]:
     """A fresh memory's parameters."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(GatedDelta(cfg, rngs=nnx.Rngs(key)))[1]))()
+    make = lambda: GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(key))
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.split(make())[1]))()
 
 
 class Markers(NamedTuple):
@@ -295,8 +301,7 @@ def draw_clip(cfg: ModelConfig, markers: Markers, key):
     flat = lambda y: y.reshape(1, blocks * n, *y.shape[2:])
     heads = lambda y: flat(y).reshape(1, blocks * n, cfg.num_heads, cfg.head_dim)
     scale = jnp.ones(cfg.dim)
-    clip = Projections(flat(x), flat(q), flat(k), heads(q), heads(k), heads(v), scale, scale,
-                       _rope(cfg) if _ROPE.value else None)  # fmt: skip
+    clip = Projections(flat(x), flat(q), flat(k), heads(q), heads(k), heads(v), scale, scale)
     return clip, heads(target).astype(jnp.float32), places
 
 

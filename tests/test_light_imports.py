@@ -25,6 +25,7 @@ TEXT = {*WEIGHTS, "ftfy", "tokenizers"}
 LOADS = {
     "Generator": NETWORK,
     "HybridAttention": NETWORK,
+    "WanTransformer": NETWORK,
     "apply": NETWORK,
     "apply_clip": NETWORK,
     "encode_prompts": TEXT,
@@ -39,7 +40,9 @@ LOADS = {
     "rollout": NETWORK,
     "save_params": WEIGHTS,
 }
-SETTINGS = ("Config", "ConfigError", "ModelConfig", "SamplerConfig")
+SETTINGS = (
+    "Config", "ConfigError", "MemorySpec", "ModelConfig", "SamplerConfig", "WindowConfig",
+)  # fmt: skip
 # Distributions whose package has another name.
 PACKAGES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}
 

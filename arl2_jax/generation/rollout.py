@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from arl2_jax import models
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import add_noise, draw_noise, sample_carrying
-from arl2_jax.models.wan import StackedParams
+from arl2_jax.models.params import StackedParams
 
 
 class RolloutState(NamedTuple):

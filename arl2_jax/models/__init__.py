@@ -1,23 +1,27 @@
 """The causal Wan network."""
 
-from arl2_jax.models.wan import (
-    Params,
-    apply,
-    apply_clip,
-    apply_pass,
-    base_of,
-    cast_params,
+from arl2_jax.models.layer import Params
+from arl2_jax.models.memories import (
     check_trainable,
-    compute_shapes,
-    encode_text,
     gathers,
     init_memory,
+    unbounded_layers,
+)
+from arl2_jax.models.params import (
+    base_of,
+    cast_params,
+    compute_shapes,
     init_params,
     param_shapes,
     stack_params,
     teacher_params,
-    unbounded_layers,
     without_delta,
+)
+from arl2_jax.models.wan import (
+    apply,
+    apply_clip,
+    apply_pass,
+    encode_text,
 )
 
 __all__ = [

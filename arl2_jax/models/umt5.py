@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arl2_jax.config import UMT5Config
-from arl2_jax.models.wan import Params
+from arl2_jax.models.layer import Params
 from arl2_jax.nn.mlp import gelu_tanh
 from arl2_jax.nn.norm import RMSNorm, rms_norm
 

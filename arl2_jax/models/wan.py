@@ -1,8 +1,7 @@
 """The causal Wan network as functions of parameters, in block form and in clip form.
 
-Parameters are a nested dict in which every layer stands alone (`blocks/0/self_attn/q/kernel`).
-Inside, neighbouring layers of one kind are stacked and scanned, so that compile time does not grow
-with depth.
+Neighbouring layers of one kind are stacked and scanned, so that compile time does not grow with
+depth.
 """
 
 import functools
@@ -14,33 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from arl2_jax.config import ConfigError, MemorySpec, ModelConfig
-from arl2_jax.memory import Room, TrainableMemory, make_memory
+from arl2_jax.config import MemorySpec, ModelConfig
 from arl2_jax.models.attention import TextContext
 from arl2_jax.models.embeddings import Stem
-from arl2_jax.models.layer import (
-    ADDED,
-    Conditions,
-    Params,
-    TransformerLayer,
-    additions,
-    from_public,
-    to_public,
-)
+from arl2_jax.models.layer import Conditions, Params, TransformerLayer, from_public
+from arl2_jax.models.memories import memory_of
+from arl2_jax.models.params import StackedParams, stack_params
 from arl2_jax.nn.positions import TokenGrid, video_grid
-from arl2_jax.parameters import facts_of
-
-
-class StackedParams(NamedTuple):
-    """Parameters in the form in which they are computed with.
-
-    Attributes:
-      stem: everything outside the layers.
-      runs: one tree per run of equal layers, each leaf with a leading layer axis.
-    """
-
-    stem: Params
-    runs: tuple[Params, ...]
 
 
 @functools.lru_cache
@@ -65,147 +44,6 @@ def make_layer(cfg: ModelConfig, layer: int | MemorySpec, params: Params) -> Tra
 def make_stem(cfg: ModelConfig, params: Params) -> Stem:
     """The parts outside the layers around their parameters."""
     return nnx.merge(stem_graph(cfg), params)
-
-
-def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """Random parameters, float32, a nested dict with string keys.
-
-    A layer's pretrained weights depend on the key and on its index, not on its memory: the
-    teacher's parameters are those of any conversion of it, less the "delta" nodes.
-    """
-    return _init(cfg, key)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(cfg: ModelConfig, key: Array) -> Params:
-    pure = lambda module: nnx.to_pure_dict(nnx.split(module)[1])
-    stem_key, layer_key, delta_key = jax.random.split(key, 3)
-    params = pure(Stem(cfg, rngs=nnx.Rngs(stem_key)))
-    plain = MemorySpec("softmax_cache")
-    make = lambda key: pure(TransformerLayer(cfg, plain, rngs=nnx.Rngs(key)))
-    layers = _unstack(jax.vmap(make)(jax.random.split(layer_key, cfg.num_layers)))
-    keys = jax.random.split(delta_key, cfg.num_layers)
-    for spec in {cfg.memory_of(i): None for i in range(cfg.num_layers)}:
-        added = _unstack(jax.vmap(functools.partial(_init_additions, cfg, spec))(keys))
-        for i, node in enumerate(added):
-            if cfg.memory_of(i) == spec:
-                layers[i] |= node
-    return params | {"blocks": {str(i): layer for i, layer in enumerate(layers)}}
-
-
-def _init_additions(cfg: ModelConfig, spec: MemorySpec, key: Array) -> Params:
-    """What a memory adds to the public tree of a layer."""
-    memory, updates = additions(cfg, spec, rngs=nnx.Rngs(key))
-    modules = {"memory": memory} | ({} if updates is None else {"ffn_updates": updates})
-    made = {name: nnx.to_pure_dict(nnx.split(module)[1]) for name, module in modules.items()}
-    return to_public({name: node for name, node in made.items() if node})
-
-
-def _unstack(tree: Params) -> list[Params]:
-    leaves = jax.tree.leaves(tree)
-    count = len(leaves[0]) if leaves else 0
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
-
-
-def param_shapes(cfg: ModelConfig) -> Params:
-    """Shapes and dtypes of `init_params`, without making any array."""
-    return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
-
-
-def without_delta(params: Params) -> Params:
-    """The teacher's parameters: those of a hybrid less everything that conversion adds."""
-    return params | {"blocks": {i: base_of(layer) for i, layer in params["blocks"].items()}}
-
-
-def teacher_params(params: Params, cfg: ModelConfig) -> Params:
-    """The parameters of `cfg.teacher()` among those of a model."""
-    return without_delta(params) if cfg.converted_layers else params
-
-
-def base_of(layer: Params) -> Params:
-    """A layer's parameters less everything that conversion adds."""
-    return {name: node for name, node in layer.items() if name != ADDED}
-
-
-def stack_params(params: Params | StackedParams, cfg: ModelConfig) -> StackedParams:
-    """Stacks runs of equal layers and casts weight matrices to the compute dtype.
-
-    Stacked parameters are returned as they are, so that a caller may stack once for many calls.
-    """
-    if isinstance(params, StackedParams):
-        return params
-    params = cast_params(params, cfg)
-    layers = params["blocks"]
-    runs = tuple(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(*run)))
-        for run in cfg.layer_runs()
-    )
-    return StackedParams({name: node for name, node in params.items() if name != "blocks"}, runs)
-
-
-def cast_params(params: Params, cfg: ModelConfig) -> Params:
-    """Casts weight matrices to the compute dtype; small parameters stay as they are."""
-    cast = functools.partial(_cast, dtype=jnp.dtype(cfg.dtype))
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def compute_shapes(cfg: ModelConfig) -> Params:
-    """Shapes and dtypes of the parameters as they are computed with."""
-    return jax.eval_shape(functools.partial(cast_params, cfg=cfg), param_shapes(cfg))
-
-
-def _cast(path, leaf, dtype):
-    name = "/".join(str(entry.key) for entry in path)
-    return leaf if facts_of(name).keep_float32 else leaf.astype(dtype)
-
-
-def init_memory(cfg: ModelConfig, *, batch: int, frames: int | None, tokens_per_frame: int):
-    """Empty memories of all layers: a tuple with one stacked state per run of equal layers.
-
-    Args:
-      cfg: model.
-      batch: videos generated together.
-      frames: latent frames of the whole video; None if no end is known, which suits models
-        without `unbounded_layers`.
-      tokens_per_frame: tokens of a latent frame.
-    """
-    states, room = [], Room(frames, tokens_per_frame, cfg.frames_per_block)
-    for start, stop in cfg.layer_runs():
-        memory = memory_of(cfg, start)
-        one = jax.eval_shape(lambda m=memory: m.init_state(batch, room))
-        zeros = lambda s, n=stop - start: jnp.zeros((n, *s.shape), s.dtype)
-        states.append(jax.tree.map(zeros, one))
-    return tuple(states)
-
-
-@functools.lru_cache
-def memory_of(cfg: ModelConfig, layer: int):
-    """A layer's memory without values of its parameters, to ask what it needs and can do."""
-    return nnx.eval_shape(
-        lambda: make_memory(cfg.memory_of(layer), cfg.attention, rngs=nnx.Rngs(0))
-    )
-
-
-def unbounded_layers(cfg: ModelConfig) -> tuple[int, ...]:
-    """Indices of the layers whose memory grows with the video."""
-    return tuple(i for i in range(cfg.num_layers) if not memory_of(cfg, i).bounded)
-
-
-def check_trainable(cfg: ModelConfig) -> None:
-    """Raise ConfigError, one line, if a memory of the model has no form for clips."""
-    layers = range(cfg.num_layers)
-    lacking = [i for i in layers if not isinstance(memory_of(cfg, i), TrainableMemory)]
-    if lacking:
-        raise ConfigError(
-            f"model.memories has kind={cfg.memory_of(lacking[0]).kind!r} in layers {lacking}, "
-            "which has no form for clips (attend_clip) and cannot be trained; give these layers "
-            "another memory, or only generate with it"
-        )
-
-
-def gathers(cfg: ModelConfig) -> bool:
-    """Whether a memory of the model gathers something in the passes over a block."""
-    return any(memory_of(cfg, i).gathers for i in range(cfg.num_layers))
 
 
 def encode_text(
@@ -285,7 +123,7 @@ def apply_pass(
       The flow and the memory as in `apply`; and what the memories have gathered in the passes so
       far, one tree per run of equal layers.
     """
-    rows, columns = _check_latents(cfg, latents, timestep)
+    rows, columns = check_latents(cfg, latents, timestep)
     stacked = stack_params(params, cfg)
     stem = make_stem(cfg, stacked.stem)
     contexts = text if isinstance(text, tuple) else encode_text(stacked, cfg, text)
@@ -382,16 +220,16 @@ def embed_clip(
     """Embeds both copies of a clip; arguments as in `apply_clip`."""
     if context_timestep is None:
         context_timestep = jnp.zeros_like(timestep)
-    _check_latents(cfg, clean, context_timestep)
-    rows, columns = _check_latents(cfg, noisy, timestep)
+    check_latents(cfg, clean, context_timestep)
+    rows, columns = check_latents(cfg, noisy, timestep)
     both = lambda clean, noisy: jnp.stack([clean, noisy], 1).reshape(-1, *noisy.shape[1:])
     x = stem.embed_patches(both(clean, noisy))
     time, modulation = stem.embed_time(both(context_timestep, timestep))
     grid = video_grid(0, noisy.shape[1], rows, columns, cfg.head_dim)
-    return Clip(x, Conditions(modulation, grid), stem.text_embedding(text), _noisy(time))
+    return Clip(x, Conditions(modulation, grid), stem.text_embedding(text), noisy_half(time))
 
 
-def _noisy(x: Float[Array, "b2 ..."]) -> Float[Array, "b ..."]:
+def noisy_half(x: Float[Array, "b2 ..."]) -> Float[Array, "b ..."]:
     """The noisy one of each pair of copies."""
     return x.reshape(-1, 2, *x.shape[1:])[:, 1]
 
@@ -439,7 +277,7 @@ def apply_clip(
 
         x, logged = jax.lax.scan(rematerialised(step, cfg), x, weights)
         diagnostics.append(logged)
-    flow = stem.predict_flow(_noisy(x), clip.time, *clean.shape[2:4])
+    flow = stem.predict_flow(noisy_half(x), clip.time, *clean.shape[2:4])
     return flow, tuple(diagnostics)
 
 
@@ -453,7 +291,7 @@ def rematerialised(step: Callable, cfg: ModelConfig) -> Callable:
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
-def _check_latents(cfg: ModelConfig, latents, timestep) -> tuple[int, int]:
+def check_latents(cfg: ModelConfig, latents, timestep) -> tuple[int, int]:
     """Rows and columns of the token grid."""
     if latents.ndim != 5 or latents.shape[-1] != cfg.in_dim:
         raise ValueError(

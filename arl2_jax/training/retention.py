@@ -19,7 +19,8 @@ from arl2_jax.data import ClipData
 from arl2_jax.diffusion import add_noise
 from arl2_jax.models import Params, cast_params
 from arl2_jax.models.layer import Conditions
-from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem, memory_of
+from arl2_jax.models.memories import memory_of
+from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
 from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
 from arl2_jax.storage import write_whole
 
