@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import subprocess
 import sys
 
@@ -138,3 +139,36 @@ def test_public_face_is_lazy_and_complete():
     assert set(arl2.__all__) <= set(dir(arl2))
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
         _ = arl2.missing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+WINDOWS = {"kind": "window", "settings": {"sink": 3, "frames": 9}, "layers": (1, 2)}
+
+
+def test_windows_and_states_stream_in_flat_memory():
+    """300 blocks, without frames or capacity; what is alive after 20 is alive after 300."""
+    cfg = dataclasses.replace(HYBRID, num_layers=4, hybrid_layers=(0, 3), memories=(WINDOWS,))
+    stream = make_generator(cfg).stream(make_text(1), key=make_key(5))
+    alive = lambda: sum(x.nbytes for x in jax.live_arrays())
+    blocks = itertools.islice(stream, 300)
+    for _ in range(20):
+        block = next(blocks)
+    before = alive()
+    for block in blocks:
+        pass
+    assert alive() == before
+    assert np.all(np.isfinite(block)) and np.abs(block).max() < 1e3
+
+
+def test_no_pass_copies_a_cache():
+    """In the text of the compiled block nothing but the block's write makes a whole cache."""
+    cfg = dataclasses.replace(HYBRID, num_layers=5, hybrid_layers=(0,), memories=(WINDOWS,))
+    generator = make_generator(cfg)
+    context, state = generator._start(generator._params, make_text(1), None, make_key(0), frames=50)
+    k, _ = state.memory[-1]
+    assert k.shape == (2, 1, 50 * 6, 2, 16)
+    text = generator._next.lower(context, *state).compile().as_text()
+    shape = re.escape(f"f32[{','.join(map(str, k.shape))}]")
+    makers = set(re.findall(rf"= {shape}\S* ([\w-]+)\(", text))
+    assert makers & {"dynamic-update-slice", "fusion"}
+    passed_on = {"parameter", "get-tuple-element", "bitcast", "while", "tuple"}
+    assert makers - passed_on <= {"dynamic-update-slice", "fusion"}
