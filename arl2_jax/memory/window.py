@@ -58,6 +58,7 @@ class Window(nnx.Module):
 
     def init_state(self, batch: int, room: Room) -> WindowState:
         """Return zeroed slots for sink + frames - frames_per_block latent frames."""
+        self._check(room.frames_per_block)
         last = self.frames - room.frames_per_block
         slots = lambda frames: jnp.zeros(
             (batch, frames * room.tokens_per_frame, self.heads, self.head_dim), self.dtype
@@ -66,6 +67,7 @@ class Window(nnx.Module):
 
     def attend(self, p: Projections, state: WindowState, grid: TokenGrid):
         """Attend to sink, last frames and the block itself; no aux."""
+        self._check(grid.frames)
         rope, last = grid.rotation(), self.frames - grid.frames
         q, k = rotate(p.q, rope), rotate(p.k, rope)
         parts = [partial_attention(q, k, p.v)]
@@ -107,6 +109,7 @@ class Window(nnx.Module):
 
     def attend_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
         """Attend in all blocks of a clip that begins its video at once."""
+        self._check(grid.frames // blocks)
         by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
         by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
         split = lambda x: lay_out(
@@ -122,6 +125,13 @@ class Window(nnx.Module):
         sink = PartitionSpec(CLIPS, None, None, (HEADS, BLOCKS))
         out = per_device(attend, (by_head, by_head, by_head, sink), by_head)(q, k, v, sink_k)
         return lay_out(out, by_block).reshape(p.q.shape), {}
+
+    def _check(self, block: int) -> None:
+        if self.frames < block:
+            raise ValueError(
+                f"frames={self.frames} of the window must be at least the {block} frames of a "
+                "block; raise it"
+            )
 
     def _sink_keys(
         self, k: Float[Array, "b n h d"], grid: TokenGrid, blocks: int

@@ -70,6 +70,10 @@ class HybridAttention(nnx.Module):
           room: for memories that need to know it: blocks are `room.frames_per_block` frames of
             `room.tokens_per_frame` tokens.
         """
+        if not self.memory.bounded and (room is None or room.frames is None):
+            raise ValueError(
+                f"{type(self.memory).__name__} must know how many frames to hold; pass room"
+            )
         return self.memory.init_state(batch, Room(None, 1, 1) if room is None else room)
 
     def step(self, x: Float[Array, "b n c"], state, positions: Positions = None):
@@ -107,7 +111,7 @@ class HybridAttention(nnx.Module):
         Raises:
           ValueError: block_size does not divide T.
         """
-        blocks, grid = self._blocks(x, block_size), self._grid(positions, x.shape[1])
+        blocks, grid = self._sequence(x, block_size, positions)
         room = Room(grid.frames, grid.tokens_per_frame, grid.frames // blocks)
 
         def block(state, inputs):
@@ -126,20 +130,33 @@ class HybridAttention(nnx.Module):
         Raises:
           ValueError: block_size does not divide T, or the memory has no form for clips.
         """
-        blocks, grid = self._blocks(x, block_size), self._grid(positions, x.shape[1])
+        blocks, grid = self._sequence(x, block_size, positions)
         if not isinstance(self.memory, TrainableMemory):
             raise ValueError(f"{type(self.memory).__name__} has no attend_clip; use scan")
         out, _ = self.memory.attend_clip(self.self_attn.project(x), grid, blocks, copies=1)
         return self.self_attn.output(out)
 
-    def _grid(self, positions: Positions, tokens: int) -> TokenGrid:
-        if isinstance(positions, TokenGrid):
-            return positions
-        return given_rotations(positions, tokens, self.head_dim)
+    def _grid(self, positions: Positions, tokens: int, start: int | None = None) -> TokenGrid:
+        if not isinstance(positions, TokenGrid):
+            return given_rotations(positions, tokens, self.head_dim, start=start)
+        found = positions.frames * positions.tokens_per_frame
+        if (found, positions.head_dim) != (tokens, self.head_dim):
+            raise ValueError(
+                f"positions are of {found} tokens and head_dim={positions.head_dim}; must be of "
+                f"the {tokens} tokens of x and head_dim={self.head_dim}"
+            )
+        return positions
 
-    def _blocks(self, x: Array, block_size: int) -> int:
-        if x.shape[1] % block_size:
+    def _sequence(self, x: Array, block_size: int, positions: Positions) -> tuple[int, TokenGrid]:
+        """Number of blocks of a whole sequence, and positions that begin at 0."""
+        if block_size < 1 or x.shape[1] % block_size:
             raise ValueError(
                 f"block_size={block_size} must divide the {x.shape[1]} tokens of x; pad or cut x"
             )
-        return x.shape[1] // block_size
+        grid, blocks = self._grid(positions, x.shape[1], start=0), x.shape[1] // block_size
+        if isinstance(grid.start, int) and grid.start:
+            raise ValueError(
+                f"positions begin at frame {grid.start}; must begin at 0, for nothing is remembered"
+            )
+        grid.block(0, blocks)  # blocks are whole frames
+        return blocks, grid

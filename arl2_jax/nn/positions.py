@@ -19,7 +19,7 @@ class TokenGrid:
     A sequence without rows and columns is a grid whose frames have one token each.
 
     Attributes:
-      first_frame: index of the first frame, int32 scalar, may be traced.
+      start: index of the first frame, int32 scalar, may be traced; None if it is not known.
       absolute: rotations of all tokens by their absolute positions; None without rotations.
       frames, rows, columns: size of the grid.
       head_dim: width of a head.
@@ -30,7 +30,7 @@ class TokenGrid:
         that of one layer.
     """
 
-    first_frame: int | Int[Array, ""]
+    start: int | Int[Array, ""] | None
     absolute: Rope | None
     frames: int = _static()
     rows: int = _static()
@@ -39,6 +39,19 @@ class TokenGrid:
     axes: Literal["video", "sequence", "given"] = _static()
     text: Float[Array, "b l h d"] | None = None
     layer: Int[Array, ""] | None = None
+
+    @property
+    def first_frame(self) -> int | Int[Array, ""]:
+        """Index of the first frame.
+
+        Raises:
+          ValueError: it is not known.
+        """
+        if self.start is None:
+            raise ValueError(
+                "a memory that needs positions was given none; pass a sequence_grid or video_grid"
+            )
+        return self.start
 
     @property
     def tokens_per_frame(self) -> int:
@@ -56,11 +69,16 @@ class TokenGrid:
         """Rotations of the tokens, as if the first frame stood at `first_frame`.
 
         Args:
-          first_frame: position of the first frame, not negative; by default its own.
+          first_frame: position of the first frame, not negative; by default where it is.
           space: whether rows and columns rotate, or time alone.
+
+        Raises:
+          ValueError: other rotations than those that were given are asked for.
         """
-        if self.axes == "given" or (first_frame is None and space):
+        if self.absolute is None or (first_frame is None and space):
             return self.absolute
+        if self.axes == "given":
+            raise ValueError("given rotations cannot be moved; pass a sequence_grid or video_grid")
         first = self.first_frame if first_frame is None else first_frame
         if self.axes == "sequence":
             return sequence_rope(first, self.frames, self.head_dim)
@@ -77,9 +95,9 @@ class TokenGrid:
             raise ValueError(f"{blocks} blocks must divide the {self.frames} frames of the grid")
         size = frames * self.tokens_per_frame
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)
-        first = self.first_frame + index * frames
+        first = None if self.start is None else self.start + index * frames
         absolute = jax.tree.map(cut, self.absolute)
-        return dataclasses.replace(self, first_frame=first, absolute=absolute, frames=frames)
+        return dataclasses.replace(self, start=first, absolute=absolute, frames=frames)
 
 
 def video_grid(
@@ -97,6 +115,8 @@ def sequence_grid(first: int | Int[Array, ""], length: int, head_dim: int) -> To
     )
 
 
-def given_rotations(rope: Rope | None, tokens: int, head_dim: int) -> TokenGrid:
-    """A run of tokens with rotations from elsewhere, or with none, from position 0 on."""
-    return TokenGrid(0, rope, tokens, 1, 1, head_dim, "given")
+def given_rotations(
+    rope: Rope | None, tokens: int, head_dim: int, *, start: int | None = None
+) -> TokenGrid:
+    """A run of tokens with rotations from elsewhere, or with none."""
+    return TokenGrid(start, rope, tokens, 1, 1, head_dim, "given")

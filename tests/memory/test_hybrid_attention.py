@@ -193,3 +193,38 @@ def test_without_a_clip_form_it_scans(make, x, error):
 def test_memories_are_known_by_name(make):
     with pytest.raises(ConfigError, match="kind='windw' is no memory; did you mean window"):
         make("windw")
+
+
+@pytest.mark.parametrize("kind", ["window", "softmax_cache"])
+def test_what_keeps_tokens_must_know_where_it_is(kind):
+    """Without positions nothing of the past would be seen, and nobody would notice."""
+    layer = HybridAttention(20, 2, memory=MemorySpec(kind), rngs=nnx.Rngs(0))
+    x, room = jnp.zeros((1, 4, 20)), Room(8, 1, 4)
+    state = layer.init_state(1, room)
+    for call in (layer, layer.step, layer.write):
+        with pytest.raises(ValueError, match="pass a sequence_grid or video_grid"):
+            jax.eval_shape(call, x, state)
+    late = sequence_grid(4, 4, 10)
+    for call in (layer.scan, layer.clip):
+        with pytest.raises(ValueError, match="begin at frame 4; must begin at 0"):
+            jax.eval_shape(lambda x, call=call: call(x, 2, late), x)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    layer = HybridAttention(20, 2, rngs=nnx.Rngs(0))
+    x = jnp.zeros((1, 12, 20))
+    for block_size in (0, -1, 5):
+        with pytest.raises(ValueError, match="must divide the 12 tokens"):
+            layer.clip(x, block_size)
+    with pytest.raises(ValueError, match="positions are of 1 tokens"):
+        layer.clip(x, 4, sequence_grid(0, 1, 10))
+    with pytest.raises(ValueError, match="6 blocks must divide the 4 frames"):
+        layer.clip(x, 2, video_grid(0, 4, 1, 3, 10))
+    window = MemorySpec("window", {"sink": 1, "frames": 3})
+    short = HybridAttention(20, 2, memory=window, rngs=nnx.Rngs(0))
+    for call in (short.scan, short.clip):
+        with pytest.raises(ValueError, match="frames=3 of the window must be at least the 4"):
+            jax.eval_shape(lambda x, call=call: call(x, 4, sequence_grid(0, 12, 10)), x)
+    cache = HybridAttention(20, 2, memory=MemorySpec("softmax_cache"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="SoftmaxCache must know how many frames to hold"):
+        cache.init_state(1)
