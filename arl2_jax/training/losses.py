@@ -10,7 +10,7 @@ from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import add_noise, draw_levels, draw_noise, per_frame
 from arl2_jax.models import Params, apply_clip, base_of, stack_params, without_delta
 from arl2_jax.models.embeddings import Stem
-from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
+from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem, noisy_half
 
 
 class NoisedClip(NamedTuple):
@@ -117,11 +117,13 @@ class LayerDistillation(NamedTuple):
       errors: per converted layer, relative to the teacher's mean square; layer index -> scalar.
       gradients: layer index -> {"delta": gradient of that layer's own error}.
       diagnostics: per run of equal layers, as in `apply_clip`.
+      teacher_flow: what `teacher_flow` returns; the clip has gone through the teacher's layers.
     """
 
     errors: dict[str, Array]
     gradients: dict[str, Params]
     diagnostics: tuple[dict[str, Array], ...]
+    teacher_flow: Float[Array, "b t rows columns channels"]
 
 
 def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
@@ -169,7 +171,9 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
             errors[str(i)] = values[i - start]
             own = jax.tree.map(lambda g, i=i - start: g[i].astype(jnp.float32), stacked_gradients)
             gradients[str(i)] = {"delta": own}
-    return LayerDistillation(errors, gradients, tuple(diagnostics))
+    flow = stem.predict_flow(noisy_half(x), tokens.time, *clip.clean.shape[2:4])
+    flow = jax.lax.stop_gradient(flow)
+    return LayerDistillation(errors, gradients, tuple(diagnostics), flow)
 
 
 def relative_error(x: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Array:

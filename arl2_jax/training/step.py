@@ -119,17 +119,19 @@ def _stage1_gradients(config: Config, trained: Params, frozen: Params, clip: Noi
 
 
 def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
-    params = merge_params(trained, frozen)
-    target = losses.teacher_flow(params, config.model, clip)
+    params, weight = merge_params(trained, frozen), config.stage2.layer_loss
+    if weight:
+        local = losses.distil_layers(params, config.model, clip)
+        target = local.teacher_flow
+    else:
+        local, target = None, losses.teacher_flow(params, config.model, clip)
 
     def loss(trained):
         return losses.distillation(merge_params(trained, frozen), config.model, clip, target)
 
     (value, diagnostics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     metrics = {"loss": value} | _per_layer(config, diagnostics)
-    if config.stage2.layer_loss:
-        local = losses.distil_layers(params, config.model, clip)
-        weight = config.stage2.layer_loss
+    if local is not None:
         add = lambda g, own: g + weight * own
         grads = jax.tree.map(add, grads, _like(trained, local.gradients))
         metrics["layer_error"] = _mean(local.errors)

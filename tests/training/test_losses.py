@@ -12,7 +12,8 @@ from arl2_jax import models
 from arl2_jax.config import SamplerConfig
 from arl2_jax.models import wan
 from arl2_jax.training import losses
-from arl2_jax.training.partition import TRAINED, split_params
+from arl2_jax.training.partition import TRAINED, merge_params, split_params
+from arl2_jax.training.step import _like, _stage2_gradients
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,50 @@ def test_relative_error_is_a_mean_over_clips():
     # 1 of 1 in the first clip, 1 of 100 in the second.
     np.testing.assert_allclose(losses.relative_error(target + 1, target), (1 + 0.01) / 2, rtol=1e-6)
     assert losses.relative_error(jnp.zeros((2, 3)), jnp.zeros((2, 3))) == 0
+
+
+def test_layers_give_the_teachers_flow_on_their_way(cfg, params, noised, distilled, error):
+    wanted = jax.jit(losses.teacher_flow, static_argnums=1)(params, cfg, noised)
+    # float32 sums of another program, through three layers.
+    assert error(distilled.teacher_flow, wanted) < 2e-5
+
+
+def test_stage2_runs_the_teacher_once(config, make_params):
+    """With a layer loss the target comes from there: same gradients, one teacher less."""
+    run = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, layer_loss=0.5))
+    trained, frozen = split_params(make_params(run.model), TRAINED["stage2"])
+    latents = jax.random.normal(jax.random.key(0), (2, run.data.frames, *run.latent_shape))
+    text = jax.random.normal(jax.random.key(1), (2, run.model.text_len, run.model.text_dim))
+    clip = losses.noise_clip(jax.random.key(2), run.model, latents, text, run.sampler)
+
+    def twice(trained, clip):
+        params = merge_params(trained, frozen)
+        target = losses.teacher_flow(params, run.model, clip)
+        loss = lambda t: losses.distillation(merge_params(t, frozen), run.model, clip, target)[0]
+        local = losses.distil_layers(params, run.model, clip).gradients
+        add = lambda g, own: g + 0.5 * own
+        return jax.tree.map(add, jax.grad(loss)(trained), _like(trained, local))
+
+    once = lambda trained, clip: _stage2_gradients(run, trained, frozen, clip)[0]
+    teacher = lambda trained, clip: losses.teacher_flow(
+        merge_params(trained, frozen), run.model, clip
+    )
+    found, wanted = jax.jit(once)(trained, clip), jax.jit(twice)(trained, clip)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)  # sums with both signs
+    count = lambda f: products(jax.make_jaxpr(f)(trained, clip).jaxpr)
+    assert count(once) == count(twice) - count(teacher)
+
+
+def products(jaxpr):
+    """Matrix products that a program makes, those of a scan as often as it runs."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += eqn.primitive.name == "dot_general"
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * products(inner)
+    return total
