@@ -27,8 +27,8 @@ from pallas_kernels.gated_delta.shapes import SHAPES
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 SIZES = {"batch": 1, "heads": 1, "key": 128, "value": 128}
 
-# What cases of identical keys miss (pallas_kernels/README.md, known limits). With beta = 1 every token
-# overwrites all before it, and the gradient of g is what rounding leaves; where it is 0,
+# What cases of identical keys miss (pallas_kernels/README.md, known limits). With beta = 1 every
+# token overwrites all before it, and the gradient of g is what rounding leaves; where it is 0,
 # assert_close divides by 1e-3 of that of beta. With beta = 1.999 and no decay the gradient of beta
 # is a small difference of what all tokens of a chunk wrote: (I + L)^-1 is kept in float16.
 MISSED = {
