@@ -15,14 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arl2_jax.codecs import load_wan_codec
-    from arl2_jax.config import (
-        Config,
-        ConfigError,
-        MemorySpec,
-        ModelConfig,
-        SamplerConfig,
-        WindowConfig,
-    )
+    from arl2_jax.config import Config, MemorySpec, ModelConfig, SamplerConfig, WindowConfig
+    from arl2_jax.errors import ConfigError, DataError, StorageError, UserError, WeightsError
     from arl2_jax.generation.generator import Generator
     from arl2_jax.generation.rollout import rollout
     from arl2_jax.models import (
@@ -42,12 +36,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "ConfigError",
+    "DataError",
     "Generator",
     "HybridAttention",
     "MemorySpec",
     "ModelConfig",
     "SamplerConfig",
+    "StorageError",
+    "UserError",
     "WanTransformer",
+    "WeightsError",
     "WindowConfig",
     "apply",
     "apply_clip",
@@ -66,13 +64,17 @@ __all__ = [
 
 _HOMES = {
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "errors",
+    "DataError": "errors",
     "Generator": "generation.generator",
     "HybridAttention": "models.hybrid_attention",
     "MemorySpec": "config",
     "ModelConfig": "config",
     "SamplerConfig": "config",
+    "StorageError": "errors",
+    "UserError": "errors",
     "WanTransformer": "models.transformer",
+    "WeightsError": "errors",
     "WindowConfig": "config",
     "apply": "models",
     "apply_clip": "models",

@@ -15,14 +15,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import StorageError
 
 OTHER_FOLDER = "name another folder with --config.train.workdir"
 _PROBE_BYTES = 1 << 16
-
-
-class StorageError(ConfigError):
-    """A folder that cannot be written or read: one line with the folder and the remedy."""
 
 
 def check_writable(folder: epath.PathLike, size: int = 0, remedy: str = OTHER_FOLDER) -> None:
@@ -45,13 +41,15 @@ def check_writable(folder: epath.PathLike, size: int = 0, remedy: str = OTHER_FO
         probe.unlink()
     except Exception as error:
         raise StorageError(
-            f"cannot write to the folder {path}: {reason(error)}; free space there, or {remedy}"
+            f"cannot write to the folder {path}: {reason(error)}",
+            remedy=f"free space there, or {remedy}",
         ) from None
     free = None if is_remote(path) else shutil.disk_usage(path).free
     if free is not None and free < size:
         raise StorageError(
-            f"{path} has {free / 2**30:.1f} GiB free, but the run still writes {size / 2**30:.1f} "
-            f"GiB; free space there, or {remedy}"
+            f"{path} has {free / 2**30:.1f} GiB free, but the run still writes "
+            f"{size / 2**30:.1f} GiB",
+            remedy=f"free space there, or {remedy}",
         )
 
 

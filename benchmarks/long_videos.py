@@ -30,7 +30,8 @@ from study.recipes import changed, parse_changes
 from study.rollouts import measure_long_recall, roll_out
 from study.stored import commit, shapes
 
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
+from arl2_jax.errors import ConfigError, UserError
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.generation.finished_run import read_run_config
 from arl2_jax.storage import plain_json
@@ -58,7 +59,7 @@ def main(_):
     logging.set_verbosity(logging.INFO)
     try:
         config, model = _open()
-    except ConfigError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
     # A title stands for one entry: what was asked is part of it.
     asked = ["true videos"] if _TRUE.value else []

@@ -39,7 +39,8 @@ from study.rollouts import run_long_recall, run_rollout
 from study.stored import Folder, write_result
 from study.teachers import run_teacher
 
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
+from arl2_jax.errors import ConfigError
 
 _OUT = flags.DEFINE_string("out", "runs/study", "Folder of the study.")
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "quick"], "Variant of the configuration.")
@@ -85,7 +86,7 @@ def main(_):
         study.run([parse_job(name) for name in names])
         if study.failed:
             sys.exit(f"error: these runs have failed: {', '.join(study.failed)}")
-    except ConfigError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

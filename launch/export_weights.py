@@ -11,7 +11,7 @@ b_proj.bias.
 
 from absl import flags
 
-from arl2_jax import command_line
+import command_line
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights, in any layout.")
 _RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from arl2_jax import command_line
+import command_line
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Released weights: a folder or a file.")
 _ENTRY = command_line.entry_flag()
@@ -81,4 +81,8 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, one_of=["weights", "run"])
+    command_line.run(
+        main,
+        one_of=["weights", "run"],
+        names=command_line.SAMPLER_NAMES | command_line.MODEL_NAMES,
+    )

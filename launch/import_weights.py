@@ -9,7 +9,7 @@ A layer that is made hybrid here, and was not in the file, gets ARL2's published
 
 from absl import flags
 
-from arl2_jax import command_line
+import command_line
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
@@ -22,14 +22,16 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is 
 def main():
     """Flags -> the folder."""
     # Imported late: a mistyped flag should not wait for jax.
-    from arl2_jax.config import ConfigError
+    from arl2_jax.errors import ConfigError
     from arl2_jax.weights.transfer import import_weights
 
     try:
         layers = None if _HYBRID.value is None else [int(layer) for layer in _HYBRID.value]
     except ValueError:
         raise ConfigError(
-            f"--hybrid_layers={','.join(_HYBRID.value or ())} must be whole numbers, such as 0,1,2"
+            "must be whole numbers, such as 0,1,2",
+            field="hybrid_layers",
+            value=",".join(_HYBRID.value or ()),
         ) from None
     done = import_weights(
         _WEIGHTS.value,
@@ -50,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, names=command_line.MODEL_NAMES)

@@ -11,7 +11,7 @@ picture beside it; a table and a warning about layers that forget a block are pr
 
 from absl import flags
 
-from arl2_jax import command_line
+import command_line
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "File or folder of the weights, in any layout.")
 _RUN = flags.DEFINE_string("run", None, "Folder of a finished run.")
@@ -59,4 +59,9 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, one_of=["weights", "run"], save_memory="lower --blocks or --clips")
+    command_line.run(
+        main,
+        one_of=["weights", "run"],
+        names=command_line.MODEL_NAMES,
+        save_memory="lower --blocks or --clips",
+    )

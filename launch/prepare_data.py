@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from arl2_jax import command_line
+import command_line
 
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file, one prompt a line.")
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
@@ -82,4 +82,10 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, one_of=["prompts", "videos", "check"])
+    command_line.run(
+        main,
+        one_of=["prompts", "videos", "check"],
+        names=command_line.SAMPLER_NAMES
+        | command_line.MODEL_NAMES
+        | {"frames": "latent_frames", "folder": "videos", "data.fps": "fps"},
+    )

@@ -20,7 +20,7 @@ A table and the flag for launch/train.py are printed; --out gets ranking.json an
 
 from absl import flags
 
-from arl2_jax import command_line
+import command_line
 
 _CONFIG = command_line.config_flag()
 _RUN = flags.DEFINE_string("run", None, "Folder of a finished run, whose teacher is ranked.")
@@ -50,12 +50,13 @@ def main():
     choice = RankChoice(tuple(_MEASURES.value), _BY.value, _SHARE.value, _STAGE2.value)
     ranking = rank_layers(config, out, choice)
     print(ranking_table(ranking))
-    print(f"\n{ranking['config_flag']}")
+    hybrid = tuple(ranking["hybrid_layers"])
+    print(f"\n--config.model.hybrid_layers='{hybrid}'")
     print(f"measures: {out}/ranking.json; picture: {out}/ranking.png")
 
 
 if __name__ == "__main__":
     command_line.run(
-        main, one_of=["config", "run"], config=_CONFIG,
+        main, one_of=["config", "run"], config=_CONFIG, names={"train.workdir": "out"},
         save_memory="lower stage1.batch_size or evaluation.clips of the configuration",
     )  # fmt: skip

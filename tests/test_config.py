@@ -10,7 +10,6 @@ import pytest
 
 from arl2_jax.config import (
     Config,
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -23,6 +22,7 @@ from arl2_jax.config import (
     from_config_dict,
     to_config_dict,
 )
+from arl2_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,7 +117,7 @@ BROKEN = [
     ("data.fps", 0.0, "positive"),
     ("data.workers", -1, "negative"),
     ("data.held_out", 0, "positive"),
-    ("data.codec", "wan_vae", "prepare_data"),
+    ("data.codec", "wan_vae", "preparation"),
     ("data.codec", "png", "space_to_depth, wan_vae"),
     ("data.vae", "folder", "wan_vae"),
     ("data.sprites.count", (2, 1), "rising"),
@@ -180,14 +180,14 @@ def test_phase_is_named_once():
 
 def test_unknown_field_gets_a_suggestion():
     assert refused("model.num_layer", 3) == (
-        "unknown config field model.num_layer; did you mean model.num_layers?"
+        "model.num_layer is an unknown field; did you mean model.num_layers?"
     )
     assert "did you mean data.sprites.colors?" in refused("data.sprites.colours", 3)
     assert "known are" in refused("zebra", 1)
 
 
 def test_missing_field_is_named():
-    assert refused("model.dim", ...) == "config field model.dim is missing; set it"
+    assert refused("model.dim", ...) == "model.dim is missing; set it"
     assert "model" in refused("model", ...)
 
 

@@ -41,7 +41,8 @@ LOADS = {
     "save_params": WEIGHTS,
 }
 SETTINGS = (
-    "Config", "ConfigError", "MemorySpec", "ModelConfig", "SamplerConfig", "WindowConfig",
+    "Config", "ConfigError", "DataError", "MemorySpec", "ModelConfig", "SamplerConfig",
+    "StorageError", "UserError", "WeightsError", "WindowConfig",
 )  # fmt: skip
 # Distributions whose package has another name.
 PACKAGES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}

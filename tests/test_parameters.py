@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from arl2_jax import models
-from arl2_jax.config import ConfigError, GatedDeltaConfig
+from arl2_jax.config import GatedDeltaConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.parameters import ParameterFacts, declare, facts_of
 from arl2_jax.training.optimizer import path_name
 

@@ -13,7 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from arl2_jax import sharding
-from arl2_jax.config import ConfigError, MeshConfig, ModelConfig, PhaseConfig
+from arl2_jax.config import MeshConfig, ModelConfig, PhaseConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.models import param_shapes
 from arl2_jax.training.optimizer import make_optimizer, path_name
 from arl2_jax.training.step import TrainState

@@ -11,7 +11,8 @@ import jax
 from arl2_jax.codecs.interface import Codec
 from arl2_jax.codecs.space_to_depth import SpaceToDepth
 from arl2_jax.codecs.wan_vae import WanCodec
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
+from arl2_jax.errors import ConfigError
 
 
 def make_codec(config: Config) -> Codec | None:
@@ -27,8 +28,9 @@ def make_codec(config: Config) -> Codec | None:
     model, data = config.model, config.data
     if model.in_dim != model.out_dim:
         raise ConfigError(
-            f"model.out_dim={model.out_dim} must equal model.in_dim={model.in_dim}: the codec "
-            "decodes what the model puts out"
+            f"must equal model.in_dim={model.in_dim}: the codec decodes what the model puts out",
+            field="model.out_dim",
+            value=model.out_dim,
         )
     if data.codec == "space_to_depth":
         return SpaceToDepth(data.codec_factor, model.in_dim)
@@ -40,7 +42,9 @@ def make_codec(config: Config) -> Codec | None:
         ("model.in_dim", model.in_dim, codec.channels),
     ):
         if value != wanted:
-            raise ConfigError(f"{field}={value} must be {wanted}, that of data.vae={data.vae}")
+            raise ConfigError(
+                f"must be {wanted}, that of data.vae={data.vae}", field=field, value=value
+            )
     return codec
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from einops import rearrange
 
 from arl2_jax.codecs.interface import Array
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,10 @@ class SpaceToDepth:
     def __post_init__(self):
         if self.channels < self.values:
             raise ConfigError(
-                f"data.codec_factor={self.spatial_factor} gives {self.values} values a latent, "
-                f"more than model.in_dim={self.channels}; lower the factor or raise model.in_dim"
+                f"gives {self.values} values a latent, more than model.in_dim={self.channels}",
+                field="data.codec_factor",
+                value=self.spatial_factor,
+                remedy="lower the factor or raise model.in_dim",
             )
 
     @property

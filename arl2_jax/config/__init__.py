@@ -16,7 +16,6 @@ from arl2_jax.config.memory import (
     WindowConfig,
 )
 from arl2_jax.config.model import AttentionConfig, ModelConfig, SamplerConfig
-from arl2_jax.config.rules import ConfigError
 from arl2_jax.config.run import PHASES, Config, EvaluationConfig, short_run
 from arl2_jax.config.training import (
     MeshConfig,
@@ -27,6 +26,7 @@ from arl2_jax.config.training import (
     TrainConfig,
     with_steps,
 )
+from arl2_jax.errors import ConfigError
 
 __all__ = [
     "MEMORY_SETTINGS",

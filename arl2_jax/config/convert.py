@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from arl2_jax.config.memory import MemorySpec
-from arl2_jax.config.rules import ConfigError, require
+from arl2_jax.config.rules import require
 from arl2_jax.config.run import Config
 from arl2_jax.config.training import PhaseConfig
+from arl2_jax.errors import ConfigError
 
 
 def from_config_dict(tree: Mapping[str, Any]) -> Config:
@@ -31,34 +32,28 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     types_of = typing.get_type_hints(cls)
     hints = {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
     require(
-        isinstance(tree, Mapping) or hasattr(tree, "items"),
-        f"{path}={tree!r} must be a group of fields",
+        isinstance(tree, Mapping) or hasattr(tree, "items"), path, tree, "must be a group of fields"
     )
     values = dict(tree.items())
     for name in values:
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, n=1)
-            hint = (
-                f"; did you mean {path}{close[0]}?" if close else f"; known are {', '.join(hints)}"
-            )
-            raise ConfigError(f"unknown config field {path}{name}{hint}")
+            hint = f"did you mean {path}{close[0]}?" if close else f"known are {', '.join(hints)}"
+            raise ConfigError("is an unknown field", field=f"{path}{name}", remedy=hint)
     for field in dataclasses.fields(cls):
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
-        require(
-            not required or field.name in values,
-            f"config field {path}{field.name} is missing; set it",
-        )
+        if required and field.name not in values:
+            raise ConfigError("is missing", field=f"{path}{field.name}", remedy="set it")
     built = {name: _convert(hints[name], value, f"{path}{name}") for name, value in values.items()}
     try:
         return cls(**built)
     except ConfigError as error:
         # The rules of these do not know where in the run they stand.
-        message = str(error)
         nested = issubclass(cls, PhaseConfig | MemorySpec)
-        known = path and not message.startswith(path) and nested
-        raise ConfigError(f"{path}{message}" if known else message) from None
+        known = error.field and error.field.startswith(path)
+        raise (error.within(path) if nested and not known else error) from None
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
@@ -70,17 +65,19 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return _build(typing.cast(type, kind), value, f"{path}.")
     if origin is Literal:
         choices = get_args(kind)
-        require(value in choices, f"{path}={value!r} must be one of {', '.join(map(str, choices))}")
+        require(value in choices, path, value, f"must be one of {', '.join(map(str, choices))}")
         return value
     if origin is tuple:
         require(
             isinstance(value, Iterable) and not isinstance(value, str | bytes),
-            f"{path}={value!r} must be a sequence",
+            path,
+            value,
+            "must be a sequence",
         )
         inner, items = get_args(kind), list(value)
         if len(inner) == 2 and inner[1] is Ellipsis:
             inner = (inner[0],) * len(items)
-        require(len(items) == len(inner), f"{path}={value!r} must have {len(inner)} entries")
+        require(len(items) == len(inner), path, value, f"must have {len(inner)} entries")
         return tuple(
             _convert(k, v, f"{path}[{i}]")
             for i, (k, v) in enumerate(zip(inner, items, strict=True))
@@ -92,6 +89,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     mismatch = kind is not bool and isinstance(value, bool)
     require(
         isinstance(value, kind) and not mismatch,
-        f"{path}={value!r} must be of type {kind.__name__}",
+        path,
+        value,
+        f"must be of type {kind.__name__}, not {type(value).__name__}",
     )
     return value

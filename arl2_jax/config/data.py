@@ -42,17 +42,21 @@ class SpriteConfig:
     def __post_init__(self):
         require(
             1 <= self.count[0] <= self.count[1],
-            f"data.sprites.count={self.count} must be a rising range from at least 1",
+            "data.sprites.count",
+            self.count,
+            "must be a rising range from at least 1",
         )
         require(
             0 < self.speed[0] <= self.speed[1],
-            f"data.sprites.speed={self.speed} must be a rising range above 0",
+            "data.sprites.speed",
+            self.speed,
+            "must be a rising range above 0",
         )
         _check_pause("data.sprites.pause", self.pause)
-        require(self.lamp >= 0, f"data.sprites.lamp={self.lamp} must not be negative")
-        require(2 <= self.colors <= 8, f"data.sprites.colors={self.colors} must be in 2..8")
-        require(1 <= self.shapes <= 5, f"data.sprites.shapes={self.shapes} must be in 1..5")
-        require(self.size >= 3, f"data.sprites.size={self.size} must be at least 3 pixels")
+        require(self.lamp >= 0, "data.sprites.lamp", self.lamp, "must not be negative")
+        require(2 <= self.colors <= 8, "data.sprites.colors", self.colors, "must be in 2..8")
+        require(1 <= self.shapes <= 5, "data.sprites.shapes", self.shapes, "must be in 1..5")
+        require(self.size >= 3, "data.sprites.size", self.size, "must be at least 3 pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +76,12 @@ class ShortClipsConfig:
     pause: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
-        require(self.frames >= 0, f"data.short.frames={self.frames} must not be negative")
+        require(self.frames >= 0, "data.short.frames", self.frames, "must not be negative")
         _check_pause("data.short.pause", self.pause)
 
 
 def _check_pause(name: str, pause: tuple[int, int]) -> None:
-    require(0 <= pause[0] <= pause[1], f"{name}={pause} must be a rising range from at least 0")
+    require(0 <= pause[0] <= pause[1], name, pause, "must be a rising range from at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,25 +123,34 @@ class DataConfig:
     def __post_init__(self):
         for name in ("frames", "height", "width", "fps", "codec_factor", "held_out"):
             value = getattr(self, name)
-            require(value > 0, f"data.{name}={value} must be positive")
-        require(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+            require(value > 0, f"data.{name}", value, "must be positive")
+        require(self.workers >= 0, "data.workers", self.workers, "must not be negative")
         for name in ("height", "width"):
             value = getattr(self, name)
             require(
                 value % self.codec_factor == 0,
-                f"data.{name}={value} must be a multiple of data.codec_factor={self.codec_factor}",
+                f"data.{name}",
+                value,
+                f"must be a multiple of data.codec_factor={self.codec_factor}",
             )
         require(
             self.codec != "wan_vae" or self.source == "latents",
-            f"data.codec=wan_vae needs data.source=latents, not {self.source}: encode the clips "
-            "first with launch/prepare_data.py, or set data.codec=space_to_depth",
+            "data.codec",
+            "wan_vae",
+            f"needs data.source=latents, not {self.source}",
+            "store the clips first (arl2_jax.preparation), or set data.codec=space_to_depth",
         )
         require(
             self.codec == "wan_vae" or not self.vae,
-            f"data.vae={self.vae} has no use with data.codec={self.codec}; remove it or set "
-            "data.codec=wan_vae",
+            "data.vae",
+            self.vae,
+            f"has no use with data.codec={self.codec}",
+            "remove it or set data.codec=wan_vae",
         )
         require(
             self.source == "synthetic" or bool(self.path),
-            f"data.path is empty: data.source={self.source} needs the folder to read; set it",
+            "data.path",
+            None,
+            f"is empty: data.source={self.source} needs the folder to read",
+            "set it",
         )

@@ -39,17 +39,20 @@ class UMT5Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "dtype":
-                require(value > 0, f"text_encoder.{field.name}={value} must be positive")
+                require(value > 0, f"text_encoder.{field.name}", value, "must be positive")
         require(
             self.num_buckets % 4 == 0,
-            f"text_encoder.num_buckets={self.num_buckets} must be a multiple of 4: half of them "
-            "for each direction, half of those for single distances",
+            "text_encoder.num_buckets",
+            self.num_buckets,
+            "must be a multiple of 4: half of them for each direction, half of those for "
+            "single distances",
         )
         require(
             self.max_distance > self.num_buckets // 4,
-            f"text_encoder.max_distance={self.max_distance} must be more than the "
-            f"{self.num_buckets // 4} single distances that text_encoder.num_buckets="
-            f"{self.num_buckets} gives",
+            "text_encoder.max_distance",
+            self.max_distance,
+            f"must be more than the {self.num_buckets // 4} single distances that "
+            f"text_encoder.num_buckets={self.num_buckets} gives",
         )
 
     @classmethod
@@ -100,18 +103,22 @@ class VAEConfig:
     def __post_init__(self):
         for name in ("dim", "num_res_blocks", "z_dim"):
             value = getattr(self, name)
-            require(value > 0, f"vae.{name}={value} must be positive")
+            require(value > 0, f"vae.{name}", value, "must be positive")
         require(
             len(self.temporal_downsample) == len(self.dim_mult) - 1,
-            f"vae.temporal_downsample={self.temporal_downsample} must have one entry fewer than "
-            f"vae.dim_mult={self.dim_mult}",
+            "vae.temporal_downsample",
+            self.temporal_downsample,
+            f"must have one entry fewer than vae.dim_mult={self.dim_mult}",
         )
         for name in ("latents_mean", "latents_std"):
             count = len(getattr(self, name))
             require(
-                count == self.z_dim, f"vae.{name} has {count} entries, not vae.z_dim={self.z_dim}"
+                count == self.z_dim,
+                f"vae.{name}",
+                None,
+                f"has {count} entries, not vae.z_dim={self.z_dim}",
             )
-        require(min(self.latents_std) > 0, f"vae.latents_std={self.latents_std} must be positive")
+        require(min(self.latents_std) > 0, "vae.latents_std", self.latents_std, "must be positive")
 
     @property
     def spatial_factor(self) -> int:

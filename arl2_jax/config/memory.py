@@ -5,7 +5,8 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from arl2_jax.config.rules import ConfigError, require
+from arl2_jax.config.rules import require
+from arl2_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from arl2_jax.config.model import ModelConfig
@@ -81,25 +82,29 @@ class GatedDeltaConfig(MemorySettings):
 
     def __post_init__(self):
         tokens = self.block_tokens
-        require(tokens >= 0, f"model.delta.block_tokens={tokens} must not be negative")
+        require(tokens >= 0, "model.delta.block_tokens", tokens, "must not be negative")
         object.__setattr__(self, "time_constants", tuple(self.time_constants))
         short, long = self.time_constants
         require(
             0 < short <= long,
-            f"model.delta.time_constants={self.time_constants} must be a rising range above 0, in "
-            "blocks",
+            "model.delta.time_constants",
+            self.time_constants,
+            "must be a rising range above 0, in blocks",
         )
         for name in ("write_load", "read_gain"):
             value = getattr(self, name)
-            require(value > 0, f"model.delta.{name}={value} must be positive")
+            require(value > 0, f"model.delta.{name}", value, "must be positive")
         require(
             0 < self.beta_max <= 2,
-            f"model.delta.beta_max={self.beta_max} must be in (0, 2]: beyond 2 states grow without "
-            "bound",
+            "model.delta.beta_max",
+            self.beta_max,
+            "must be in (0, 2]: beyond 2 states grow without bound",
         )
         require(
             0 <= self.leak < 1,
-            f"model.delta.leak={self.leak} must be a share in [0, 1); 0 is no leak",
+            "model.delta.leak",
+            self.leak,
+            "must be a share in [0, 1), where 0 is no leak",
         )
 
 
@@ -116,19 +121,26 @@ class WindowConfig(MemorySettings):
     frames: int = 9
 
     def __post_init__(self):
-        require(self.sink >= 0, f"sink={self.sink} must not be negative; 0 keeps no first frames")
+        require(
+            self.sink >= 0, "sink", self.sink, "must not be negative, where 0 keeps no first frames"
+        )
         require(
             self.sink <= self.frames,
-            f"sink={self.sink} must not be longer than the window, frames={self.frames}; lower "
-            "sink or raise frames",
+            "sink",
+            self.sink,
+            f"must not be longer than the window, frames={self.frames}",
+            "lower sink or raise frames",
         )
 
     def check(self, model: "ModelConfig") -> None:
         """Raise ConfigError if the window is shorter than a frame block."""
         require(
             self.frames >= model.frames_per_block,
-            f"frames={self.frames} must be at least model.frames_per_block="
-            f"{model.frames_per_block}: a window holds the block itself; raise it",
+            "frames",
+            self.frames,
+            f"must be at least model.frames_per_block={model.frames_per_block}: a window "
+            "holds the block itself",
+            "raise it",
         )
 
 
@@ -160,14 +172,21 @@ class MemorySpec:
             close = difflib.get_close_matches(str(self.kind), MEMORY_SETTINGS, n=1)
             hint = f"did you mean {close[0]}?" if close else ""
             known = ", ".join(MEMORY_SETTINGS)
-            raise ConfigError(f"kind={self.kind!r} is no memory; {hint or f'known are {known}'}")
+            raise ConfigError(
+                "is no memory",
+                field="kind",
+                value=self.kind,
+                remedy=hint or f"known are {known}",
+            )
         wanted = MEMORY_SETTINGS[self.kind]
         settings = {} if self.settings is None else self.settings
         if isinstance(settings, Mapping):
             settings = _settings(self.kind, wanted, settings)
         require(
             isinstance(settings, wanted),
-            f"settings={settings!r} must be {wanted.__name__}, the settings of kind={self.kind!r}",
+            "settings",
+            settings,
+            f"must be {wanted.__name__}, the settings of kind={self.kind}",
         )
         object.__setattr__(self, "settings", settings)
 
@@ -177,16 +196,21 @@ def _settings(kind: str, wanted: type[MemorySettings], values: Mapping[str, Any]
     for name, value in values.items():
         require(
             name in known,
-            f"settings.{name} is unknown for kind={kind!r}; known are {', '.join(known) or 'none'}",
+            f"settings.{name}",
+            None,
+            f"is unknown for kind={kind}",
+            f"known are {', '.join(known) or 'none'}",
         )
         whole = isinstance(known[name], int) and not isinstance(known[name], bool)
         require(
             not whole or (isinstance(value, int) and not isinstance(value, bool)),
-            f"settings.{name}={value!r} must be a whole number",
+            f"settings.{name}",
+            value,
+            "must be a whole number",
         )
     # JSON has lists where settings have tuples.
     plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return wanted(**plain)
     except ConfigError as error:
-        raise ConfigError(f"settings.{error}") from None
+        raise error.within("settings.") from None

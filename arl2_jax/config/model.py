@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from arl2_jax.config.memory import GatedDeltaConfig, MemorySpec
-from arl2_jax.config.rules import ConfigError, require
+from arl2_jax.config.rules import require
+from arl2_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,12 @@ class AttentionConfig:
 
     def __post_init__(self):
         for name in ("dim", "num_heads", "lora_rank"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         require(
             self.head_dim % 2 == 0 and self.head_dim >= 6,
-            f"head_dim={self.head_dim} must be even and at least 6",
+            "head_dim",
+            self.head_dim,
+            "must be even and at least 6",
         )
 
 
@@ -105,24 +108,31 @@ class ModelConfig:
         object.__setattr__(self, "memories", specs)
         for name in ("dim", "ffn_dim", "num_heads", "num_layers", "frames_per_block", "lora_rank"):
             value = getattr(self, name)
-            require(value > 0, f"model.{name}={value} must be positive")
+            require(value > 0, f"model.{name}", value, "must be positive")
         require(
             self.dim % self.num_heads == 0 and self.head_dim % 2 == 0 and self.head_dim >= 6,
-            f"model.dim={self.dim} over model.num_heads={self.num_heads} must give an even head "
-            "dimension of at least 6; change one of them",
+            "model.dim",
+            self.dim,
+            f"over model.num_heads={self.num_heads} must give an even head dimension of at least 6",
+            "change one of them",
         )
-        require(self.freq_dim % 2 == 0, f"model.freq_dim={self.freq_dim} must be even")
+        require(self.freq_dim % 2 == 0, "model.freq_dim", self.freq_dim, "must be even")
         require(
             self.patch_size[0] == 1,
-            f"model.patch_size={self.patch_size} must span one latent frame; set its first entry "
-            "to 1",
+            "model.patch_size",
+            self.patch_size,
+            "must span one latent frame",
+            "set its first entry to 1",
         )
         for name, layers in (("hybrid_layers", self.hybrid_layers), *self._named_layers()):
             outside = [i for i in layers if not 0 <= i < self.num_layers]
             require(
                 not outside,
-                f"model.{name} has {outside}, outside 0..{self.num_layers - 1}: the model has "
-                f"{self.num_layers} layers; remove them",
+                f"model.{name}",
+                None,
+                f"has {outside}, outside 0..{self.num_layers - 1}: the model has "
+                f"{self.num_layers} layers",
+                "remove them",
             )
         self._check_memories()
 
@@ -136,31 +146,39 @@ class ModelConfig:
             for layer in layers:
                 require(
                     layer not in owner,
-                    f"model.{name} has layer {layer}, which model.{owner.get(layer)} has too; a "
-                    "layer has one memory: remove it from one of them",
+                    f"model.{name}",
+                    None,
+                    f"has layer {layer}, which model.{owner.get(layer)} has too",
+                    "a layer has one memory: remove it from one of them",
                 )
                 owner[layer] = name
         rest = [i for i, spec in enumerate(self.memories) if not spec.layers]
         require(
             len(rest) < 2,
-            f"model.memories has {len(rest)} entries without layers; name the layers of all but "
-            "one of them",
+            "model.memories",
+            None,
+            f"has {len(rest)} entries without layers",
+            "name the layers of all but one of them",
         )
         require(
             not rest or len(owner) < self.num_layers,
-            f"model.memories[{rest and rest[0]}] names no layers, and every layer has another "
-            "memory; remove it, or name its layers",
+            f"model.memories[{rest and rest[0]}]",
+            None,
+            "names no layers, and every layer has another memory",
+            "remove it, or name its layers",
         )
         for i, spec in enumerate(self.memories):
             require(
                 spec.kind != "gated_delta",
-                f"model.memories[{i}].kind='gated_delta' must be set by model.hybrid_layers, which "
-                "names its layers, and model.delta, which has its settings",
+                f"model.memories[{i}].kind",
+                "gated_delta",
+                "must be set by model.hybrid_layers, which names its layers, and model.delta, "
+                "which has its settings",
             )
             try:
                 spec.settings.check(self)
             except ConfigError as error:
-                raise ConfigError(f"model.memories[{i}].settings.{error}") from None
+                raise error.within(f"model.memories[{i}].settings.") from None
 
     @property
     def head_dim(self) -> int:
@@ -244,13 +262,14 @@ def _memory_spec(index: int, spec: Any) -> MemorySpec:
     names = [field.name for field in dataclasses.fields(MemorySpec)]
     require(
         isinstance(spec, Mapping) and "kind" in spec and not {*spec} - {*names},
-        f"model.memories[{index}]={spec!r} must be a mapping with kind, and perhaps settings and "
-        "layers",
+        f"model.memories[{index}]",
+        spec,
+        "must be a mapping with kind, and perhaps settings and layers",
     )
     try:
         return MemorySpec(**spec)
     except ConfigError as error:
-        raise ConfigError(f"model.memories[{index}].{error}") from None
+        raise error.within(f"model.memories[{index}].") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,18 +301,22 @@ class SamplerConfig:
             len(self.timesteps) > 0
             and falling
             and 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000,
-            f"sampler.timesteps={self.timesteps} must fall strictly within (0, 1000]",
+            "sampler.timesteps",
+            self.timesteps,
+            "must fall strictly within (0, 1000]",
         )
-        require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
-        require(self.shift > 0, f"sampler.shift={self.shift} must be positive")
-        require(self.guidance >= 1, f"sampler.guidance={self.guidance} must be at least 1 (off)")
+        require(self.steps > 0, "sampler.steps", self.steps, "must be positive")
+        require(self.shift > 0, "sampler.shift", self.shift, "must be positive")
+        require(self.guidance >= 1, "sampler.guidance", self.guidance, "must be at least 1 (off)")
         require(
             self.guidance == 1 or self.method == "euler",
-            f"sampler.guidance={self.guidance} needs sampler.method=euler: few-step models carry "
-            "their guidance in the weights",
+            "sampler.guidance",
+            self.guidance,
+            "needs sampler.method=euler: few-step models carry their guidance in the weights",
         )
         require(
             0 <= self.context_noise < 1,
-            f"sampler.context_noise={self.context_noise} must be a noise level in [0, 1); 0 writes "
-            "clean blocks to the memories",
+            "sampler.context_noise",
+            self.context_noise,
+            "must be a noise level in [0, 1), where 0 writes clean blocks to the memories",
         )

@@ -1,11 +1,11 @@
-"""How a broken rule is reported."""
+"""Rules of the configuration."""
+
+from typing import Any
+
+from arl2_jax.errors import ConfigError
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run: one line naming the field, its value and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with the message unless the condition holds."""
+def require(condition: bool, field: str, value: Any, rule: str, remedy: str | None = None) -> None:
+    """Raise a ConfigError, "FIELD=VALUE RULE; REMEDY", unless the condition holds."""
     if not condition:
-        raise ConfigError(message)
+        raise ConfigError(rule, field=field, value=value, remedy=remedy)

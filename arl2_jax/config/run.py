@@ -35,29 +35,35 @@ class EvaluationConfig:
     rollout_length: int = 4
 
     def __post_init__(self):
-        require(self.clips > 0, f"evaluation.clips={self.clips} must be positive")
+        require(self.clips > 0, "evaluation.clips", self.clips, "must be positive")
         for name in ("recall_clips", "rollout_clips", "rollout_length"):
             value = getattr(self, name)
-            require(value >= 0, f"evaluation.{name}={value} must not be negative")
+            require(value >= 0, f"evaluation.{name}", value, "must not be negative")
         require(
             self.recall_clips % 2 == 0,
-            f"evaluation.recall_clips={self.recall_clips} must be even: clips come in pairs",
+            "evaluation.recall_clips",
+            self.recall_clips,
+            "must be even: clips come in pairs",
         )
         require(
             self.recall_noises > 0,
-            f"evaluation.recall_noises={self.recall_noises} must be positive; set "
-            "evaluation.recall_clips=0 to leave the recall test out",
+            "evaluation.recall_noises",
+            self.recall_noises,
+            "must be positive",
+            "set evaluation.recall_clips=0 to leave the recall test out",
         )
         known = len(set(self.controls)) == len(self.controls) and set(self.controls) <= {*CONTROLS}
         require(
             known,
-            f"evaluation.controls={self.controls} may have {' and '.join(CONTROLS)}, each once",
+            "evaluation.controls",
+            self.controls,
+            f"may have {' and '.join(CONTROLS)}, each once",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run of `launch/train.py`."""
+    """A whole run: the teacher, its conversion in stages, and the report."""
 
     model: ModelConfig
     sampler: SamplerConfig = SamplerConfig()
@@ -72,38 +78,49 @@ class Config:
     def __post_init__(self):
         self._fill_in_block_tokens()
         unknown = [p for p in self.phases if p not in PHASES]
-        require(not unknown, f"phases has {unknown}; known are {', '.join(PHASES)}")
+        require(not unknown, "phases", None, f"has {unknown}", f"known are {', '.join(PHASES)}")
         in_order = [p for p in PHASES if p in self.phases]
         require(
             list(self.phases) == in_order,
-            f"phases={self.phases} must follow the order {', '.join(PHASES)}, each once",
+            "phases",
+            self.phases,
+            f"must follow the order {', '.join(PHASES)}, each once",
         )
         require(
             self.data.frames % self.model.frames_per_block == 0,
-            f"data.frames={self.data.frames} must be a multiple of "
-            f"model.frames_per_block={self.model.frames_per_block}",
+            "data.frames",
+            self.data.frames,
+            f"must be a multiple of model.frames_per_block={self.model.frames_per_block}",
         )
         self._check_short_clips()
         stages = [p for p in self.phases if p != "teacher"]
         require(
             not stages or bool(self.model.converted_layers),
-            f"phases={self.phases} convert layers, but model.hybrid_layers is empty; name some",
+            "phases",
+            self.phases,
+            "convert layers, but model.hybrid_layers is empty",
+            "name some",
         )
         # A closed gate, as the control has it, leaves nothing to fit.
         fits = self.stage1.start == "least_squares" and self.model.memory_gate != "zero"
         readable = self.model.memory_gate == "learned" and self.model.delta.read == "block"
         require(
             not fits or readable,
-            "stage1.start=least_squares fits reads of the state before a block through the learned "
-            f"gate, not model.memory_gate={self.model.memory_gate} with "
-            f"model.delta.read={self.model.delta.read}; set stage1.start=random",
+            "stage1.start",
+            "least_squares",
+            "fits reads of the state before a block through the learned gate, not "
+            f"model.memory_gate={self.model.memory_gate} with "
+            f"model.delta.read={self.model.delta.read}",
+            "set stage1.start=random",
         )
         for axis, latents in (("height", self.latent_shape[0]), ("width", self.latent_shape[1])):
             patch = self.model.patch_size[1 if axis == "height" else 2]
             require(
                 latents % patch == 0,
-                f"data.{axis} gives {latents} latents, not a multiple of the patch {patch} in "
-                "model.patch_size; change it",
+                f"data.{axis}",
+                None,
+                f"gives {latents} latents, not a multiple of the patch {patch} in model.patch_size",
+                "change it",
             )
 
     def _check_short_clips(self) -> None:
@@ -111,13 +128,17 @@ class Config:
         phases = [p for p in self.phases if getattr(self, p).short_steps]
         require(
             not phases or bool(short),
-            f"{phases and phases[0]}.short_steps needs clips of data.short.frames frames, which is "
-            "0; set it, such as data.frames / 3",
+            f"{phases and phases[0]}.short_steps",
+            None,
+            "needs clips of data.short.frames frames, which is 0",
+            "set it, such as data.frames / 3",
         )
         require(
             not short or (short % block == 0 and self.data.frames % short == 0),
-            f"data.short.frames={short} must be a multiple of model.frames_per_block={block} that "
-            f"divides data.frames={self.data.frames}",
+            "data.short.frames",
+            short,
+            f"must be a multiple of model.frames_per_block={block} that divides "
+            f"data.frames={self.data.frames}",
         )
 
     def _fill_in_block_tokens(self) -> None:

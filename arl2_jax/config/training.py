@@ -47,17 +47,21 @@ class PhaseConfig:
     def __post_init__(self):
         for name in ("batch_size", "accumulation", "learning_rate", "clip_norm"):
             value = getattr(self, name)
-            require(value > 0, f"{name}={value} must be positive in every phase")
-        require(self.steps >= 0, f"steps={self.steps} must not be negative in any phase")
+            require(value > 0, name, value, "must be positive in every phase")
+        require(self.steps >= 0, "steps", self.steps, "must not be negative in any phase")
         require(
             0 <= self.short_steps <= self.steps,
-            f"short_steps={self.short_steps} must be in 0..{self.steps}, the steps of the phase",
+            "short_steps",
+            self.short_steps,
+            f"must be in 0..{self.steps}, the steps of the phase",
         )
         require(
             self.batch_size % self.accumulation == 0,
-            f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}",
+            "batch_size",
+            self.batch_size,
+            f"must be a multiple of accumulation={self.accumulation}",
         )
-        require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be in [0, 1)")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
 
 
 def with_steps(settings: PhaseConfig, steps: int) -> PhaseConfig:
@@ -97,11 +101,14 @@ class Stage1Config(PhaseConfig):
     def __post_init__(self):
         super().__post_init__()
         clips, size = self.start_clips, self.batch_size // self.accumulation
-        require(clips > 0, f"stage1.start_clips={clips} must be positive")
+        require(clips > 0, "stage1.start_clips", clips, "must be positive")
         require(
             self.start == "random" or clips % size == 0,
-            f"stage1.start_clips={clips} must be a multiple of the {size} clips of a micro-batch, "
-            "stage1.batch_size / stage1.accumulation; change one of them",
+            "stage1.start_clips",
+            clips,
+            f"must be a multiple of the {size} clips of a micro-batch, stage1.batch_size / "
+            "stage1.accumulation",
+            "change one of them",
         )
 
 
@@ -122,14 +129,18 @@ class Stage2Config(PhaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.layer_loss >= 0, f"stage2.layer_loss={self.layer_loss} must not be negative")
+        require(self.layer_loss >= 0, "stage2.layer_loss", self.layer_loss, "must not be negative")
         require(
             0 <= self.self_rollout <= 1,
-            f"stage2.self_rollout={self.self_rollout} must be a share in [0, 1]",
+            "stage2.self_rollout",
+            self.self_rollout,
+            "must be a share in [0, 1]",
         )
         require(
             0 < self.control_share <= 1,
-            f"stage2.control_share={self.control_share} must be a share in (0, 1]",
+            "stage2.control_share",
+            self.control_share,
+            "must be a share in (0, 1]",
         )
 
 
@@ -153,7 +164,9 @@ class MeshConfig:
         sizes = dataclasses.astuple(self)
         require(
             all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
-            f"train.mesh={sizes} must be positive, with -1 at most once",
+            "train.mesh",
+            sizes,
+            "must be positive, with -1 at most once",
         )
 
 
@@ -177,7 +190,9 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        require(bool(self.workdir), "train.workdir is empty; name the folder to write to")
+        require(
+            bool(self.workdir), "train.workdir", None, "is empty", "name the folder to write to"
+        )
         for name in ("log_every", "checkpoint_every", "keep"):
             value = getattr(self, name)
-            require(value > 0, f"train.{name}={value} must be positive")
+            require(value > 0, f"train.{name}", value, "must be positive")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from arl2_jax.config import ConfigError
 from arl2_jax.data.manifest import MANIFEST, UNFINISHED, Manifest, Shard, read_manifest, sha256
+from arl2_jax.errors import ConfigError, DataError
 
 
 class LatentWriter:
@@ -124,14 +124,14 @@ def _continued(path: Path, wanted: Manifest, resume: bool) -> Manifest:
     differing = found.differences(wanted)
     if differing:
         raise ConfigError(
-            f"{path} was begun with other {', '.join(differing)}; give what it was begun with, or "
-            "name another folder"
+            f"{path} was begun with other {', '.join(differing)}",
+            remedy="give what it was begun with, or name another folder",
         )
     for shard in found.shards:
         file = path.parent / shard.name
         if not file.is_file() or file.stat().st_size != shard.bytes:
-            raise ConfigError(
-                f"{file} is missing or of another size than {path} lists; remove the folder and "
-                "begin anew"
+            raise DataError(
+                f"{file} is missing or of another size than {path} lists",
+                remedy="remove the folder and begin anew",
             )
     return found

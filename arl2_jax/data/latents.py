@@ -7,8 +7,9 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from arl2_jax.codecs import vae_weights
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
 from arl2_jax.data.manifest import MANIFEST, Manifest, damaged, empty, read_manifest, sha256
+from arl2_jax.errors import ConfigError, DataError
 from arl2_jax.weights import fingerprint
 
 
@@ -70,8 +71,9 @@ class LatentSource:
         read.
 
     Raises:
-      ConfigError: a file is missing or damaged, the shapes or the codec are not the
-        configuration's, or `data.held_out` leaves nothing to train on.
+      DataError: a file is missing or damaged.
+      ConfigError: the shapes or the codec are not the configuration's, or `data.held_out` leaves
+        nothing to train on.
     """
 
     def __init__(self, config: Config):
@@ -80,8 +82,11 @@ class LatentSource:
         self._training = len(self.folder) - config.data.held_out
         if self._training < 1:
             raise ConfigError(
-                f"data.held_out={config.data.held_out} leaves none of the {len(self.folder)} "
-                f"clips in data.path={config.data.path} for training; lower it"
+                f"leaves none of the {len(self.folder)} clips in data.path={config.data.path} "
+                "for training",
+                field="data.held_out",
+                value=config.data.held_out,
+                remedy="lower it",
             )
 
     def __len__(self) -> int:
@@ -97,7 +102,7 @@ class LatentSource:
         return self.folder[self._training + index]
 
 
-def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) -> list[ConfigError]:
+def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) -> list[DataError]:
     """What is wrong with the files of a folder: missing, of another size, or changed.
 
     Args:
@@ -110,9 +115,9 @@ def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) ->
         path = folder / shard.name
         if not path.is_file():
             faults.append(
-                ConfigError(
-                    f"{shard.name} is missing in data.path={folder}, but {MANIFEST} lists it; copy "
-                    "it there again, or write the folder anew"
+                DataError(
+                    f"{shard.name} is missing in data.path={folder}, but {MANIFEST} lists it",
+                    remedy="copy it there again, or write the folder anew",
                 )
             )
         elif path.stat().st_size != shard.bytes:
@@ -145,7 +150,7 @@ def check_latents(path: str | Path) -> Check:
     Clips are looked at once all files are those of the manifest.
 
     Raises:
-      ConfigError: there is no manifest that can be read, or no clip.
+      DataError: there is no manifest that can be read, or no clip.
     """
     manifest = read_manifest(Path(path) / MANIFEST)
     nothing = np.zeros(manifest.latent_shape[-1])
@@ -157,7 +162,7 @@ def check_latents(path: str | Path) -> Check:
     for index in range(len(folder)):
         try:
             clip = folder[index]
-        except ConfigError as error:
+        except DataError as error:
             problems.append(str(error))
             continue
         bad = [name for name, values in clip.items() if not np.isfinite(values).all()]
@@ -179,7 +184,9 @@ def check_latents(path: str | Path) -> Check:
 
 def _compare(manifest: Manifest, config: Config) -> None:
     model, data = config.model, config.data
-    where = Path(data.path) / MANIFEST
+    refuse = lambda problem, remedy: ConfigError(
+        problem, field="data.path", value=data.path, remedy=remedy
+    )
     for key, expected, fields in (
         (
             "latent_shape",
@@ -190,19 +197,19 @@ def _compare(manifest: Manifest, config: Config) -> None:
     ):
         found = getattr(manifest, key)
         if found != expected:
-            raise ConfigError(
-                f"{where} has {key}={found}, but {fields} give {expected}; change them or store "
-                "the latents again"
+            raise refuse(
+                f"has {key}={found}, but {fields} give {expected}",
+                "change them or store the latents again",
             )
     if manifest.codec["name"] != data.codec:
-        raise ConfigError(
-            f"{where} has latents of the codec {manifest.codec['name']}, but data.codec="
-            f"{data.codec}; change it or store the latents again"
+        raise refuse(
+            f"has latents of the codec {manifest.codec['name']}, but data.codec={data.codec}",
+            "change it or store the latents again",
         )
     if data.vae and manifest.codec.get("weights"):
         ours = fingerprint(vae_weights(data.vae))
         if ours != manifest.codec["weights"]:
-            raise ConfigError(
-                f"{where} has latents of other weights of the VAE than data.vae={data.vae}; name "
-                "those weights or store the latents again"
+            raise refuse(
+                f"has latents of other weights of the VAE than data.vae={data.vae}",
+                "name those weights or store the latents again",
             )

@@ -10,11 +10,12 @@ import numpy as np
 from absl import flags
 
 from arl2_jax.codecs import Codec, make_codec
-from arl2_jax.config import Config, ConfigError, short_run
+from arl2_jax.config import Config, short_run
 from arl2_jax.data import sprites
 from arl2_jax.data.latents import LatentSource
 from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.data.videos import VideoClips
+from arl2_jax.errors import ConfigError, UserError
 from arl2_jax.text import embed_caption
 
 # Endless in practice; the length of a truly endless order overflows at batches of one clip.
@@ -134,7 +135,9 @@ class ClipData:
         process, processes = jax.process_index(), jax.process_count()
         if batch_size % processes:
             raise ConfigError(
-                f"batch_size={batch_size} must be a multiple of the {processes} processes"
+                f"must be a multiple of the {processes} processes",
+                field="batch_size",
+                value=batch_size,
             )
         seed %= 2**32
         order = grain.MapDataset.range(len(self.clips)).seed(seed).shuffle().repeat(_EPOCHS)
@@ -159,7 +162,12 @@ class ClipData:
         """
         available = self.config.data.held_out
         if count > available:
-            raise ConfigError(f"data.held_out={available} is fewer than {count} clips; raise it")
+            raise ConfigError(
+                f"is fewer than {count} clips",
+                field="data.held_out",
+                value=available,
+                remedy="raise it",
+            )
         examples = [self.clips.held_out(index) for index in range(count)]
         return {name: np.stack([e[name] for e in examples]) for name in ("latents", "text")}
 
@@ -179,14 +187,14 @@ def open_short_data(config: Config, phase: str) -> ClipData:
     """Opens the short clips that a phase begins with; its `config` is that of `short_run`.
 
     Raises:
-      ConfigError: as `open_data`, of the short clips.
+      ConfigError, DataError: as `open_data`, of the short clips.
     """
     short = short_run(config, phase)
     if config.data.source != "latents":
         try:
             return open_data(short)
-        except ConfigError as error:
-            raise ConfigError(f"short clips, as data.short sets them: {error}") from None
+        except UserError as error:
+            raise type(error)(f"sets short clips: {error}", field="data.short") from None
     whole = open_data(config)
     return ClipData(whole.codec, FirstFrames(whole.clips, short.data.frames), short)
 
@@ -195,13 +203,16 @@ def open_data(config: Config) -> ClipData:
     """Opens the source that `config.data` names, after checking that it can give what is asked.
 
     Raises:
-      ConfigError: one line naming the field or file and the remedy.
+      ConfigError: a setting does not fit the data.
+      DataError: data are missing or damaged.
     """
     data, model = config.data, config.model
     if config.evaluation.clips > data.held_out:
         raise ConfigError(
-            f"evaluation.clips={config.evaluation.clips} is more than "
-            f"data.held_out={data.held_out}; lower it or hold out more"
+            f"is more than data.held_out={data.held_out}",
+            field="evaluation.clips",
+            value=config.evaluation.clips,
+            remedy="lower it or hold out more",
         )
     codec = make_codec(config)
     if data.source == "latents":

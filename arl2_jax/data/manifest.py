@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import DataError
 from arl2_jax.storage import as_json
 
 FORMAT = 2
@@ -23,8 +23,8 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _REMEDY = (
-    "launch/prepare_data.py and arl2_jax.data.LatentWriter make such folders; or run with "
-    "--config.data.source=synthetic"
+    "arl2_jax.preparation and arl2_jax.data.LatentWriter make such folders; or set "
+    "data.source=synthetic"
 )
 
 
@@ -136,7 +136,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-      ConfigError: it is missing, damaged or of another format; one line with the remedy.
+      DataError: it is missing, damaged or of another format.
     """
     folder = path.parent
     if not path.is_file():
@@ -144,14 +144,14 @@ def read_manifest(path: Path) -> Manifest:
         hint = _REMEDY
         if (folder / UNFINISHED).is_file():
             hint = f"{UNFINISHED} is there: finish it with the command that began it"
-        raise ConfigError(f"{missing} is missing: looked for {path} (data.path); {hint}")
+        raise DataError(f"{missing} is missing: looked for {path}", remedy=hint)
     try:
         content = json.loads(path.read_text())
         found = content["format"]
         if found != FORMAT:
-            raise ConfigError(
-                f"{path} has format {found!r}, this program reads format {FORMAT}; write the "
-                f"folder again ({_REMEDY})"
+            raise DataError(
+                f"{path} has format {found!r}, this program reads format {FORMAT}",
+                remedy=f"write the folder again ({_REMEDY})",
             )
         shards = tuple(Shard(**shard) for shard in content["shards"])
         manifest = Manifest(
@@ -159,7 +159,7 @@ def read_manifest(path: Path) -> Manifest:
         )
         consistent = manifest.count == content["count"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, DataError):
             raise
         raise damaged(path, repr(error)) from None
     if not consistent:
@@ -167,17 +167,15 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def damaged(path: Path, reason: object) -> ConfigError:
+def damaged(path: Path, reason: object) -> DataError:
     """The error for a file of stored latents that cannot be used."""
     words = " ".join(str(reason).split())
-    return ConfigError(
-        f"{path} (data.path) is damaged: {words}; copy or write it again ({_REMEDY})"
-    )
+    return DataError(f"{path} is damaged: {words}", remedy=f"copy or write it again ({_REMEDY})")
 
 
-def empty(path: Path) -> ConfigError:
+def empty(path: Path) -> DataError:
     """The error for a folder without clips."""
-    return ConfigError(f"{path} lists no clips; {_REMEDY}")
+    return DataError(f"{path} lists no clips", remedy=_REMEDY)
 
 
 def sha256(path: Path) -> str:

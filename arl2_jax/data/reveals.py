@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arl2_jax.config import Config, ConfigError, SpriteConfig
+from arl2_jax.config import Config, SpriteConfig
 from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, check, make_clip
+from arl2_jax.errors import ConfigError
 
 # Clips that are looked at for each pair: at most, and where rare lags are looked for.
 _MOST_TRIES, _TRIES, _FEWEST_TRIES = 200, 20, 4
@@ -91,10 +92,11 @@ def reveal_clips(config: Config, count: int) -> tuple[list[SpriteClip], list[Rev
             events += [event, event]
     if len(clips) < count:
         raise ConfigError(
-            f"data.sprites gives {len(clips) // 2} clips with a reveal in "
-            f"{_MOST_TRIES * count // 2}, fewer than the {count // 2} pairs of "
-            f"evaluation.recall_clips={count}; raise data.sprites.speed or data.frames, or set "
-            "evaluation.recall_clips=0"
+            f"needs {count // 2} pairs, but data.sprites gives {len(clips) // 2} clips with a "
+            f"reveal in {_MOST_TRIES * count // 2}",
+            field="evaluation.recall_clips",
+            value=count,
+            remedy="raise data.sprites.speed or data.frames, or set evaluation.recall_clips=0",
         )
     return clips, events
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from arl2_jax.config import ConfigError, DataConfig
+from arl2_jax.config import DataConfig
 from arl2_jax.data.reveals import reveals
 from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, make_clip
+from arl2_jax.errors import ConfigError
 
 # Seeds that are tried for one clip, and how far apart they lie: neighbours stay apart.
 _TRIES, _STRIDE = 64, 2**40
@@ -57,6 +58,8 @@ class SpriteClips:
             if reveals(clip, self._block):
                 return tried, clip
         raise ConfigError(
-            f"data.sprites.only_reveals=True, but {_TRIES} clips in a row have no reveal; raise "
-            "data.sprites.speed or data.frames, or set it to False"
+            f"cannot be met: {_TRIES} clips in a row have no reveal",
+            field="data.sprites.only_reveals",
+            value=True,
+            remedy="raise data.sprites.speed or data.frames, or set it to False",
         )

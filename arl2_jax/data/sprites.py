@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arl2_jax.config import Config, ConfigError, DataConfig, SpriteConfig
+from arl2_jax.config import Config, DataConfig, SpriteConfig
 from arl2_jax.data.motion import move, place_occluders
+from arl2_jax.errors import ConfigError
 
 COLORS = {
     "red": (255, 0, 0),
@@ -135,26 +136,35 @@ def check(config: Config) -> None:
     lane = data.height if sprites.vertical else data.height // sprites.count[1]
     if sprites.size > lane:
         raise ConfigError(
-            f"data.sprites.size={sprites.size} is taller than the {lane} rows that a sprite has; "
-            "lower data.sprites.size or data.sprites.count, or raise data.height"
+            f"is taller than the {lane} rows that a sprite has",
+            field="data.sprites.size",
+            value=sprites.size,
+            remedy="lower data.sprites.size or data.sprites.count, or raise data.height",
         )
     if sprites.size > data.width:
         raise ConfigError(
-            f"data.sprites.size={sprites.size} is wider than data.width={data.width}; lower it"
+            f"is wider than data.width={data.width}",
+            field="data.sprites.size",
+            value=sprites.size,
+            remedy="lower it",
         )
     masks = [_mask(shape, sprites.size) for shape in range(sprites.shapes)]
     if any(np.array_equal(a, b) for a, b in itertools.combinations(masks, 2)):
         raise ConfigError(
-            f"data.sprites.size={sprites.size} draws two of the {sprites.shapes} shapes alike; "
-            "raise it to 5 or lower data.sprites.shapes"
+            f"draws two of the {sprites.shapes} shapes alike",
+            field="data.sprites.size",
+            value=sprites.size,
+            remedy="raise it to 5 or lower data.sprites.shapes",
         )
     if sprites.occluders:
         _check_occluders(config)
         _check_pause(config)
     elif sprites.pause[1] or sprites.lamp:
         raise ConfigError(
-            f"data.sprites.pause={sprites.pause} and data.sprites.lamp={sprites.lamp} need an "
-            "occluder, but data.sprites.occluders=0; raise it or set both to 0"
+            f"and data.sprites.lamp={sprites.lamp} need an occluder, but data.sprites.occluders=0",
+            field="data.sprites.pause",
+            value=sprites.pause,
+            remedy="raise it or set both to 0",
         )
 
 
@@ -163,9 +173,11 @@ def _check_occluders(config: Config) -> None:
     needed = sprites.occluders * (sprites.occluder_width + sprites.size) + sprites.size
     if needed > data.width:
         raise ConfigError(
-            f"data.sprites.occluder_width={sprites.occluder_width} with room for a sprite on each "
-            f"side needs {needed} columns, but data.width={data.width}; lower it or "
-            "data.sprites.occluders"
+            f"with room for a sprite on each side needs {needed} columns, but "
+            f"data.width={data.width}",
+            field="data.sprites.occluder_width",
+            value=sprites.occluder_width,
+            remedy="lower it or data.sprites.occluders",
         )
     # A sprite is hidden at this many places in a row, and passes `speed` of them a frame.
     places = max(sprites.occluder_width - sprites.size + 1, 0)
@@ -173,10 +185,13 @@ def _check_occluders(config: Config) -> None:
     block = config.model.frames_per_block
     if hidden <= block:
         raise ConfigError(
-            f"data.sprites.occluder_width={sprites.occluder_width} hides the fastest sprite for "
-            f"{hidden} frames, not longer than model.frames_per_block={block}; raise it to at "
-            f"least {int(np.ceil((block + 1) * sprites.speed[1])) + sprites.size - 1} or lower "
-            "data.sprites.speed"
+            f"hides the fastest sprite for {hidden} frames, not longer than "
+            f"model.frames_per_block={block}",
+            field="data.sprites.occluder_width",
+            value=sprites.occluder_width,
+            remedy="raise it to at least "
+            f"{int(np.ceil((block + 1) * sprites.speed[1])) + sprites.size - 1} or lower "
+            "data.sprites.speed",
         )
 
 
@@ -191,8 +206,10 @@ def _check_pause(config: Config) -> None:
         needed = block * math.ceil((passing + sprites.pause[0] + 1) / block)
         lower = f"lower it to at most {most} or " if most >= 0 else ""
         raise ConfigError(
-            f"data.sprites.pause={sprites.pause} lets no sprite come out again within "
-            f"data.frames={data.frames}; {lower}raise data.frames to at least {needed}"
+            f"lets no sprite come out again within data.frames={data.frames}",
+            field="data.sprites.pause",
+            value=sprites.pause,
+            remedy=f"{lower}raise data.frames to at least {needed}",
         )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from absl import logging
 from av.error import FFmpegError, InvalidDataError
 
-from arl2_jax.config import ConfigError, DataConfig
+from arl2_jax.config import DataConfig
+from arl2_jax.errors import DataError
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv")
 # Frames are small after resizing: a gibibyte in each process holds hours of 24 x 48 pixels, so that
@@ -50,7 +51,7 @@ class VideoClips:
       pixel_frames: frames F of a clip.
 
     Raises:
-      ConfigError: there is no folder, no video file in it, or none that gives a clip.
+      DataError: there is no folder, no video file in it, or none that gives a clip.
     """
 
     def __init__(self, data: DataConfig, pixel_frames: int):
@@ -108,20 +109,22 @@ def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np
       uint8 [count, height, width, 3].
 
     Raises:
-      ConfigError: the file cannot be decoded or is too short.
+      DataError: the file cannot be decoded or is too short.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no video file {path}")
+        raise DataError(f"there is no video file {path}", remedy="name another")
     try:
         times = _sample_times(path, fps)
         if len(times) >= count:
             return decode_frames(path, times[:count], size)
     except (FFmpegError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be decoded: {reason}; name another video") from None
-    raise ConfigError(
-        f"{path} has {len(times)} frames at {fps:g} fps, fewer than the {count} that are needed; "
-        "name a longer video"
+        raise DataError(
+            f"{path} cannot be decoded: {reason}", remedy="name another video"
+        ) from None
+    raise DataError(
+        f"{path} has {len(times)} frames at {fps:g} fps, fewer than the {count} that are needed",
+        remedy="name a longer video",
     )
 
 
@@ -134,18 +137,22 @@ def index_videos(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
       pixel_frames: frames of a clip.
 
     Raises:
-      ConfigError: there is no folder, no video file in it, or none that gives a clip.
+      DataError: there is no folder, no video file in it, or none that gives a clip.
     """
     if not folder.is_dir():
-        raise ConfigError(
-            f"data.path={folder} is not a folder; name the folder of the video files, or run with "
-            "--config.data.source=synthetic"
+        raise DataError(
+            "is not a folder",
+            field="data.path",
+            value=folder,
+            remedy="name the folder of the video files, or set data.source=synthetic",
         )
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ConfigError(
-            f"data.path={folder} holds no video file ({', '.join(SUFFIXES)}); put some there, or "
-            "run with --config.data.source=synthetic"
+        raise DataError(
+            f"holds no video file ({', '.join(SUFFIXES)})",
+            field="data.path",
+            value=folder,
+            remedy="put some there, or set data.source=synthetic",
         )
     videos, skipped = [], []
     for path in paths:
@@ -160,9 +167,12 @@ def index_videos(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
         else:
             skipped.append(f"{path.name} ({len(times)} frames at {fps:g} fps, fewer than a clip)")
     if not videos:
-        raise ConfigError(
-            f"data.path={folder}: none of its {len(paths)} video files gives a clip of "
-            f"{pixel_frames} frames at data.fps={fps:g}; the first is {skipped[0]}"
+        raise DataError(
+            f"has no clip: none of its {len(paths)} video files has {pixel_frames} frames at "
+            f"data.fps={fps:g}, the first is {skipped[0]}",
+            field="data.path",
+            value=folder,
+            remedy="add longer videos or lower data.frames",
         )
     if skipped:
         named = ", ".join(skipped[:20]) + (", ..." if len(skipped) > 20 else "")
@@ -187,9 +197,12 @@ def _split(videos: list[Video], pixel_frames: int, data: DataConfig) -> list[Vid
     if any(video.training < len(video.times) for video in split):
         return split
     if len(videos) == 1:
-        raise ConfigError(
-            f"data.path={data.path} gives one video of {len(videos[0].times)} frames, but a "
-            f"training and a held-out clip need {2 * pixel_frames}; add videos or lower data.frames"
+        raise DataError(
+            f"gives one video of {len(videos[0].times)} frames, but a training and a "
+            f"held-out clip need {2 * pixel_frames}",
+            field="data.path",
+            value=data.path,
+            remedy="add videos or lower data.frames",
         )
     whole = max(len(videos) // 10, 1)
     return videos[:-whole] + [video._replace(training=0) for video in videos[-whole:]]

@@ -10,8 +10,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from arl2_jax.config import ConfigError, ModelConfig
+from arl2_jax.config import ModelConfig
 from arl2_jax.data.latents import LatentFolder
+from arl2_jax.errors import ConfigError
 from arl2_jax.evaluation.retention_plot import retention_picture
 from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.retention import in_ranges, retention
@@ -41,7 +42,7 @@ class ClipChoice:
         for name in ("clips", "blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be positive")
+                raise ConfigError("must be positive", field=name, value=value)
 
 
 def inspect_memory(
@@ -74,11 +75,11 @@ def inspect_memory(
       The content of the JSON file, see `arl2_jax.training.retention.retention`.
 
     Raises:
-      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+      UserError: what is wrong, in one line with the remedy, before anything is compiled.
     """
     path, file = find_release(weights).transformer or weights, epath.Path(out)
     if file.suffix != ".json":
-        raise ConfigError(f"out={out} must end in .json; its picture ends in .png")
+        raise ConfigError("must end in .json: its picture ends in .png", field="out", value=out)
     choices = {} if frames_per_block is None else {"frames_per_block": frames_per_block}
     cfg = _with_memories(model_config(path, entry=entry, **choices), path, hybrid_layers)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -102,20 +103,23 @@ def _with_memories(
     if cfg.hybrid_layers and hybrid_layers is not None:
         own = in_ranges(list(cfg.hybrid_layers))
         raise ConfigError(
-            f"hybrid_layers={in_ranges(sorted(hybrid_layers))} cannot be chosen: {path} has its "
-            f"own, {own}; leave hybrid_layers out"
+            f"cannot be chosen: {path} has its own, {own}",
+            field="hybrid_layers",
+            value=in_ranges(sorted(hybrid_layers)),
+            remedy="leave hybrid_layers out",
         )
     if not cfg.hybrid_layers and not hybrid_layers:
         raise ConfigError(
-            f"{path} has no hybrid layers; name those to be converted, such as "
-            f"hybrid_layers=0-{max(3 * cfg.num_layers // 4 - 1, 0)}"
+            f"{path} has no hybrid layers",
+            remedy="name those to be converted, such as "
+            f"hybrid_layers=0-{max(3 * cfg.num_layers // 4 - 1, 0)}",
         )
     if hybrid_layers is not None:
         cfg = dataclasses.replace(cfg, hybrid_layers=tuple(hybrid_layers))
     if cfg.memory_gate == "zero":
         raise ConfigError(
-            f"{path} is a control, whose memory is closed: there is nothing to measure; name the "
-            "converted model"
+            f"{path} is a control, whose memory is closed: there is nothing to measure",
+            remedy="name the converted model",
         )
     return cfg
 
@@ -140,7 +144,8 @@ def read_clips(choice: ClipChoice, cfg: ModelConfig, seed: int = 0) -> dict[str,
     """
     if choice.data is not None:
         return _stored_clips(choice, choice.data, cfg)
-    _check_patches("latent_shape", choice.latent_shape, cfg)
+    size = f"{choice.latent_shape[0]},{choice.latent_shape[1]}"
+    _check_patches(choice.latent_shape, cfg, "must be rows and columns", "latent_shape", size)
     frames = (choice.blocks or _BLOCKS) * cfg.frames_per_block
     shape = (choice.clips, frames, *choice.latent_shape, cfg.in_dim)
     text = np.zeros((choice.clips, cfg.text_len, cfg.text_dim), np.float32)
@@ -150,32 +155,40 @@ def read_clips(choice: ClipChoice, cfg: ModelConfig, seed: int = 0) -> dict[str,
 def _stored_clips(choice: ClipChoice, data: str, cfg: ModelConfig) -> dict[str, np.ndarray]:
     folder = LatentFolder(data)
     frames, rows, columns, channels = folder.manifest.latent_shape
-    _check_patches(f"data={data} has latents of", (rows, columns), cfg)
+    words = f"has latents of {rows},{columns}, which must be rows and columns"
+    _check_patches((rows, columns), cfg, words, "data", data)
     text = tuple(folder.manifest.text_shape)
     if channels != cfg.in_dim or text != (cfg.text_len, cfg.text_dim):
         raise ConfigError(
-            f"data={data} has latents of {channels} channels and texts of {text}, but the model "
-            f"takes {cfg.in_dim} and {(cfg.text_len, cfg.text_dim)}; name data of its kind"
+            f"has latents of {channels} channels and texts of {text}, but the model takes "
+            f"{cfg.in_dim} and {(cfg.text_len, cfg.text_dim)}",
+            field="data",
+            value=data,
+            remedy="name data of its kind",
         )
     if choice.clips > len(folder):
-        raise ConfigError(f"clips={choice.clips} is more than the {len(folder)} of data={data}")
+        raise ConfigError(
+            f"is more than the {len(folder)} of data={data}", field="clips", value=choice.clips
+        )
     blocks = choice.blocks or frames // cfg.frames_per_block
     if not 0 < blocks * cfg.frames_per_block <= frames:
         raise ConfigError(
-            f"blocks={max(blocks, 1)} of {cfg.frames_per_block} frames are more than the {frames} "
-            f"frames of a clip of data={data}; take fewer, or other data"
+            f"of {cfg.frames_per_block} frames are more than the {frames} frames of a clip "
+            f"of data={data}",
+            field="blocks",
+            value=max(blocks, 1),
+            remedy="take fewer, or other data",
         )
     found = [folder[i] for i in range(choice.clips)]
     stacked = {name: np.stack([clip[name] for clip in found]) for name in ("latents", "text")}
     return stacked | {"latents": stacked["latents"][:, : blocks * cfg.frames_per_block]}
 
 
-def _check_patches(name: str, size: tuple[int, int], cfg: ModelConfig) -> None:
-    """Raises ConfigError unless patches tile a frame of rows x columns."""
+def _check_patches(
+    size: tuple[int, int], cfg: ModelConfig, words: str, field: str, value: str
+) -> None:
+    """Raise ConfigError unless patches tile a frame of rows x columns."""
     _, *patch = cfg.patch_size
     if any(n < 1 or n % p for n, p in zip(size, patch, strict=True)):
-        sign = " " if " " in name else "="
-        raise ConfigError(
-            f"{name}{sign}{size[0]},{size[1]} must be rows and columns that are multiples of the "
-            f"patch {patch[0]} x {patch[1]}"
-        )
+        problem = f"{words} that are multiples of the patch {patch[0]} x {patch[1]}"
+        raise ConfigError(problem, field=field, value=value)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from arl2_jax import sharding
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
+from arl2_jax.errors import ConfigError
 from arl2_jax.evaluation.measure import recall_reason
 from arl2_jax.evaluation.ranking import MEASURES, hybrid_count
 from arl2_jax.training.retention import in_ranges
@@ -38,7 +39,7 @@ def chosen_measures(config: Config, choice: RankChoice) -> tuple[tuple[str, ...]
       ConfigError: one is unknown, or cannot be taken.
     """
     if choice.stage2_steps < 0:
-        raise ConfigError(f"stage2_steps={choice.stage2_steps} must not be negative")
+        raise ConfigError("must not be negative", field="stage2_steps", value=choice.stage2_steps)
     reason = recall_reason(config)
     allowed = [
         name
@@ -51,20 +52,28 @@ def chosen_measures(config: Config, choice: RankChoice) -> tuple[tuple[str, ...]
         wanted.add("swap_after_stage2")
     known = ", ".join(MEASURES)
     if unknown := sorted(wanted - {*MEASURES}):
-        raise ConfigError(f"measures={','.join(unknown)} is unknown; known are {known}")
+        raise ConfigError(
+            "is unknown", field="measures", value=",".join(unknown), remedy=f"known are {known}"
+        )
     if "exchange" in wanted and reason:
-        raise ConfigError(f"measures=exchange cannot be taken: {reason}; leave it out")
+        raise ConfigError(
+            f"cannot be taken: {reason}", field="measures", value="exchange", remedy="leave it out"
+        )
     if "swap_after_stage2" in wanted and choice.stage2_steps <= 0:
         raise ConfigError(
-            f"measures=swap_after_stage2 needs stage2_steps above 0, not {choice.stage2_steps}; "
-            "set it, such as stage2_steps=50"
+            f"needs stage2_steps above 0, not {choice.stage2_steps}",
+            field="measures",
+            value="swap_after_stage2",
+            remedy="set it, such as stage2_steps=50",
         )
     measures = tuple(name for name in MEASURES if name in wanted)
     by = choice.by or measures[-1]
     if by not in MEASURES:
-        raise ConfigError(f"by={by} is unknown; known are {known}")
+        raise ConfigError("is unknown", field="by", value=by, remedy=f"known are {known}")
     if by not in measures:
-        raise ConfigError(f"by={by} is not among measures={','.join(measures)}; add it")
+        raise ConfigError(
+            f"is not among measures={','.join(measures)}", field="by", value=by, remedy="add it"
+        )
     return measures, by
 
 
@@ -77,8 +86,10 @@ def all_hybrid(config: Config, out: epath.PathLike) -> Config:
     model = config.model
     if model.memory_gate != "learned":
         raise ConfigError(
-            f"model.memory_gate={model.memory_gate} is a control without memory: there is nothing "
-            "to rank; set model.memory_gate=learned"
+            "is a control without memory: there is nothing to rank",
+            field="model.memory_gate",
+            value=model.memory_gate,
+            remedy="set model.memory_gate=learned",
         )
     every = tuple(range(model.num_layers))
     return dataclasses.replace(
@@ -103,24 +114,32 @@ def check_ranking(config: Config, choice: RankChoice, measures: Sequence[str]) -
     layers, weights = config.model.num_layers, config.teacher.weights
     if not 0 < choice.share <= 1 or not hybrid_count(choice.share, layers):
         raise ConfigError(
-            f"share={choice.share:g} must be in (0, 1] and at least one of the {layers} layers; "
-            "set it, such as share=0.75"
+            f"must be in (0, 1] and at least one of the {layers} layers",
+            field="share",
+            value=f"{choice.share:g}",
+            remedy="set it, such as share=0.75",
         )
     if config.blocks < 2:
         raise ConfigError(
-            f"data.frames={config.data.frames} gives clips of one block, which read nothing from a "
-            "memory; set it to several times model.frames_per_block"
+            "gives clips of one block, which read nothing from a memory",
+            field="data.frames",
+            value=config.data.frames,
+            remedy="set it to several times model.frames_per_block",
         )
     if weights == "random":
         raise ConfigError(
-            "teacher.weights=random is an untrained model, whose layers cannot be ranked; name "
-            "weights with --config.teacher.weights, or a finished run with --run"
+            "is an untrained model, whose layers cannot be ranked",
+            field="teacher.weights",
+            value="random",
+            remedy="name trained weights, or rank the teacher of a finished run",
         )
     if hybrid := model_config(weights, num_heads=config.model.num_heads).hybrid_layers:
         left = f"leave {layers - len(hybrid)} of {layers}" if len(hybrid) < layers else "leave none"
         raise ConfigError(
-            f"teacher.weights={weights} has hybrid layers {in_ranges(list(hybrid))}, which {left} "
-            "softmax; name the softmax weights that it was converted from"
+            f"has hybrid layers {in_ranges(list(hybrid))}, which {left} softmax",
+            field="teacher.weights",
+            value=weights,
+            remedy="name the softmax weights that it was converted from",
         )
     if "swap_after_stage2" in measures:
         mesh, stage2 = sharding.make_mesh(config.train.mesh), config.stage2

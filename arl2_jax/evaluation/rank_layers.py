@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from arl2_jax import sharding
-from arl2_jax.config import Config, ConfigError, to_config_dict
+from arl2_jax.config import Config, to_config_dict
 from arl2_jax.evaluation.layer_measures import (
     Candidates,
     errors_alone,
@@ -51,7 +51,8 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
       "exchange" (what `arl2_jax.evaluation.exchange.layer_flips` returns, or None) and "config".
 
     Raises:
-      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+      UserError: what is wrong, in one line with the remedy, before anything is compiled.
+      FloatingPointError: training has diverged.
     """
     measures, by = chosen_measures(config, choice)
     config = all_hybrid(config, out)
@@ -108,7 +109,7 @@ def _check_finite(values: Mapping[str, Sequence[float]], config: Config) -> None
     lost = [name for name, row in values.items() if not np.isfinite(row).all()]
     if lost:
         phase = "stage2" if lost == ["swap_after_stage2"] else "stage1"
-        raise ConfigError(
+        raise FloatingPointError(
             f"{phase}.learning_rate={getattr(config, phase).learning_rate}: {', '.join(lost)} of "
-            "some layers is not finite; lower it and name another folder with --out"
+            "some layers is not finite; lower it and name another folder"
         )

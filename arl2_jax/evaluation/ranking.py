@@ -67,14 +67,13 @@ def rank(values: Mapping[str, Sequence[float]], by: str, share: float) -> dict[s
 
     Returns:
       "layers", "measures", "ranks" (1 needs softmax most), "spearman" (of each pair of measures),
-      "by", "share", "order" (layers, the one that needs softmax most first), "softmax_layers",
-      "hybrid_layers" and "config_flag"; ready for JSON.
+      "by", "share", "order" (layers, the one that needs softmax most first), "softmax_layers"
+      and "hybrid_layers"; ready for JSON.
     """
     table = {name: ranks(name, row) for name, row in values.items()}
     layers = list(range(len(table[by])))
     order = sorted(layers, key=lambda i: (table[by][i], -i))
     kept = len(layers) - hybrid_count(share, len(layers))
-    hybrid = tuple(sorted(order[kept:]))
     return {
         "layers": layers,
         "measures": {name: list(map(float, row)) for name, row in values.items()},
@@ -87,8 +86,7 @@ def rank(values: Mapping[str, Sequence[float]], by: str, share: float) -> dict[s
         "share": share,
         "order": order,
         "softmax_layers": sorted(order[:kept]),
-        "hybrid_layers": list(hybrid),
-        "config_flag": f"--config.model.hybrid_layers='{hybrid}'",
+        "hybrid_layers": sorted(order[kept:]),
     }
 
 

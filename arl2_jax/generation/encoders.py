@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from arl2_jax.codecs import Codec, load_wan_codec, vae_weights
-from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
+from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.generation.make_video import Text
 from arl2_jax.text import Tokenizer, encode_prompts
 from arl2_jax.weights import find_release, fingerprint, umt5_config
@@ -53,7 +54,7 @@ class Encoders(NamedTuple):
         """
         path = self.vae or default
         if not path:
-            raise ConfigError(f"the VAE is missing; name its weights with --vae ({_HINT})")
+            raise ConfigError("the VAE is missing", remedy=f"name its weights with --vae ({_HINT})")
         return load_wan_codec(path, tile=self.tile)
 
     def vae_fingerprint(self) -> str:
@@ -134,12 +135,13 @@ class Encoders(NamedTuple):
         if text_dim is not None and found != text_dim:
             raise ConfigError(
                 f"{self.text_encoder} makes texts of width {found}, but the model takes "
-                f"text_dim={text_dim}; name the text encoder that the model was trained with"
+                f"text_dim={text_dim}",
+                remedy="name the text encoder that the model was trained with",
             )
 
     def _path(self, name: str) -> str:
         path = getattr(self, name)
         if not path:
             words = name.replace("_", " ")
-            raise ConfigError(f"the {words} is missing; name it with --{name} ({_HINT})")
+            raise ConfigError(f"the {words} is missing", remedy=f"name it with --{name} ({_HINT})")
         return path

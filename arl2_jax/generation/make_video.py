@@ -11,8 +11,9 @@ from etils import epath
 from tqdm import tqdm
 
 from arl2_jax.codecs import Codec
-from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
+from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.data.videos import read_frames
+from arl2_jax.errors import ConfigError, StorageError
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.video import VideoWriter
 from arl2_jax.models import Params
@@ -68,7 +69,7 @@ def make_video(
       seed: seed of the noise.
 
     Raises:
-      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+      UserError: what is wrong, in one line with the remedy, before anything is compiled.
     """
     cfg = model.cfg if leak is None else _with_leak(model.cfg, leak)
     f = cfg.frames_per_block
@@ -111,8 +112,10 @@ def _with_leak(cfg: ModelConfig, leak: float) -> ModelConfig:
     """The model with another leak of its states."""
     if not cfg.hybrid_layers or cfg.memory_gate != "learned":
         raise ConfigError(
-            f"leak={leak} has no effect: no layer of this model reads a gated delta state; leave "
-            "it out"
+            "has no effect: no layer of this model reads a gated delta state",
+            field="leak",
+            value=leak,
+            remedy="leave it out",
         )
     return dataclasses.replace(cfg, delta=dataclasses.replace(cfg.delta, leak=leak))
 
@@ -127,8 +130,11 @@ def _whole_blocks(frames: int, known: int, codec: Codec, block: int) -> int:
     if pixels(blocks) != frames:
         near = sorted({pixels(max(blocks - 1, 1)), pixels(blocks)})
         raise ConfigError(
-            f"frames={frames} must be whole blocks: {' or '.join(map(str, near))}; the first has "
-            f"{pixels(1)} frames, each later one {pixels(2) - pixels(1)}"
+            f"must be whole blocks, the first of {pixels(1)} frames and each later one of "
+            f"{pixels(2) - pixels(1)}",
+            field="frames",
+            value=frames,
+            remedy=f"take {' or '.join(map(str, near))}",
         )
     return blocks * block
 
@@ -143,7 +149,9 @@ def _check_writable(out: epath.Path) -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"cannot write {out}: {reason}; name another file") from None
+        raise StorageError(
+            f"cannot be written: {reason}", field="out", value=out, remedy="name another file"
+        ) from None
 
 
 def _encode(pixels: np.ndarray, codec: Codec) -> np.ndarray:

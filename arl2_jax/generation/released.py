@@ -5,7 +5,8 @@ import dataclasses
 import jax
 from etils import epath
 
-from arl2_jax.config import ConfigError, ModelConfig, SamplerConfig
+from arl2_jax.config import ModelConfig, SamplerConfig
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.make_video import VideoModel, make_video, read_past
 from arl2_jax.weights import find_release, load_params, model_config
@@ -58,7 +59,7 @@ def write_from_weights(
       seed: seed of the noise.
 
     Raises:
-      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+      UserError: what is wrong, in one line with the remedy, before anything is compiled.
     """
     encoders = encoders.within(weights)
     found = find_video_model(
@@ -93,7 +94,8 @@ def find_video_model(
         `write_from_weights`.
 
     Raises:
-      ConfigError: a file is missing or of another model, or the picture does not fit it.
+      WeightsError: a file is missing or of another model.
+      ConfigError: the picture does not fit the model.
     """
     path = find_release(weights).transformer or weights
     choices = {} if frames_per_block is None else {"frames_per_block": frames_per_block}
@@ -102,9 +104,11 @@ def find_video_model(
     cfg = dataclasses.replace(cfg, dtype=dtype)
     codec = encoders.codec()
     if codec.channels != cfg.in_dim:
-        raise ConfigError(
-            f"{encoders.vae} makes latents of {codec.channels} channels, but {path} takes "
-            f"{cfg.in_dim}; name the VAE that the model was trained with"
+        raise WeightsError(
+            f"makes latents of {codec.channels} channels, but {path} takes {cfg.in_dim}",
+            field="vae",
+            value=encoders.vae,
+            remedy="name the VAE that the model was trained with",
         )
     return VideoModel(
         cfg,
@@ -122,6 +126,11 @@ def _latent_shape(picture: Picture, factor: int, cfg: ModelConfig) -> tuple[int,
         pixels, unit = getattr(picture, name), factor * cfg.patch_size[i]
         if pixels < 1 or pixels % unit:
             near = max(round(pixels / unit), 1) * unit
-            raise ConfigError(f"{name}={pixels} must be a multiple of {unit} pixels; take {near}")
+            raise ConfigError(
+                f"must be a multiple of {unit} pixels",
+                field=name,
+                value=pixels,
+                remedy=f"take {near}",
+            )
         sizes.append(pixels // factor)
     return sizes[0], sizes[1], cfg.in_dim

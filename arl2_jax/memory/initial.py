@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arl2_jax.config import AttentionConfig, ConfigError, GatedDeltaConfig
+from arl2_jax.config import AttentionConfig, GatedDeltaConfig
+from arl2_jax.errors import ConfigError
 
 
 class InitialValues(NamedTuple):
@@ -72,8 +73,10 @@ def _by_block(settings: GatedDeltaConfig, cfg: AttentionConfig, key: Array) -> I
     heads = cfg.num_heads
     if not settings.block_tokens:
         raise ConfigError(
-            "model.memory_init=by_block needs the tokens of a frame block: set "
-            "model.delta.block_tokens, or let a run's data set it"
+            "needs the tokens of a frame block",
+            field="model.memory_init",
+            value="by_block",
+            remedy="set model.delta.block_tokens, or let a run's data set it",
         )
     # One time constant from each of as many equal parts of the range as there are heads.
     order_key, place_key = jax.random.split(key)

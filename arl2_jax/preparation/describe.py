@@ -3,8 +3,8 @@
 import textwrap
 from pathlib import Path
 
-from arl2_jax.config import ConfigError
 from arl2_jax.data.latents import check_latents
+from arl2_jax.errors import DataError
 
 # Faults that are shown; a folder that was damaged as a whole has one in every record.
 _SHOWN = 20
@@ -14,14 +14,15 @@ def describe(path: str | Path) -> str:
     """Reads every clip of a folder of stored latents, and tells in a few lines what it holds.
 
     Raises:
-      ConfigError: the folder has faults; a line for each of the first of them.
+      DataError: the folder has faults; a line for each of the first of them.
     """
     check = check_latents(path)
     if check.problems:
         shown = "\n".join(f"  {problem}" for problem in check.problems[:_SHOWN])
         more = f"\n  and {len(check.problems) - _SHOWN} more" * (len(check.problems) > _SHOWN)
-        raise ConfigError(
-            f"{path} has {len(check.problems)} faults; write these shards again:\n{shown}{more}"
+        raise DataError(
+            f"{path} has {len(check.problems)} faults",
+            remedy=f"write these shards again:\n{shown}{more}",
         )
     manifest = check.manifest
     shape, text = ("x".join(map(str, s)) for s in (manifest.latent_shape, manifest.text_shape))

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from arl2_jax.config import ConfigError, SamplerConfig, to_config_dict
+from arl2_jax.config import SamplerConfig, to_config_dict
+from arl2_jax.errors import ConfigError, DataError
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.make_video import VideoModel
@@ -58,16 +59,20 @@ def store_rollouts(
       Clips in the folder.
 
     Raises:
-      ConfigError: one line naming what is wrong, with the remedy.
+      UserError: what is wrong, in one line with the remedy.
     """
     if not weights:
-        raise ConfigError("--weights is missing: the teacher that makes the clips; name it")
+        raise ConfigError(
+            "is missing: the teacher that makes the clips", field="weights", remedy="name it"
+        )
     captions = read_prompts(prompts)
     encoders = encoders.within(weights)
     teacher = find_video_model(weights, encoders, sampler, picture, frames_per_block, entry=entry)
     block = teacher.cfg.frames_per_block
     if frames < 1 or frames % block:
-        raise ConfigError(f"latent_frames={frames} must be a multiple of the {block} of a block")
+        raise ConfigError(
+            f"must be a multiple of the {block} of a block", field="frames", value=frames
+        )
     plan = Plan(
         captions=captions,
         make=functools.partial(_roll_out, _once(teacher, encoders, negative_prompt), frames, seed),
@@ -93,17 +98,20 @@ def read_prompts(path: str | Path) -> list[str]:
     """Reads a text file with one prompt a line.
 
     Raises:
-      ConfigError: the file cannot be read, or has no prompt.
+      DataError: the file cannot be read, or has no prompt.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--prompts={path} cannot be read: {error}; name a text file, one prompt a line"
+        raise DataError(
+            f"cannot be read: {error}",
+            field="prompts",
+            value=path,
+            remedy="name a text file, one prompt a line",
         ) from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise ConfigError(f"--prompts={path} has no prompt; write one a line")
+        raise DataError("has no prompt", field="prompts", value=path, remedy="write one a line")
     return found
 
 

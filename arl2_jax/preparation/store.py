@@ -8,9 +8,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from arl2_jax.config import ConfigError
 from arl2_jax.data import LatentWriter
 from arl2_jax.data.manifest import MANIFEST
+from arl2_jax.errors import ConfigError, DataError, StorageError
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.storage import check_writable
 
@@ -60,20 +60,20 @@ def store(
       Clips in the folder.
 
     Raises:
-      ConfigError: the folder is complete, was begun with another plan, or cannot be written; or a
-        clip holds values that are not finite.
+      ConfigError: the folder was begun with another plan.
+      StorageError: the folder is complete, or cannot be written.
+      DataError: a clip holds values that are not finite.
     """
     if not out:
-        raise ConfigError("--out is missing: the folder to write; name it")
+        raise ConfigError("is missing: the folder to write", field="out", remedy="name it")
     if records_per_shard < 1:
-        raise ConfigError(f"records_per_shard={records_per_shard} must be positive")
+        raise ConfigError("must be positive", field="records_per_shard", value=records_per_shard)
     if (Path(out) / MANIFEST).exists():
-        raise ConfigError(
-            f"{out} holds stored latents already; look at them with --check={out}, or name another "
-            "folder with --out"
+        raise StorageError(
+            "holds stored latents already", field="out", value=out, remedy="name another folder"
         )
     encoders.check(plan.captions, text_len, text_dim)
-    check_writable(out, remedy="name another folder with --out")
+    check_writable(out, remedy="name another folder")
     writer = LatentWriter(
         out,
         plan.latent_shape,
@@ -100,7 +100,7 @@ def _write(writer: LatentWriter, latents: np.ndarray, text: np.ndarray, i: int, 
     try:
         writer.write(latents, text)
     except ValueError as error:
-        raise ConfigError(
-            f"clip {i} ({caption[:60]!r}): {error}; the weights or the sampler are at fault, or "
-            "--dtype is too narrow"
+        raise DataError(
+            f"clip {i} ({caption[:60]!r}): {error}",
+            remedy="the weights or the sampler are at fault, or dtype is too narrow",
         ) from None

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arl2_jax.config import ConfigError
 from arl2_jax.data.videos import Video, decode_frames, index_videos
+from arl2_jax.errors import ConfigError
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.released import Picture
 from arl2_jax.preparation.store import Plan, store
@@ -39,11 +39,11 @@ def store_videos(
       Clips in the folder.
 
     Raises:
-      ConfigError: one line naming what is wrong, with the remedy.
+      UserError: what is wrong, in one line with the remedy.
     """
     codec = encoders.codec()
     if frames < 1:
-        raise ConfigError(f"latent_frames={frames} must be positive")
+        raise ConfigError("must be positive", field="frames", value=frames)
     rows, columns = (
         _latents(name, getattr(picture, name), codec.spatial_factor) for name in ("height", "width")
     )
@@ -80,7 +80,9 @@ def store_videos(
 
 def _latents(name: str, pixels: int, factor: int) -> int:
     if pixels < 1 or pixels % factor:
-        raise ConfigError(f"{name}={pixels} must be a multiple of the {factor} pixels of a latent")
+        raise ConfigError(
+            f"must be a multiple of the {factor} pixels of a latent", field=name, value=pixels
+        )
     return pixels // factor
 
 

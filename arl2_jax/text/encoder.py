@@ -8,7 +8,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from arl2_jax.config import ConfigError, UMT5Config
+from arl2_jax.config import UMT5Config
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.models import Params
 from arl2_jax.models.umt5 import encode_tokens, umt5_shapes
 from arl2_jax.storage import absolute
@@ -49,11 +50,11 @@ def encode_prompts(
       float32, zeros past each prompt.
 
     Raises:
-      ConfigError: one line: a prompt is empty or too long, a file is missing or damaged, or the
-        tokenizer is that of another model.
+      ConfigError: a prompt is empty or too long.
+      WeightsError: a file is missing or damaged, or the tokenizer is that of another model.
     """
     if not prompts:
-        raise ConfigError("there is no prompt to encode; give at least one")
+        raise ConfigError("there is no prompt to encode", remedy="give at least one")
     sources = {check_filled(clean_prompt(prompt), allow_empty): prompt for prompt in prompts}
     splitter = Tokenizer(tokenizer)
     facts = {
@@ -86,9 +87,9 @@ def _encode(
     """Loads the encoder, and yields each prompt's embedding without padding."""
     cfg = umt5_config(path, text_len=tokens.shape[1], dtype=dtype)
     if tokens.max() >= cfg.vocab_size:
-        raise ConfigError(
-            f"{tokenizer.file} makes token {tokens.max()}, but {path} has {cfg.vocab_size}; name "
-            "the tokenizer that belongs to these weights"
+        raise WeightsError(
+            f"{tokenizer.file} makes token {tokens.max()}, but {path} has {cfg.vocab_size}",
+            remedy="name the tokenizer that belongs to these weights",
         )
     params = _load_on_device(path, cfg)
     try:

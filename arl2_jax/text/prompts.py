@@ -11,7 +11,7 @@ import tokenizers
 from etils import epath
 from jaxtyping import Int
 
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.storage import absolute, reason
 
 _FILE = "tokenizer.json"
@@ -39,16 +39,16 @@ class Tokenizer:
           path: tokenizer.json, or the folder that holds it.
 
         Raises:
-          ConfigError: it is not there or cannot be read.
+          WeightsError: it is not there or cannot be read.
         """
         source = absolute(path)
         self.file = source / _FILE if source.is_dir() else source
         try:
             self._content = self.file.read_bytes()
         except Exception as error:
-            raise ConfigError(
-                f"the tokenizer {self.file} cannot be read: {reason(error)}; name the folder that "
-                f"holds {_FILE} ({_DOWNLOAD})"
+            raise WeightsError(
+                f"the tokenizer {self.file} cannot be read: {reason(error)}",
+                remedy=f"name the folder that holds {_FILE} ({_DOWNLOAD})",
             ) from None
 
     @property
@@ -72,6 +72,7 @@ class Tokenizer:
 
         Raises:
           ConfigError: a prompt is empty or has too many tokens.
+          WeightsError: the file is not a tokenizer of T5.
         """
         tokens = np.full((len(prompts), text_len), _PADDING, np.int32)
         lengths = np.zeros(len(prompts), np.int32)
@@ -80,7 +81,8 @@ class Tokenizer:
             if len(ids) > text_len:
                 raise ConfigError(
                     f"the prompt {shorten(prompt)!r} has {len(ids)} tokens, but there is room for "
-                    f"{text_len}; shorten it"
+                    f"{text_len}",
+                    remedy="shorten it",
                 )
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         return tokens, lengths
@@ -95,16 +97,17 @@ class Tokenizer:
         try:
             library = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:
-            raise ConfigError(
-                f"{self.file} is not a tokenizer: {reason(error)}; download it again ({_DOWNLOAD})"
+            raise WeightsError(
+                f"{self.file} is not a tokenizer: {reason(error)}",
+                remedy=f"download it again ({_DOWNLOAD})",
             ) from None
         library.no_truncation()
         library.no_padding()
         end = library.token_to_id(_END)
         if end is None:
-            raise ConfigError(
-                f"{self.file} has no token {_END}, so it is not a T5 tokenizer; name another "
-                f"({_DOWNLOAD})"
+            raise WeightsError(
+                f"{self.file} has no token {_END}, so it is not a T5 tokenizer",
+                remedy=f"name another ({_DOWNLOAD})",
             )
         return library, end
 
@@ -112,7 +115,7 @@ class Tokenizer:
 def check_filled(text: str, allow_empty: bool) -> str:
     """Returns a cleaned prompt; an empty one is a ConfigError unless it is allowed."""
     if not text and not allow_empty:
-        raise ConfigError("the prompt is empty; describe what is to be seen")
+        raise ConfigError("the prompt is empty", remedy="describe what is to be seen")
     return text
 
 

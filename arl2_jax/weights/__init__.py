@@ -1,7 +1,6 @@
 """Released weights as our parameters, and our parameters as other programs read them."""
 
 from arl2_jax.weights.checksums import checksum
-from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.export import export_params
 from arl2_jax.weights.facts import model_config, umt5_config, vae_config
 from arl2_jax.weights.load import load_params, load_text_encoder, load_vae
@@ -10,7 +9,6 @@ from arl2_jax.weights.tensors import fingerprint
 
 __all__ = [
     "Release",
-    "WeightsError",
     "checksum",
     "export_params",
     "find_release",

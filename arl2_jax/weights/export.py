@@ -12,9 +12,9 @@ from etils import epath
 from flax import traverse_util
 
 from arl2_jax.config import ModelConfig, to_config_dict
+from arl2_jax.errors import ConfigError, StorageError, WeightsError
 from arl2_jax.models import Params
 from arl2_jax.storage import absolute, is_remote, reason
-from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.facts import CONFIG, HYBRID_FACTS, MODEL_FACTS
 from arl2_jax.weights.folder import replace_folder
 from arl2_jax.weights.layouts.diffusers import DIFFUSERS
@@ -55,22 +55,30 @@ def export_params(
       overwrite: whether to replace a folder that is there.
 
     Raises:
-      WeightsError: the folder is there, the layout has no place for the model, or writing fails.
+      ConfigError: a choice is unknown.
+      WeightsError: the layout has no place for the model.
+      StorageError: the folder is there already, or cannot be written.
     """
     choices = (("layout", layout, _LAYOUTS), ("lora", lora, _LORA), ("extras", extras, _EXTRAS))
     for name, value, known in choices:
         if value not in known:
-            raise WeightsError(f"{name}={value} is unknown; take one of {', '.join(known)}")
+            raise ConfigError(
+                "is unknown", field=name, value=value, remedy=f"take one of {', '.join(known)}"
+            )
     target = absolute(path)
     if is_remote(target):
-        raise WeightsError(f"{target} is remote; export to a local folder and copy it")
+        raise StorageError(f"{target} is remote", remedy="export to a local folder and copy it")
     if target.exists() and not overwrite:
-        raise WeightsError(f"{target} is there already; name another folder, or pass --overwrite")
+        raise StorageError(
+            f"{target} is there already", remedy="name another folder, or pass overwrite=True"
+        )
     flat = traverse_util.flatten_dict(params, sep="/")
     if layout != "arl2" and any("/delta/" in name for name in flat):
         raise WeightsError(
-            f"layout={layout} has no place for hybrid layers ({list(cfg.hybrid_layers)}); export "
-            "them with layout=arl2"
+            f"has no place for hybrid layers ({list(cfg.hybrid_layers)})",
+            field="layout",
+            value=layout,
+            remedy="export them with layout=arl2",
         )
     if extras == "refuse":
         _refuse_extras(flat, cfg, layout)
@@ -85,8 +93,9 @@ def export_params(
         (place / CONFIG).write_text(json.dumps(_config(cfg, layout), indent=2) + "\n")
         replace_folder(epath.Path(place), target)
     except OSError as error:
-        raise WeightsError(
-            f"could not write {target}: {reason(error)}; free space there or name another folder"
+        raise StorageError(
+            f"could not write {target}: {reason(error)}",
+            remedy="free space there or name another folder",
         ) from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -101,8 +110,10 @@ def _refuse_extras(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> No
         found += [f"delta.{name}={value}" for name, value in cfg.delta.rule_changes().items()]
     if found:
         raise WeightsError(
-            f"layout={layout} has no place for {', '.join(found)}: ARL2's own code would compute "
-            "something else; pass --extras=write to write them all the same, for this program"
+            f"has no place for {', '.join(found)}: ARL2's own code would compute something else",
+            field="layout",
+            value=layout,
+            remedy="pass extras=write to write them all the same, for this program",
         )
 
 

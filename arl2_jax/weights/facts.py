@@ -7,15 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from arl2_jax.config import (
-    ConfigError,
-    GatedDeltaConfig,
-    ModelConfig,
-    UMT5Config,
-    VAEConfig,
-)
+from arl2_jax.config import GatedDeltaConfig, ModelConfig, UMT5Config, VAEConfig
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.storage import absolute, differences
-from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.layout import recognise
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
@@ -74,8 +68,9 @@ class Shapes:
         shape = self._shapes.get(path, ())
         if not -len(shape) <= axis < len(shape):
             raise WeightsError(
-                f"{self._where} does not tell its model: {path} is missing or has another number "
-                "of axes; name other weights"
+                f"{self._where} does not tell its model: {path} is missing or has another "
+                "number of axes",
+                remedy="name other weights",
             )
         return shape[axis]
 
@@ -125,8 +120,9 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
         found = {"num_heads": found["dim"] // _HEAD_DIM} | found
     elif "num_heads" not in told | found | choices:
         raise WeightsError(
-            f"{path} has no {CONFIG} that tells num_heads, and its width dim={found['dim']} is no "
-            f"multiple of {_HEAD_DIM}; name num_heads"
+            f"{path} has no {CONFIG} that tells num_heads, and its width "
+            f"dim={found['dim']} is no multiple of {_HEAD_DIM}",
+            remedy="name num_heads",
         )
     return ModelConfig(**found | told | choices)
 
@@ -198,8 +194,8 @@ def _delta_config(stored: Any, file: object) -> GatedDeltaConfig:
         return GatedDeltaConfig(**values)
     except (AttributeError, TypeError, ConfigError) as error:
         raise WeightsError(
-            f"{file} has delta={stored}, which is no memory of this program: {error}; copy the "
-            "file from the same place as the weights"
+            f"{file} has delta={stored}, which is no memory of this program: {error}",
+            remedy="copy the file from the same place as the weights",
         ) from None
 
 
@@ -211,4 +207,6 @@ def check_told(path: epath.PathLike, told: Mapping[str, Any], found: Mapping[str
         text = (
             "; ".join(problems).replace(" there", f" in {CONFIG}").replace(" here", " in the file")
         )
-        raise WeightsError(f"{path} is not of one model: {text}; copy both from the same place")
+        raise WeightsError(
+            f"{path} is not of one model: {text}", remedy="copy both from the same place"
+        )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from arl2_jax.weights.errors import WeightsError
+from arl2_jax.errors import WeightsError
 
 _PLACEHOLDER = re.compile(r"\{([^}]*)\}")
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -94,7 +94,8 @@ def recognise(names: Iterable[str], layouts: Sequence[Layout], where: object) ->
         some = ", ".join(sorted(names)[:3]) or "none"
         raise WeightsError(
             f"{where} has tensors of no known layout ({some}, ...); known are "
-            f"{', '.join(layout.name for layout in layouts)}; name other weights"
+            f"{', '.join(layout.name for layout in layouts)}",
+            remedy="name other weights",
         )
     return layouts[known.index(max(known))]
 

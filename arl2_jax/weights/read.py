@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Sharding
 
-from arl2_jax.weights.errors import WeightsError
+from arl2_jax.errors import WeightsError
 from arl2_jax.weights.layout import Layout, recognise
 from arl2_jax.weights.moves import Index, Moves, fit_moves
 from arl2_jax.weights.safetensors_file import Placed, stored
@@ -114,7 +114,8 @@ def match(
         elif tensor.dtype not in _FLOATS:
             raise WeightsError(
                 f"{where}: {name} is of type {tensor.dtype}; parameters are bfloat16, float16, "
-                "float32 or float64; name weights that are not quantised"
+                "float32 or float64",
+                remedy="name weights that are not quantised",
             )
         else:
             sources[path] = Source(name, tensor, moves)
@@ -124,7 +125,8 @@ def match(
     if problems:
         raise WeightsError(
             f"{where} does not hold the weights of this model ({layout.name} layout); "
-            f"{'; '.join(problems)}; name other weights or change --config.model"
+            f"{'; '.join(problems)}",
+            remedy="name other weights, or change the model's settings",
         )
     return sources
 
@@ -153,7 +155,8 @@ def placed(flat: Mapping[str, Any], layout: Layout) -> list[Placed]:
     if homeless:
         raise WeightsError(
             f"the {layout.name} layout has no place for {len(homeless)} parameters: "
-            f"{', '.join(homeless[:8])}; choose another layout"
+            f"{', '.join(homeless[:8])}",
+            remedy="choose another layout",
         )
     result = []
     for path, leaf in flat.items():
@@ -195,7 +198,7 @@ def _fill(place: np.ndarray, source: Source, index: Index, where: object) -> Non
         block = _cast(source.tensor.read(index), place)
     except Exception as error:
         raise WeightsError(
-            f"{where}: {source.name} cannot be read: {error}; download it again"
+            f"{where}: {source.name} cannot be read: {error}", remedy="download it again"
         ) from None
     if place.dtype in _EXPONENTS:  # whole numbers are faster to compare and to copy
         unsigned, exponent = _EXPONENTS[place.dtype]
@@ -205,8 +208,9 @@ def _fill(place: np.ndarray, source: Source, index: Index, where: object) -> Non
         finite = np.isfinite(block).all()
     if not finite:
         raise WeightsError(
-            f"{where}: {source.name} holds NaN or infinity; the file is damaged or its training "
-            "diverged; name other weights"
+            f"{where}: {source.name} holds NaN or infinity; the file is damaged or its "
+            "training diverged",
+            remedy="name other weights",
         )
     place[...] = block
 

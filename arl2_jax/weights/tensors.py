@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
+from arl2_jax.errors import WeightsError
 from arl2_jax.storage import absolute, is_remote, reason
-from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.moves import Index
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -79,15 +79,20 @@ def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, St
         if file.suffix in _PT:
             found = _open_pt(file, entry)
         elif entry is not None:
-            raise WeightsError(f"entry={entry}: {file} is not a .pt, it has none; leave entry out")
+            raise WeightsError(
+                f"names a model of a .pt, which {file} is not",
+                field="entry",
+                value=entry,
+                remedy="leave it out",
+            )
         else:
             found = _open_safetensors(file)
         for name, tensor in found:
             name = _unwrapped(name)
             if name in tensors:
                 raise WeightsError(
-                    f"{file.parent} does not hold one model; 1 unexpected: {name} is there twice; "
-                    "name other weights"
+                    f"{file.parent} does not hold one model; 1 unexpected: {name} is there twice",
+                    remedy="name other weights",
                 )
             tensors[name] = tensor
     return tensors
@@ -101,17 +106,20 @@ def weight_files(path: epath.PathLike) -> list[Path]:
     """
     source = absolute(path)
     if is_remote(source):
-        raise WeightsError(f"{source} is remote; copy the files of weights to a local folder")
+        raise WeightsError(
+            f"{source} is remote", remedy="copy the files of weights to a local folder"
+        )
     file = Path(source)
     if not file.exists():
-        raise WeightsError(f"{file} does not exist; name another file or folder")
+        raise WeightsError(f"{file} does not exist", remedy="name another file or folder")
     if file.is_dir():
         file = _main_file(file)
     if file.name.endswith(INDEX_SUFFIX):
         return _shards(file)
     if file.suffix not in (".safetensors", *_PT):
         raise WeightsError(
-            f"{file} is not a .safetensors, .pt or .pth file; name one, or a folder of them"
+            f"{file} is not a .safetensors, .pt or .pth file",
+            remedy="name one, or a folder of them",
         )
     return [file]
 
@@ -134,7 +142,9 @@ def fingerprint(path: epath.PathLike) -> str:
     try:
         digests = sorted(_digest(file) for file in files)
     except OSError as error:
-        raise WeightsError(f"{source} cannot be read: {reason(error)}; name another") from None
+        raise WeightsError(
+            f"{source} cannot be read: {reason(error)}", remedy="name another"
+        ) from None
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -143,7 +153,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise WeightsError(f"{file} cannot be read: {error}; download it again") from None
+        raise WeightsError(f"{file} cannot be read: {error}", remedy="download it again") from None
 
 
 def _main_file(folder: Path) -> Path:
@@ -153,26 +163,29 @@ def _main_file(folder: Path) -> Path:
         if len(found) > 1:
             raise WeightsError(
                 f"{folder} holds {len(found)} files that may be meant: "
-                f"{', '.join(file.name for file in found[:5])}; name one of them, or download the "
-                f"index (*{INDEX_SUFFIX}) if they are shards"
+                f"{', '.join(file.name for file in found[:5])}",
+                remedy=f"name one of them, or download the index (*{INDEX_SUFFIX}) if they are "
+                "shards",
             )
         if found:
             return found[0]
     raise WeightsError(
-        f"no weights in {folder}: looked for *{INDEX_SUFFIX}, {_SINGLE[0]}, other .safetensors, "
-        ".pt, .pth and params/ there; name another folder"
+        f"no weights in {folder}: looked for *{INDEX_SUFFIX}, {_SINGLE[0]}, other "
+        ".safetensors, .pt, .pth and params/ there",
+        remedy="name another folder",
     )
 
 
 def _shards(index: Path) -> list[Path]:
     names = set(read_json(index).get("weight_map", {}).values())
     if not names:
-        raise WeightsError(f"{index} lists no files; download it again")
+        raise WeightsError(f"{index} lists no files", remedy="download it again")
     files = [index.parent / name for name in sorted(names)]
     for file in files:
         if not file.exists():
             raise WeightsError(
-                f"{file} is missing: {index} lists it among {len(files)} files; download it"
+                f"{file} is missing: {index} lists it among {len(files)} files",
+                remedy="download it",
             )
     return files
 
@@ -183,7 +196,9 @@ def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             pass
         content = np.memmap(file, np.uint8, "r")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} cannot be read: {reason(error)}; download it again") from None
+        raise WeightsError(
+            f"{file} cannot be read: {reason(error)}", remedy="download it again"
+        ) from None
     begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:begin].tobytes())
     for name, entry in header.items():
@@ -191,8 +206,8 @@ def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             continue
         if entry["dtype"] not in _DTYPES:
             raise WeightsError(
-                f"{file}: {name} is of type {entry['dtype']}, which numpy has not; name weights "
-                "of bfloat16, float16 or float32"
+                f"{file}: {name} is of type {entry['dtype']}, which numpy has not",
+                remedy="name weights of bfloat16, float16 or float32",
             )
         start, stop = (begin + offset for offset in entry["data_offsets"])
         mapped = content[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
@@ -219,8 +234,9 @@ def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]
         import torch  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
         raise WeightsError(
-            f"{file} is a file of PyTorch, which takes torch to read: pip install 'arl2-jax[pt]' "
-            "(here: pip install -e '.[pt]'), or name safetensors files"
+            f"{file} is a file of PyTorch, which takes torch to read",
+            remedy="pip install 'arl2-jax[pt]' (here: pip install -e '.[pt]'), or name "
+            "safetensors files",
         ) from None
     try:
         with file.open("rb") as opened:
@@ -229,19 +245,21 @@ def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]
     except pickle.UnpicklingError as error:
         if "Weights only" not in str(error):
             raise WeightsError(
-                f"{file} cannot be read: {reason(error)}; download it again"
+                f"{file} cannot be read: {reason(error)}", remedy="download it again"
             ) from None
         raise WeightsError(
-            f"{file} holds Python objects besides tensors; code in it was not run; name a file of "
-            "tensors alone, e.g. save its state_dict()"
+            f"{file} holds Python objects besides tensors; code in it was not run",
+            remedy="name a file of tensors alone, e.g. save its state_dict()",
         ) from None
     except Exception as error:
-        raise WeightsError(f"{file} cannot be read: {reason(error)}; download it again") from None
+        raise WeightsError(
+            f"{file} cannot be read: {reason(error)}", remedy="download it again"
+        ) from None
     for name, tensor in _find_entry(file, content, entry).items():
         if not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise WeightsError(
-                f"{file}: {name} is of type {kind}, not a tensor; name other weights"
+                f"{file}: {name} is of type {kind}, not a tensor", remedy="name other weights"
             )
         array = _as_numpy(torch, tensor)
         yield name, StoredTensor(array.shape, array.dtype, array.__getitem__)
@@ -252,11 +270,16 @@ def _find_entry(file: Path, content: Any, entry: str | None) -> Mapping[str, Any
     nested = lambda: [k for k, v in content.items() if isinstance(v, Mapping) and v]
     if not isinstance(content, Mapping):
         kind = type(content).__name__
-        raise WeightsError(f"{file} holds a {kind}, not tensors by name; name other weights")
+        raise WeightsError(
+            f"{file} holds a {kind}, not tensors by name", remedy="name other weights"
+        )
     if entry is not None:
         if entry not in nested():
             raise WeightsError(
-                f"entry={entry} is not in {file}; it has {', '.join(map(str, nested())) or 'none'}"
+                f"is not in {file}",
+                field="entry",
+                value=entry,
+                remedy=f"it has {', '.join(map(str, nested())) or 'none'}",
             )
         content = content[entry]
     while nested():

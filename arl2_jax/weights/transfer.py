@@ -8,8 +8,8 @@ import jax
 from etils import epath
 
 from arl2_jax.config import to_config_dict
+from arl2_jax.errors import StorageError, WeightsError
 from arl2_jax.storage import absolute
-from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.export import export_params
 from arl2_jax.weights.facts import model_config
 from arl2_jax.weights.folder import save_params
@@ -58,15 +58,19 @@ def import_weights(
       overwrite: whether to replace a folder that is there.
 
     Raises:
-      WeightsError: as `load_params`, or the folder is there already.
-      StorageError: the folder cannot be written.
+      WeightsError: as `load_params`.
+      StorageError: the folder is there already, or cannot be written.
     """
     target = absolute(out)
     if target.exists() and not overwrite:
-        raise WeightsError(f"{target} is there already; name another folder, or pass --overwrite")
+        raise StorageError(
+            f"{target} is there already", remedy="name another folder, or pass overwrite=True"
+        )
     source = transformer_of(path)
     if (source / "params").exists():
-        raise WeightsError(f"{source} is such a folder already; name weights in another layout")
+        raise WeightsError(
+            f"{source} is such a folder already", remedy="name weights in another layout"
+        )
     choices = {} if hybrid_layers is None else {"hybrid_layers": tuple(hybrid_layers)}
     tensors = open_tensors(source, entry)
     layout = recognise(tensors, LAYOUTS, source)

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import ConfigError
 from arl2_jax.evaluation.ranking import MEASURES
 from arl2_jax.evaluation.recall import wilson
 from arl2_jax.storage import differences, write_whole

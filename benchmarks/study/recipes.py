@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from arl2_jax.config import Config, ConfigError, from_config_dict, to_config_dict
+from arl2_jax.config import Config, from_config_dict, to_config_dict
+from arl2_jax.errors import ConfigError
 from arl2_jax.evaluation.ranking import hybrid_count
 from configs import sprites_gpu
 

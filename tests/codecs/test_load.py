@@ -9,8 +9,8 @@ from one_line import assert_one_line
 from tiny_release import VAE, write_release
 
 from arl2_jax.codecs import Codec, SpaceToDepth, WanCodec, load_wan_codec, make_codec, vae_weights
-from arl2_jax.config import Config, ConfigError
-from arl2_jax.weights import WeightsError
+from arl2_jax.config import Config
+from arl2_jax.errors import ConfigError, WeightsError
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from data_sizes import make_data, tiny_model
 
-from arl2_jax.config import Config, ConfigError, EvaluationConfig, ShortClipsConfig
+from arl2_jax.config import Config, EvaluationConfig, ShortClipsConfig
 from arl2_jax.data import LatentSource, LatentWriter, open_data, open_short_data
 from arl2_jax.data.latents import LatentFolder, check_latents
 from arl2_jax.data.manifest import sha256
+from arl2_jax.errors import ConfigError, DataError
 
 SHAPE, TEXT = (4, 6, 12, 48), (8, 32)
 
@@ -102,7 +103,7 @@ def test_a_failed_run_leaves_no_manifest_and_no_half_shard(tmp_path):
     with pytest.raises(RuntimeError):
         write_some(tmp_path, make_clips(6), 3)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"manifest\.json is missing"):
+    with pytest.raises(DataError, match=r"manifest\.json is missing"):
         LatentSource(make_config(tmp_path))
 
 
@@ -114,7 +115,7 @@ def test_an_unfinished_folder_is_continued(tmp_path):
         with pytest.raises(RuntimeError):
             write_some(folder, clips, stop, resume=True, **source)
         (folder / "00002.tmp").write_bytes(b"half a shard")
-    with pytest.raises(ConfigError, match=r"unfinished\.json is there: finish it"):
+    with pytest.raises(DataError, match=r"unfinished\.json is there: finish it"):
         LatentFolder(folder)
     with pytest.raises(FileExistsError, match="resume it or name another folder"):
         write_some(folder, clips, None, **source)
@@ -134,7 +135,7 @@ def test_a_damaged_unfinished_folder_is_not_continued(tmp_path):
     with pytest.raises(RuntimeError):
         write_some(tmp_path, clips, 6)
     (tmp_path / "00000.array_record").unlink()
-    with pytest.raises(ConfigError, match=r"00000\.array_record is missing or of another size"):
+    with pytest.raises(DataError, match=r"00000\.array_record is missing or of another size"):
         write_some(tmp_path, clips, None, resume=True)
 
 
@@ -242,21 +243,21 @@ def flip(path, share):
 def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, message):
     write(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         open_data(make_config(tmp_path))
     assert any(word in str(error.value) for word in ("LatentWriter", "write the folder"))
     assert "\n" not in str(error.value)
 
 
 def test_missing_folder_says_where_it_was_looked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"looked for .*none/manifest\.json \(data\.path\)"):
+    with pytest.raises(DataError, match=r"looked for .*none/manifest\.json"):
         open_data(make_config(tmp_path / "none"))
 
 
 def test_flipped_bits_are_found(tmp_path):
     write(tmp_path)
     flip(tmp_path / "00001.array_record", 0.3)
-    with pytest.raises(ConfigError, match=r"00001\.array_record .*is damaged") as error:
+    with pytest.raises(DataError, match=r"00001\.array_record .*is damaged") as error:
         source = LatentSource(make_config(tmp_path))
         for index in range(10):
             source.folder[index]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from data_sizes import make_data, make_sprites, tiny_model
 
-from arl2_jax.config import Config, ConfigError, ShortClipsConfig
+from arl2_jax.config import Config, ShortClipsConfig
 from arl2_jax.data import make_clip, open_data, open_short_data, reveals
 from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.data.sprites import HELD_OUT_SEED
+from arl2_jax.errors import ConfigError
 
 
 def make_config(**data):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from data_sizes import make_data, make_sprites, tiny_model
 
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
 from arl2_jax.data import SpriteClip, draw_sprite, make_clip, reveal_clips, reveals
+from arl2_jax.errors import ConfigError
 
 LANES = make_sprites()
 DATA = make_data()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from data_sizes import make_data, make_sprites, tiny_model
 
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config
 from arl2_jax.data import draw_sprite, make_clip
 from arl2_jax.data.sprites import BACKGROUNDS, COLORS, HELD_OUT_SEED, OCCLUDER_COLOR, SHAPES, check
+from arl2_jax.errors import ConfigError
 
 LANES = make_sprites()
 FREE = make_sprites(count=(2, 3), colors=8, shapes=5, vertical=True, speed=(2.5, 6.0))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from data_sizes import make_data, tiny_model
 
-from arl2_jax.config import Config, ConfigError, EvaluationConfig
+from arl2_jax.config import Config, EvaluationConfig
 from arl2_jax.data import VideoClips, open_data, videos
+from arl2_jax.errors import ConfigError, DataError
 
 CODECS = {".mp4": "mpeg4", ".avi": "mpeg4", ".mkv": "mpeg4", ".mov": "mpeg4"}
 
@@ -205,7 +206,7 @@ def test_unusable_folders_are_refused_in_one_line(tmp_path, prepare, message):
         data=data_config(tmp_path / "folder"),
         evaluation=EvaluationConfig(clips=8),
     )
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         open_data(config)
     assert "\n" not in str(error.value)
 

@@ -15,8 +15,9 @@ from one_line import assert_one_line
 from PIL import Image
 from tiny_release import MODEL, random_tree
 
-from arl2_jax.config import ConfigError, GatedDeltaConfig, to_config_dict
+from arl2_jax.config import GatedDeltaConfig, to_config_dict
 from arl2_jax.data import LatentWriter
+from arl2_jax.errors import ConfigError
 from arl2_jax.evaluation.inspect_memory import ClipChoice, inspect_memory, read_clips
 from arl2_jax.evaluation.retention import retention_of_models, retention_table
 from arl2_jax.evaluation.retention_plot import retention_picture, short
@@ -177,7 +178,7 @@ def test_wrong_flags_are_told_in_one_line(flag, told):
 
 
 def test_layers_are_named_one_by_one_and_in_ranges():
-    from arl2_jax.command_line import _layers
+    from command_line import _layers
 
     assert _layers(["0-2", "7", "5", "2"]) == (0, 1, 2, 5, 7)
 

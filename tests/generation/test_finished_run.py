@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from arl2_jax.config import Config, ConfigError, DataConfig, ModelConfig, SamplerConfig
+from arl2_jax.config import Config, DataConfig, ModelConfig, SamplerConfig
 from arl2_jax.config import to_config_dict as as_dict
+from arl2_jax.errors import ConfigError
 from arl2_jax.generation import make_video as making
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.finished_run import write_from_run

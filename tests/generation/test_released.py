@@ -11,7 +11,8 @@ from one_line import assert_one_line
 from tiny_release import MODEL, random_tree, write_release
 
 from arl2_jax.codecs import load_wan_codec
-from arl2_jax.config import ConfigError, SamplerConfig, to_config_dict
+from arl2_jax.config import SamplerConfig, to_config_dict
+from arl2_jax.errors import ConfigError
 from arl2_jax.generation import make_video as making
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.generator import Generator

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from arl2_jax import HybridAttention, memory
-from arl2_jax.config import MEMORY_SETTINGS, ConfigError, MemorySpec
+from arl2_jax.config import MEMORY_SETTINGS, MemorySpec
+from arl2_jax.errors import ConfigError
 from arl2_jax.memory import Room
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.positions import sequence_grid, video_grid
@@ -191,7 +192,7 @@ def test_without_a_clip_form_it_scans(make, x, error):
 
 
 def test_memories_are_known_by_name(make):
-    with pytest.raises(ConfigError, match="kind='windw' is no memory; did you mean window"):
+    with pytest.raises(ConfigError, match="kind=windw is no memory; did you mean window"):
         make("windw")
 
 

@@ -9,14 +9,8 @@ import pytest
 from flax import nnx
 from one_line import assert_one_line
 
-from arl2_jax.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    GatedDeltaConfig,
-    ModelConfig,
-    PhaseConfig,
-)
+from arl2_jax.config import Config, DataConfig, GatedDeltaConfig, ModelConfig, PhaseConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.memory import GatedDelta, Projections
 from arl2_jax.memory.initial import initial_strength
 from arl2_jax.memory.retention import survival, transitions

@@ -10,7 +10,8 @@ from flax import nnx
 from memory.test_memories import block_form, make_projections
 
 from arl2_jax import models
-from arl2_jax.config import ConfigError, MemorySpec, ModelConfig, WindowConfig
+from arl2_jax.config import MemorySpec, ModelConfig, WindowConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.memory import Room, Window
 from arl2_jax.nn.positions import video_grid
 
@@ -174,7 +175,7 @@ def test_trained_form_is_the_generated_form(
 @pytest.mark.parametrize(
     ("memories", "message"),
     [
-        ({"kind": "windw"}, r"memories\[0\]\.kind='windw' is no memory; did you mean window\?"),
+        ({"kind": "windw"}, r"memories\[0\]\.kind=windw is no memory; did you mean window\?"),
         ({"kind": "cubes"}, "known are softmax_cache, gated_delta, window"),
         ({"kind": "window", "settings": {"sink": 0, "frames": 1}}, "frames=1 must be at least"),
         ({"kind": "window", "settings": {"sink": 5, "frames": 4}}, "sink=5 must not be longer"),

@@ -23,7 +23,8 @@ from wan_names import from_diffusers, from_original, original_tensors
 
 from arl2_jax import models
 from arl2_jax.config import ModelConfig
-from arl2_jax.weights import WeightsError, export_params, load_params, model_config
+from arl2_jax.errors import WeightsError
+from arl2_jax.weights import export_params, load_params, model_config
 
 pytestmark = pytest.mark.parity
 

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 from wan_names import original_tensors
 
 from arl2_jax.config import ModelConfig, UMT5Config
+from arl2_jax.errors import WeightsError
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.weights import (
-    WeightsError,
     find_release,
     fingerprint,
     load_params,

@@ -12,7 +12,8 @@ from one_line import assert_one_line
 from safetensors.numpy import save_file
 from umt5_files import as_params, draw, transformers_shapes, wan_shapes, write_tokenizer
 
-from arl2_jax.config import ConfigError, UMT5Config
+from arl2_jax.config import UMT5Config
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.models.umt5 import encode_tokens
 from arl2_jax.text import Tokenizer, encode_prompts
 from arl2_jax.text import encoder as encoder_module
@@ -197,7 +198,7 @@ def test_the_unconditional_text(encode):
 
 def test_missing_files(encode, loads, tmp_path):
     for name in ("text_encoder", "tokenizer"):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(WeightsError) as error:
             encode([FOX], **{name: tmp_path / "nowhere"})
         assert_one_line(error, tmp_path / "nowhere")
     assert not loads
@@ -207,7 +208,7 @@ def test_a_tokenizer_of_another_model(encode, loads, tmp_path):
     numbers = tuple(f"▁{n}" for n in range(4, CFG.vocab_size + 1))  # behind four other tokens
     other = write_tokenizer(tmp_path, words=numbers)
     encode([f"{CFG.vocab_size - 1}"], tokenizer=other)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(WeightsError) as error:
         encode([f"{CFG.vocab_size}"], tokenizer=other)
     assert_one_line(error, other, CFG.vocab_size, "name the tokenizer")
     assert len(loads) == 1

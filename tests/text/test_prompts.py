@@ -6,7 +6,7 @@ import tokenizers
 from one_line import assert_one_line
 from umt5_files import WORDS, write_tokenizer
 
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.text import Tokenizer, clean_prompt
 
 FIRST = 4  # <pad>, </s>, <unk> and the blank come before the words
@@ -87,7 +87,7 @@ def test_empty_prompts(folder, prompt):
 
 def test_a_missing_tokenizer(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere" / "tokenizer.json"):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(WeightsError) as error:
             Tokenizer(path)
         assert_one_line(error, path, "tokenizer.json", "name the folder")
 
@@ -95,13 +95,13 @@ def test_a_missing_tokenizer(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2]", b"\xff\x00", b'{"model": "\n"}'])
 def test_a_damaged_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(WeightsError) as error:
         Tokenizer(tmp_path)(["a fox"], 8)
     assert_one_line(error, tmp_path / "tokenizer.json", "download it again")
 
 
 def test_a_tokenizer_of_another_kind(tmp_path):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(WeightsError) as error:
         Tokenizer(write_tokenizer(tmp_path, specials=("[PAD]", "[UNK]")))(["a fox"], 8)
     assert_one_line(error, tmp_path, "</s>", "name another")
 

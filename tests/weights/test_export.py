@@ -13,14 +13,9 @@ from safetensors.numpy import load_file, save_file
 from wan_names import from_diffusers, from_original, original_kinds, original_tensors
 
 from arl2_jax.config import GatedDeltaConfig
+from arl2_jax.errors import ConfigError, StorageError, WeightsError
 from arl2_jax.models import cast_params, without_delta
-from arl2_jax.weights import (
-    WeightsError,
-    export_params,
-    load_params,
-    model_config,
-    safetensors_file,
-)
+from arl2_jax.weights import export_params, load_params, model_config, safetensors_file
 from arl2_jax.weights.transfer import export_weights, import_weights
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -71,7 +66,7 @@ def test_what_published_files_cannot_hold_is_refused_or_written(tmp_path, cfg, m
     delta = GatedDeltaConfig(block_tokens=12, beta_max=1.0)
     cfg = dataclasses.replace(cfg, memory_init="by_block", delta=delta)
     params = make_params(cfg)
-    with pytest.raises(WeightsError, match=r"delta\.beta_max=1\.0.*--extras=write") as error:
+    with pytest.raises(WeightsError, match=r"delta\.beta_max=1\.0.*extras=write") as error:
         export_params(tmp_path / "out", params, cfg)
     assert_one_line(error, "bias of the strength", "memory_init=by_block")
     assert not (tmp_path / "out").exists()
@@ -158,7 +153,7 @@ def test_hybrid_layers_have_no_place_elsewhere(tmp_path, cfg, params, layout):
 
 def test_unknown_choices_are_one_line(tmp_path, cfg, params):
     for choice in ({"layout": "flux"}, {"lora": "gone"}):
-        with pytest.raises(WeightsError, match="take one of") as caught:
+        with pytest.raises(ConfigError, match="take one of") as caught:
             export_params(tmp_path / "out", params, cfg, **choice)
         assert_one_line(caught)
 
@@ -166,9 +161,9 @@ def test_unknown_choices_are_one_line(tmp_path, cfg, params):
 def test_what_is_there_stays(tmp_path, cfg, params, monkeypatch):
     export_params(tmp_path / "out", params, cfg)
     before = (tmp_path / "out" / SINGLE).read_bytes()
-    with pytest.raises(WeightsError, match="is there already") as caught:
+    with pytest.raises(StorageError, match="is there already") as caught:
         export_params(tmp_path / "out", params, cfg)
-    assert_one_line(caught, tmp_path / "out", "--overwrite")
+    assert_one_line(caught, tmp_path / "out", "overwrite=True")
     other = jax.tree.map(lambda x: x + 1, params)
 
     def full(*_):
@@ -176,7 +171,7 @@ def test_what_is_there_stays(tmp_path, cfg, params, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors_file, "_blocks", full)
-        with pytest.raises(WeightsError, match="No space left") as caught:
+        with pytest.raises(StorageError, match="No space left") as caught:
             export_params(tmp_path / "out", other, cfg, overwrite=True)
     assert_one_line(caught, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -199,7 +194,7 @@ def test_import_and_export_of_files(tmp_path, cfg):
     assert done.parameters == sum(x.size for x in tensors.values())
     assert done.bytes_read == 4 * done.parameters
     assert model_config(tmp_path / "ours") == cfg
-    with pytest.raises(WeightsError, match="is there already"):
+    with pytest.raises(StorageError, match="is there already"):
         import_weights(source, tmp_path / "ours")
     with pytest.raises(WeightsError, match="such a folder already"):
         import_weights(tmp_path / "ours", tmp_path / "again")

@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 from wan_names import original_tensors
 
 from arl2_jax.config import ModelConfig, UMT5Config, VAEConfig, to_config_dict
+from arl2_jax.errors import WeightsError
 from arl2_jax.models import init_params
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
 from arl2_jax.weights import (
-    WeightsError,
     find_release,
     load_params,
     load_text_encoder,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from one_line import assert_one_line
 
-from arl2_jax.storage import StorageError
+from arl2_jax.errors import StorageError
 from arl2_jax.weights.folder import load_params_folder, save_params
 
 

@@ -8,10 +8,10 @@ from one_line import assert_one_line
 from wan_names import original_kinds
 
 from arl2_jax.config import ModelConfig, UMT5Config, VAEConfig
+from arl2_jax.errors import WeightsError
 from arl2_jax.models import param_shapes
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
-from arl2_jax.weights import WeightsError
 from arl2_jax.weights.layout import Layout, Rule, recognise
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.diffusers import DIFFUSERS

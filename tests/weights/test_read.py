@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from one_line import assert_one_line
 from safetensors.numpy import load_file, save_file
 
-from arl2_jax.weights import WeightsError, fingerprint
+from arl2_jax.errors import WeightsError
+from arl2_jax.weights import fingerprint
 from arl2_jax.weights.layout import Layout, Rule
 from arl2_jax.weights.moves import fit_moves
 from arl2_jax.weights.read import read_tree, tree_tensors

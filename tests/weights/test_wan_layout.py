@@ -13,9 +13,10 @@ from one_line import assert_one_line
 from safetensors.numpy import save_file
 
 from arl2_jax.config import MeshConfig, ModelConfig, to_config_dict
+from arl2_jax.errors import WeightsError
 from arl2_jax.models import compute_shapes, param_shapes
 from arl2_jax.sharding import make_mesh, tree_shardings
-from arl2_jax.weights import WeightsError, load_params
+from arl2_jax.weights import load_params
 from arl2_jax.weights.folder import save_params
 
 SINGLE = "diffusion_pytorch_model.safetensors"

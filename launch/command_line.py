@@ -1,23 +1,37 @@
-"""What the commands under `launch/` share: groups of flags, and errors of one line."""
+"""What the commands share: groups of flags, and errors of one line that name flags."""
 
+import dataclasses
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from arl2_jax.config import ConfigError, SamplerConfig
+from arl2_jax.config import Config, SamplerConfig
+from arl2_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from arl2_jax.generation.encoders import Encoders
     from arl2_jax.generation.released import Picture
 
-
+# The library's names of what the groups of flags below set, where they are others than the flags'.
+SAMPLER_NAMES = {f"sampler.{field.name}": field.name for field in dataclasses.fields(SamplerConfig)}
+MODEL_NAMES = {
+    "model.frames_per_block": "frames_per_block",
+    "model.hybrid_layers": "hybrid_layers",
+    "model.dtype": "dtype",
+    "model.delta.leak": "leak",
+    "tile": "vae_tile",
+}
 _SAVE_MEMORY = (
     "make the video shorter or smaller, use a model with more hybrid layers, or set --vae_tile"
 )
+# A field such as model.dim, or an argument with its value, such as overwrite=True.
+_NAME = re.compile(r"(?<![\w./-])(?:(?:\w+\.)+\w+(?![\w/\[])|\w+(?==))")
 
 
 def config_flag() -> flags.FlagHolder:
@@ -25,19 +39,19 @@ def config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=False)
 
 
-def parse_config(argv: Sequence[str], config: flags.FlagHolder) -> Sequence[str]:
-    """Parses flags, --config among them; a wrong one is an error of one line.
+def parse_flags(argv: Sequence[str], config: flags.FlagHolder | None = None) -> Sequence[str]:
+    """Parse flags; a wrong one ends the program with one line.
 
     Args:
       argv: arguments of the command.
-      config: what `config_flag` has returned.
+      config: the result of `config_flag`, where the command has such a flag.
 
     Returns:
       The arguments that are no flags.
     """
     try:
         rest = flags.FLAGS(argv)
-        if config.value is not None:
+        if config is not None and config.value is not None:
             config.value.keys()  # a file that could not be loaded is reported at its first use
         return rest
     except (AttributeError, KeyError) as error:  # a field that the configuration does not have
@@ -100,7 +114,9 @@ def sampler_flags() -> Callable[[], SamplerConfig]:
             levels = tuple(float(t) for t in timesteps.value)
         except ValueError:
             raise ConfigError(
-                f"--timesteps={','.join(timesteps.value)} must be numbers, such as 1000,500"
+                "must be numbers, such as 1000,500",
+                field="timesteps",
+                value=",".join(timesteps.value),
             ) from None
         chosen: Any = method.value  # one of the field's choices, as the flag is
         return SamplerConfig(
@@ -157,8 +173,9 @@ def _layers(values: Sequence[str]) -> tuple[int, ...]:
         layers.clear()
     if not layers:
         raise ConfigError(
-            f"--hybrid_layers={','.join(values)} must be layers or rising ranges of them, such as "
-            "0-13,20"
+            "must be layers or rising ranges of them, such as 0-13,20",
+            field="hybrid_layers",
+            value=",".join(values),
         )
     return tuple(sorted(layers))
 
@@ -172,7 +189,9 @@ def latent_shape_flag() -> Callable[[], tuple[int, int]]:
             rows, columns = (int(value) for value in size.value)
         except ValueError:
             raise ConfigError(
-                f"--latent_shape={','.join(size.value)} must be two whole numbers, such as 60,104"
+                "must be two whole numbers, such as 60,104",
+                field="latent_shape",
+                value=",".join(size.value),
             ) from None
         return rows, columns
 
@@ -186,9 +205,42 @@ def _tile(values: Sequence[str]) -> tuple[int, int]:
         rows = columns = 0
     if min(rows, columns) < 2:
         raise ConfigError(
-            f"--vae_tile={','.join(values)} must be two whole numbers of at least 2, such as 30,52"
+            "must be two whole numbers of at least 2, such as 30,52",
+            field="vae_tile",
+            value=",".join(values),
         )
     return rows, columns
+
+
+def is_config_field(name: str) -> bool:
+    """Return whether a name such as "model.delta.leak" is a field of `Config`."""
+    kind: Any = Config
+    for part in name.split("."):
+        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in fields:
+            return False
+        kind = fields[part]
+    return True
+
+
+def name_flags(error: UserError, flag_of: Callable[[str], str | None]) -> str:
+    """Return the line of an error with flags in place of fields and arguments.
+
+    Args:
+      error: the error.
+      flag_of: field or argument -> name of its flag, or None where no flag sets it.
+    """
+    field = error.field
+    if field and (flag := flag_of(field)):
+        field = f"--{flag}"
+    problem = _flags_in(error.problem, flag_of)
+    remedy = error.remedy and _flags_in(error.remedy, flag_of)
+    return str(UserError(problem, field=field, value=error.value, remedy=remedy))
+
+
+def _flags_in(text: str, flag_of: Callable[[str], str | None]) -> str:
+    replace = lambda name: f"--{flag}" if (flag := flag_of(name[0])) else name[0]
+    return _NAME.sub(replace, text)
 
 
 def run(
@@ -197,15 +249,18 @@ def run(
     one_of: Sequence[str] = (),
     required: Sequence[str] = (),
     config: flags.FlagHolder | None = None,
+    names: Mapping[str, str] | None = None,
     save_memory: str = _SAVE_MEMORY,
 ):
-    """Parses the flags and calls `main`; whatever the user can mend is told in one line.
+    """Parse the flags and call `main`; print user errors on one line that names flags.
 
     Args:
       main: called without arguments once the flags have values.
       one_of: names of flags of which exactly one must be given.
       required: names of flags that must be given.
-      config: the flag of a configuration file, where the command has one.
+      config: the flag of a configuration file, where the command has one. A field of it is set
+        by --config.FIELD.
+      names: field or argument of the library -> flag that sets it, where their names differ.
       save_memory: what to do where the device is out of memory.
     """
 
@@ -213,21 +268,30 @@ def run(
         flags.mark_flags_as_required(required)
         if one_of:
             flags.mark_flags_as_mutual_exclusive(one_of, required=True)
-        if config is not None:
-            return parse_config(argv, config)
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
+        return parse_flags(argv, config)
+
+    def flag_of(name: str) -> str | None:
+        flag = (names or {}).get(name, name)
+        if flag in flags.FLAGS:
+            return flag
+        given = config is not None and config.value is not None
+        return f"config.{name}" if given and is_config_field(name) else None
 
     def call(argv):
         if len(argv) > 1:
-            sys.exit(f"error: unknown argument {argv[1]}; flags are set as --NAME=VALUE")
+            how = (
+                "flags are set as --NAME=VALUE"
+                if config is None
+                else ("fields are set as --config.NAME=VALUE")
+            )
+            sys.exit(f"error: unknown argument {argv[1]}; {how}")
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except ConfigError as error:
-            sys.exit(f"error: {error}")
+        except UserError as error:
+            sys.exit(f"error: {name_flags(error, flag_of)}")
+        except FloatingPointError as error:  # training has diverged
+            sys.exit(f"error: {_flags_in(str(error), flag_of)}")
         except RuntimeError as error:  # jax's own error is one, and jax need not be imported
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
