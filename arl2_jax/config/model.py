@@ -32,8 +32,9 @@ class AttentionConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        for name in ("dim", "num_heads", "lora_rank"):
+        for name in ("dim", "num_heads"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        _check_rank("lora_rank", self.lora_rank)
         require(
             self.head_dim % 2 == 0 and self.head_dim >= 6,
             "head_dim",
@@ -63,7 +64,8 @@ class ModelConfig:
         `({"kind": "window", "settings": {"sink": 3, "frames": 9}},)` for all layers that are not
         hybrid.
       frames_per_block: latent frames denoised together.
-      lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN).
+      lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN), scaled
+        by alpha / rank; with rank 0 there are none.
       lora_init: bound of the uniform factor A at the start: 1 / sqrt(in) for "fan_in",
         1 / sqrt(rank) for "published". Under Adam the latter trains many times faster at one rate.
       memory_init: how a new memory starts: "published" is ARL2's code, which forgets a block of
@@ -74,7 +76,8 @@ class ModelConfig:
       delta: settings of the gated delta memory.
       dtype: compute type of activations; parameters and memory states stay float32.
       remat: what training keeps of a layer: "none" keeps everything, "dots" the results of the
-        weight products, "layer" only the layer's input.
+        weight products, "attention" the layer's input and the results of its attention where a
+        kernel computes it (GPUs in half precision, TPUs), "layer" only the layer's input.
     """
 
     dim: int
@@ -98,7 +101,7 @@ class ModelConfig:
     memory_gate: Literal["learned", "zero", "local"] = "learned"
     delta: GatedDeltaConfig = GatedDeltaConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "layer"] = "none"
+    remat: Literal["none", "dots", "attention", "layer"] = "none"
 
     def __post_init__(self):
         object.__setattr__(self, "hybrid_layers", tuple(sorted(set(self.hybrid_layers))))
@@ -106,9 +109,10 @@ class ModelConfig:
             object.__setattr__(self, "delta", GatedDeltaConfig(**self.delta))
         specs = tuple(_memory_spec(i, spec) for i, spec in enumerate(self.memories))
         object.__setattr__(self, "memories", specs)
-        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "frames_per_block", "lora_rank"):
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "frames_per_block"):
             value = getattr(self, name)
             require(value > 0, f"model.{name}", value, "must be positive")
+        _check_rank("model.lora_rank", self.lora_rank)
         require(
             self.dim % self.num_heads == 0 and self.head_dim % 2 == 0 and self.head_dim >= 6,
             "model.dim",
@@ -242,7 +246,7 @@ class ModelConfig:
     def wan1p3b(cls, **changes: Any) -> "ModelConfig":
         """Wan2.1 T2V 1.3B: 1,418,996,800 parameters; 480 x 832 pixels are 1560 tokens a frame."""
         values: dict[str, Any] = dict(
-            dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, dtype="bfloat16", remat="layer"
+            dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, dtype="bfloat16", remat="attention"
         )
         return cls(**values | changes)
 
@@ -250,9 +254,18 @@ class ModelConfig:
     def wan14b(cls, **changes: Any) -> "ModelConfig":
         """Wan2.1 T2V 14B."""
         values: dict[str, Any] = dict(
-            dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, dtype="bfloat16", remat="layer"
+            dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, dtype="bfloat16", remat="attention"
         )
         return cls(**values | changes)
+
+
+def _check_rank(field: str, rank: int) -> None:
+    require(
+        rank >= 0,
+        field,
+        rank,
+        "must not be negative, where 0 makes a model without low-rank updates",
+    )
 
 
 def _memory_spec(index: int, spec: Any) -> MemorySpec:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dot_product_attention
+from pallas_kernels import dot_product_attention, merge_attention
 
 _PRODUCT = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
@@ -22,8 +22,41 @@ def attend_blocks(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
     Returns:
       [B, copies, blocks, n, H, D] in the dtype of q.
     """
-    form = attend_together if jax.default_backend() == "cpu" else attend_in_turn
-    return form(q, k, v)
+    forms = {"cpu": attend_together, "gpu": attend_merged}
+    return forms.get(jax.default_backend(), attend_in_turn)(q, k, v)
+
+
+@jax.custom_vjp
+def attend_merged(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
+    """`attend_blocks` by a kernel that reads the past where it is; for GPUs.
+
+    Copies are queries of one call to the past, and every block of every copy is of one call to
+    itself; both results are merged by their log-sum-exp. Where it is differentiated it is
+    `attend_in_turn`: kernels with a backward pass take all visible keys in one array.
+    """
+    batch, copies, blocks, n, *heads = q.shape
+    fold = lambda x: x.reshape(-1, n, *heads)
+    own, own_lse = dot_product_attention(fold(q), fold(k), fold(v), return_lse=True)
+    own, own_lse = own.reshape(q.shape), own_lse.reshape(q.shape[:-1])
+    past = [x[:, 0].reshape(batch, blocks * n, *heads) for x in (k, v)]
+    outputs = [own[:, :, 0]]
+    for i in range(1, blocks):
+        of_block = lambda x, i=i: x[:, :, i].reshape(batch, copies * n, *x.shape[4:])
+        seen = dot_product_attention(of_block(q), *past, key_length=i * n, return_lse=True)
+        merged, _ = merge_attention([seen, (of_block(own), of_block(own_lse))])
+        outputs.append(merged.reshape(batch, copies, n, *heads))
+    return jnp.stack(outputs, axis=2)
+
+
+def _merged_forward(q: Blocks, k: Blocks, v: Blocks):
+    return jax.vjp(attend_in_turn, q, k, v)
+
+
+def _merged_backward(vjp, gradient: Blocks) -> tuple[Blocks, Blocks, Blocks]:
+    return vjp(gradient)
+
+
+attend_merged.defvjp(_merged_forward, _merged_backward)
 
 
 def attend_in_turn(q: Blocks, k: Blocks, v: Blocks) -> Blocks:

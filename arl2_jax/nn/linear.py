@@ -3,9 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arl2_jax.sharding import mesh_in_use
+from arl2_jax.sharding import BLOCKS, mesh_in_use
+
+# Most tokens in one part of a sum over tokens.
+_PART = 8192
 
 
 def dot_general(
@@ -14,8 +18,8 @@ def dot_general(
     """`jax.lax.dot_general` of tokens and a matrix, as `nnx.Linear` calls it.
 
     On a CPU the axes of x before the last become one: the derivative by the matrix sums over them,
-    and for a sum over several axes XLA for CPUs writes a transposed copy of an operand. Where
-    devices share out these axes they stay as they are.
+    and for a sum over several axes XLA for CPUs writes a transposed copy of an operand. Where these
+    axes are sharded they stay as they are.
     """
     if jax.default_backend() != "cpu" or mesh_in_use() is not None or x.ndim < 3:
         return jax.lax.dot_general(x, kernel, dimensions, **options)
@@ -24,6 +28,79 @@ def dot_general(
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """x @ kernel by `dot_general`."""
-    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+def thin_dot_general(
+    x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dimensions: Any, **options: Any
+) -> Float[Array, "*batch o"]:
+    """`dot_general` for a trained kernel of few rows or columns.
+
+    Its gradient is a small matrix and a sum over all tokens. A GPU is busy with it only in parts.
+    XLA splits the sum too, but pads a copy of both operands for it; here parts are slices.
+    """
+    plain = x.ndim == 3 and all(option is None for option in options.values())
+    if jax.default_backend() == "cpu" or not plain:
+        return dot_general(x, kernel, dimensions, **options)
+    return matmul_by_parts(x, kernel)
+
+
+def thin_matmul(
+    x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
+) -> Float[Array, "*batch o"]:
+    """x @ kernel by `thin_dot_general`."""
+    return thin_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def heads_matmul(
+    x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]
+) -> Float[Array, "b n h e"]:
+    """Each head times its own trained matrix, in the form of `thin_dot_general`."""
+    if jax.default_backend() == "cpu":
+        return jnp.einsum("bnhd,hde->bnhe", x, kernels)
+    return heads_matmul_by_parts(x, kernels)
+
+
+@jax.custom_vjp
+def matmul_by_parts(x: Float[Array, "b n i"], kernel: Float[Array, "i o"]) -> Array:
+    """x @ kernel; the gradient of the kernel is summed part by part, in float32."""
+    return x @ kernel
+
+
+@jax.custom_vjp
+def heads_matmul_by_parts(x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]) -> Array:
+    """`heads_matmul`; gradients of the kernels are summed part by part, in float32."""
+    return jnp.einsum("bnhd,hde->bnhe", x, kernels)
+
+
+def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return gradient @ kernel.T, _sum_of_parts("bpni,bpno->bpio", x, gradient, kernel)
+
+
+def _heads_matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernels = saved
+    back = jnp.einsum("bnhe,hde->bnhd", gradient, kernels)
+    return back, _sum_of_parts("bpnhd,bpnhe->bphde", x, gradient, kernels)
+
+
+matmul_by_parts.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+heads_matmul_by_parts.defvjp(
+    lambda x, w: (heads_matmul_by_parts(x, w), (x, w)), _heads_matmul_backward
+)
+
+
+def _sum_of_parts(product: str, x: Array, gradient: Array, kernel: Array) -> Array:
+    """Gradient of a kernel, from its products over parts of the tokens."""
+    parts = jnp.einsum(product, _parts(x), _parts(gradient), preferred_element_type=jnp.float32)
+    return jnp.sum(parts, axis=(0, 1)).astype(kernel.dtype)
+
+
+def _parts(x: Float[Array, "b n *rest"]) -> Array:
+    """Split tokens into the fewest equal parts that are short enough and lie on one device each.
+
+    Parts of a multiple of eight tokens, as tensor cores take them, are preferred.
+    """
+    mesh, tokens = mesh_in_use(), x.shape[1]
+    devices = 1 if mesh is None else mesh.shape[BLOCKS]
+    counts = [n for n in range(devices, tokens + 1, devices) if tokens % n == 0]
+    short = [n for n in counts if tokens // n <= _PART]
+    count = min(short, key=lambda n: (tokens // n % 8 > 0, n), default=1)
+    return x.reshape(len(x), count, tokens // count, *x.shape[2:])

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arl2_jax.nn.linear import matmul
+from arl2_jax.nn.linear import thin_matmul
 
 
 class LowRank(nnx.Module):
@@ -29,4 +29,9 @@ class LowRank(nnx.Module):
     def __call__(self, x):
         """The update alone, to be added to the layer's output."""
         a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
-        return matmul(matmul(x.astype(self.dtype), a), b) * self.scale
+        return thin_matmul(thin_matmul(x.astype(self.dtype), a), b) * self.scale
+
+
+def add_update(y, update: LowRank | None, x):
+    """Return a linear layer's output y plus the update at its input x, if there is one."""
+    return y if update is None else y + update(x)

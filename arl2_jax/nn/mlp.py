@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from arl2_jax.nn.linear import dot_general
+from arl2_jax.nn.lora import add_update
 
 
 class MLP(nnx.Module):
@@ -19,9 +20,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x, lora1=None, lora2=None):
         """Applies the two layers, each with an optional low-rank update of its kernel."""
-        h = self.fc1(x) if lora1 is None else self.fc1(x) + lora1(x)
-        h = self.activation(h)
-        return self.fc2(h) if lora2 is None else self.fc2(h) + lora2(h)
+        h = self.activation(add_update(self.fc1(x), lora1, x))
+        return add_update(self.fc2(h), lora2, h)
 
 
 def gelu_tanh(x):

@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from pallas_kernels.attention.layers import of_layer
 from pallas_kernels.attention.lengths import padded, visible
+from pallas_kernels.attention.remat import SPLASH_RESULTS
 from pallas_kernels.devices import split_by_xla
 
 _LANES = 128
@@ -95,7 +96,11 @@ def _kernel(
     )  # fmt: skip
     mask = splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads)
     return splash.make_splash_mha_single_device(
-        mask, block_sizes=sizes, interpret=interpret, save_residuals=save_lse
+        mask,
+        block_sizes=sizes,
+        interpret=interpret,
+        save_residuals=save_lse,
+        residual_checkpoint_name=SPLASH_RESULTS,
     )
 
 

@@ -1,4 +1,4 @@
-"""Both forms of the clip's softmax attention, and the derivative that one of them brings along."""
+"""All forms of the clip's softmax attention, and the derivative that one of them brings along."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arl2_jax.memory import clip_attention
-from arl2_jax.memory.clip_attention import attend_in_turn, attend_together
+from arl2_jax.memory.clip_attention import attend_in_turn, attend_merged, attend_together
 
 # [B, copies, blocks, n, H, D]; five blocks do not go into pairs.
 SHAPE = (2, 2, 5, 3, 2, 8)
@@ -36,26 +36,27 @@ def by_definition(q, k, v):
     return out
 
 
-@pytest.mark.parametrize("attend", [attend_in_turn, attend_together])
+@pytest.mark.parametrize("attend", [attend_in_turn, attend_together, attend_merged])
 def test_every_block_sees_the_clean_past_and_itself(attend):
     q, k, v, _ = draw(0)
     expected = by_definition(*(np.asarray(x, np.float64) for x in (q, k, v)))
     np.testing.assert_allclose(attend(q, k, v), expected, rtol=CLOSE, atol=CLOSE)
 
 
-def test_both_forms_have_the_same_derivatives():
+def test_all_forms_have_the_same_derivatives():
     # Scores of size 10: softmax is far from a mean, and rows have weights that vanish.
     q, k, v, weights = draw(1)
-    found = value_and_gradients(attend_together, 4 * q, 4 * k, v, weights)
     expected = value_and_gradients(attend_in_turn, 4 * q, 4 * k, v, weights)
     # Ten times CLOSE: derivatives by q and k have factors of 4.
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
-    jax.tree.map(close, found, expected)
+    for attend in (attend_together, attend_merged):
+        found = value_and_gradients(attend, 4 * q, 4 * k, v, weights)
+        jax.tree.map(close, found, expected)
 
 
 def test_huge_scores_stay_finite():
     q, k, v, weights = draw(2)
-    for attend in (attend_in_turn, attend_together):
+    for attend in (attend_in_turn, attend_together, attend_merged):
         found = value_and_gradients(attend, 1e3 * q, 1e3 * k, v, weights)
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found))
 
