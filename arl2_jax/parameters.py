@@ -25,12 +25,15 @@ class ParameterFacts:
         steers the network or the state.
       matrix: whether it maps activations to activations inside a layer, which is what Muon is made
         for.
+      low_rank: whether it is a factor of a low-rank update. Stage 1 does not train it, and weights
+        may lack it.
     """
 
     axes: tuple[str | None, ...]
     decay: bool = True
     keep_float32: bool = False
     matrix: bool = False
+    low_rank: bool = False
 
 
 # Ends of paths, as regular expressions.

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from arl2_jax.config import ConfigError, MeshConfig
+from arl2_jax.config import MeshConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.parameters import facts_of
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -31,16 +32,20 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     sizes = [len(devices) // known if n == -1 else n for n in sizes]
     if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"train.mesh={config} does not multiply to the {len(devices)} devices here; change an "
-            "axis or set one to -1"
+            f"does not multiply to the {len(devices)} devices here",
+            field="train.mesh",
+            value=config,
+            remedy="change an axis or set one to -1",
         )
     auto = (AxisType.Auto,) * len(AXES)
     mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
     # Every process reads clips of its own.
     if any(len({d.process_index for d in same.flat}) > 1 for row in mesh.devices for same in row):
         raise ConfigError(
-            f"train.mesh={config} puts a clip on devices of several processes; make tensor times "
-            "context divide the devices of one process"
+            "puts a clip on devices of several processes",
+            field="train.mesh",
+            value=config,
+            remedy="make tensor times context divide the devices of one process",
         )
     return mesh
 
@@ -58,8 +63,10 @@ def check_blocks(mesh: Mesh, blocks: int, *, frames: str = "data.frames") -> Non
     """
     if blocks % mesh.shape["context"]:
         raise ConfigError(
-            f"train.mesh.context={mesh.shape['context']} must divide the {blocks} frame blocks of "
-            f"a clip, {frames} / model.frames_per_block; change one of them"
+            f"must divide the {blocks} frame blocks of a clip, {frames} / model.frames_per_block",
+            field="train.mesh.context",
+            value=mesh.shape["context"],
+            remedy="change one of them",
         )
 
 
@@ -72,8 +79,11 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int, phase: str) -> N
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (parts * accumulation):
         raise ConfigError(
-            f"{phase}.batch_size={batch_size} must be a multiple of {phase}.accumulation="
-            f"{accumulation} times the {parts} devices along data and fsdp; change one of them"
+            f"must be a multiple of {phase}.accumulation={accumulation} times the {parts} "
+            "devices along data and fsdp",
+            field=f"{phase}.batch_size",
+            value=batch_size,
+            remedy="change one of them",
         )
 
 
@@ -100,6 +110,19 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, param_spec(_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def jit_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of arrays to a parameter tree, compiled to lay its result out on a mesh.
+
+    No device ever holds more than its part of the result.
+    """
+
+    def call(*args):
+        layout = tree_shardings(jax.eval_shape(function, *args), mesh)
+        return jax.jit(function, out_shardings=layout)(*args)
+
+    return call
 
 
 def sharding_table(tree: Any, mesh: Mesh) -> str:

@@ -47,14 +47,20 @@ def run_config(phase: str, layer_loss: float):
     return dataclasses.replace(config, phases=(phase,))
 
 
+def working_params(cfg, key):
+    """Random parameters as training holds them."""
+    params = models.init_stacked(cfg, key)
+    # Untrained, the head predicts zero, and no gradient goes past it.
+    kernel = params["head"]["linear"]["kernel"]
+    params["head"]["linear"]["kernel"] = 0.02 * jax.random.normal(jax.random.key(3), kernel.shape)
+    return models.cast_backbone(params, cfg)
+
+
 def time_step(phase: str, layer_loss: float) -> dict:
     """Seconds of a step, its compilation, peak memory and the first loss."""
     config = run_config(phase, layer_loss)
     cfg, (rows, columns, channels) = config.model, config.latent_shape
-    params = jax.jit(models.init_params, static_argnums=0)(cfg, jax.random.key(0))
-    # Untrained, the head predicts zero, and no gradient goes past it.
-    kernel = params["head"]["linear"]["kernel"]
-    params["head"]["linear"]["kernel"] = 0.02 * jax.random.normal(jax.random.key(3), kernel.shape)
+    params = jax.jit(working_params, static_argnums=0)(cfg, jax.random.key(0))
     trained, frozen = split_params(params, TRAINED[phase])
     state = init_state(config, phase, trained, jax.random.key(1, impl="rbg"))
     del params, trained

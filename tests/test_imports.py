@@ -32,8 +32,8 @@ ARROWS = {
         "generation", "data", "weights",
     },
     "arl2_jax.evaluation": {
-        "config", "errors", "sharding", "storage", "models", "diffusion", "generation", "codecs", "data",
-        "text", "training", "weights",
+        "config", "errors", "sharding", "storage", "models", "diffusion", "generation", "codecs",
+        "data", "text", "training", "weights",
     },
 }  # fmt: skip
 KERNELS = {"arl2_jax.nn", "arl2_jax.memory"}

@@ -17,7 +17,7 @@ from arl2_jax.evaluation.gap import Model, micro_batches, noise_clips, teacher_e
 from arl2_jax.evaluation.recall import recall_test
 from arl2_jax.evaluation.swap import swap_errors
 from arl2_jax.generation.exchange import OfLayers
-from arl2_jax.models import Params, without_delta
+from arl2_jax.models import Params, layer_of, unstack_params, without_delta
 from arl2_jax.training.loop import run_phase
 from arl2_jax.training.losses import NoisedClip, distil_layers
 from arl2_jax.training.retention import retention
@@ -142,5 +142,5 @@ def errors_alone(students: Mapping[str, Model], candidates: Candidates) -> list[
 
 def _with_memory_of(params: Params, layer: int) -> Params:
     """The parameters in which one layer alone is hybrid."""
-    blocks = without_delta(params)["blocks"] | {str(layer): params["blocks"][str(layer)]}
-    return params | {"blocks": blocks}
+    teacher = unstack_params(without_delta(params))
+    return teacher | {"blocks": teacher["blocks"] | {str(layer): layer_of(params, layer)}}

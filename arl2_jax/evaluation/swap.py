@@ -8,7 +8,14 @@ from jaxtyping import Array, Float, Int
 
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.evaluation.gap import Batch, Model, flow_errors
-from arl2_jax.models import Params, base_of, stack_params, without_delta
+from arl2_jax.models import (
+    Params,
+    base_of,
+    compute_params,
+    stacked_runs,
+    stem_of,
+    without_delta,
+)
 from arl2_jax.models.wan import make_layer, make_stem
 from arl2_jax.training.losses import NoisedClip, embed_noised
 
@@ -50,8 +57,9 @@ def swapped_flow(
     """
     if len(cfg.converted_layers) < cfg.num_layers:
         raise ValueError(f"hybrid_layers={cfg.hybrid_layers} must be all {cfg.num_layers} layers")
-    stacked = stack_params(params, cfg)
-    stem = make_stem(cfg, stacked.stem)
+    params = compute_params(params, cfg)
+    stem = make_stem(cfg, stem_of(params))
+    ((_, _, layers),) = stacked_runs(params)
     tokens = embed_noised(stem, cfg, clip)
     blocks = clip.clean.shape[1] // cfg.frames_per_block
 
@@ -67,7 +75,7 @@ def swapped_flow(
         weights, index = weights_and_index
         return jax.lax.cond(index == layer, hybrid, softmax, weights, x), None
 
-    x, _ = jax.lax.scan(step, tokens.x, (stacked.runs[0], jnp.arange(cfg.num_layers)))
+    x, _ = jax.lax.scan(step, tokens.x, (layers, jnp.arange(cfg.num_layers)))
     noisy = x.reshape(-1, 2, *x.shape[1:])[:, 1]
     return stem.predict_flow(noisy, tokens.time, *clip.clean.shape[2:4])
 

@@ -107,6 +107,7 @@ def draw_exchanged(
     )  # fmt: skip
     made = ("none", *(name for name in exchanges if name != "none"))
     codes = jnp.array([_codes(cfg, exchange) for exchange in made])
+    runs = models.runs_of(context.params)
     blocks = rearrange(clips, "b (m f) ... -> m b f ...", f=f)
     # Memories of every exchange; first those with nothing exchanged, which twins read.
     memories = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(codes), *x.shape)), empty.memory)
@@ -120,7 +121,7 @@ def draw_exchanged(
         def one(exchange):
             memory, code = exchange
             state = empty._replace(memory=memory, position=i * f)
-            read = _read(cfg, memory, first, code)
+            read = _read(runs, memory, first, code)
             written = rollout.write_block(
                 context, cfg, sampler, state, blocks[i], read=read, eps=eps
             )
@@ -133,7 +134,7 @@ def draw_exchanged(
 
     def draw(exchange):
         memory, code = exchange
-        read = _read(cfg, memory, first, code)
+        read = _read(runs, memory, first, code)
 
         def once(key):
             state = rollout.RolloutState(read, block * f, key)
@@ -159,10 +160,12 @@ def _codes(cfg: ModelConfig, exchange: Exchange) -> Int[np.ndarray, "layers"]:
     return codes
 
 
-def _read(cfg: ModelConfig, memory: tuple, undisturbed: tuple, code: Int[Array, "layers"]) -> tuple:
+def _read(
+    runs: list[tuple[int, int]], memory: tuple, undisturbed: tuple, code: Int[Array, "layers"]
+) -> tuple:
     """What is read: the clip's memory, its twin's undisturbed one, or zeros, layer by layer."""
     seen = []
-    for (start, stop), own, theirs in zip(cfg.layer_runs(), memory, undisturbed, strict=True):
+    for (start, stop), own, theirs in zip(runs, memory, undisturbed, strict=True):
         choose = functools.partial(_choose, code[start:stop])
         seen.append(jax.tree.map(choose, own, theirs))
     return tuple(seen)

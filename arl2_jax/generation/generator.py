@@ -61,7 +61,7 @@ class Generator:
             )
         self.cfg, self.sampler, self.codec = cfg, sampler, codec
         self._shape = (f, rows, columns, channels)
-        self._params = jax.jit(lambda p: models.stack_params(p, cfg))(params)
+        self._params = jax.jit(lambda p: models.compute_params(p, cfg))(params)
         tokens = rows * columns // (patch_rows * patch_columns)
         self._start = jax.jit(
             lambda params, text, null_text, key, frames: start(

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from arl2_jax import models
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import add_noise, draw_noise, sample_carrying
-from arl2_jax.models.params import StackedParams
 
 
 class RolloutState(NamedTuple):
@@ -29,9 +28,9 @@ class RolloutState(NamedTuple):
 
 
 class RolloutContext(NamedTuple):
-    """What stays the same over a rollout: stacked parameters and the encoded text."""
+    """What stays the same over a rollout: `models.compute_params`, and the encoded text."""
 
-    params: StackedParams
+    params: models.Params
     text: tuple
 
 
@@ -62,10 +61,14 @@ def start(
     if sampler.guidance > 1:
         null = jnp.zeros_like(text) if null_text is None else null_text
         text = jnp.concatenate([text, jnp.broadcast_to(null, text.shape).astype(text.dtype)])
-    stacked = models.stack_params(params, cfg)
-    context = RolloutContext(stacked, models.encode_text(stacked, cfg, text))
+    params = models.compute_params(params, cfg)
+    context = RolloutContext(params, models.encode_text(params, cfg, text))
     memory = models.init_memory(
-        cfg, batch=text.shape[0], frames=frames, tokens_per_frame=tokens_per_frame
+        cfg,
+        batch=text.shape[0],
+        frames=frames,
+        tokens_per_frame=tokens_per_frame,
+        runs=models.runs_of(params),
     )
     return context, RolloutState(memory, jnp.int32(0), key)
 

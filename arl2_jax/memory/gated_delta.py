@@ -20,8 +20,8 @@ from arl2_jax.memory.recurrence import (
 )
 from arl2_jax.memory.retention import measure_memory
 from arl2_jax.nn.attention import attention
-from arl2_jax.nn.linear import dot_general
-from arl2_jax.nn.lora import LowRank
+from arl2_jax.nn.linear import heads_matmul, thin_dot_general
+from arl2_jax.nn.lora import LowRank, add_update
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
@@ -33,8 +33,8 @@ declare(
     {
         "delta/phi_[qkv]": ParameterFacts(("tensor", None, None), matrix=True),
         "delta/(a|b|gate)_proj/kernel": ParameterFacts(("fsdp", None), keep_float32=True),
-        "delta/lora_[qkv]/a": ParameterFacts(("fsdp", None), matrix=True),
-        "delta/lora_[qkv]/b": ParameterFacts((None, "fsdp"), matrix=True),
+        "delta/lora_[qkv]/a": ParameterFacts(("fsdp", None), matrix=True, low_rank=True),
+        "delta/lora_[qkv]/b": ParameterFacts((None, "fsdp"), matrix=True, low_rank=True),
         "delta/(A_log|dt_bias|beta_bias)": ParameterFacts((None,), decay=False, keep_float32=True),
     }
 )
@@ -46,8 +46,8 @@ class GatedDelta(nnx.Module):
     """Attends locally, remembers linearly.
 
     With S the state as the last clean block left it, q', k', v' the layer's projections plus
-    their low-rank updates, and qm, km, vm the projections per head P of those, rotated and of
-    unit length (vm: neither):
+    their low-rank updates (none if lora_rank is 0), and qm, km, vm the projections per head P of
+    those, rotated and of unit length (vm: neither):
 
         out = softmax(q k^T / sqrt(D)) v + sigmoid(x Wg) (qm S) / sqrt(D)
 
@@ -77,7 +77,7 @@ class GatedDelta(nnx.Module):
             use_bias=False,
             kernel_init=gentle,
             dtype=jnp.float32,
-            dot_general=dot_general,
+            dot_general=thin_dot_general,
             rngs=rngs,
         )
         self.a_proj, self.b_proj, self.gate_proj = make(), make(), make()
@@ -93,7 +93,9 @@ class GatedDelta(nnx.Module):
         lora = lambda: LowRank(
             dim, width, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
         )
-        self.lora_q, self.lora_k, self.lora_v = lora(), lora(), lora()
+        self.lora_q = self.lora_k = self.lora_v = None
+        if cfg.lora_rank:
+            self.lora_q, self.lora_k, self.lora_v = lora(), lora(), lora()
 
     def init_state(self, batch: int, room: Room | None = None) -> State:
         """Return the empty state [B, H, D, D] float32; its size does not depend on the room."""
@@ -197,9 +199,9 @@ class GatedDelta(nnx.Module):
 
     def _memory_heads(self, p: Projections):
         """Queries, keys and values of the memory, [B, n, H, D], neither rotated nor scaled."""
-        q = rms_norm(p.q_raw + self.lora_q(p.x), p.q_scale, self.eps)
-        k = rms_norm(p.k_raw + self.lora_k(p.x), p.k_scale, self.eps)
-        v = p.v.reshape(p.q_raw.shape) + self.lora_v(p.x)
+        q = rms_norm(add_update(p.q_raw, self.lora_q, p.x), p.q_scale, self.eps)
+        k = rms_norm(add_update(p.k_raw, self.lora_k, p.x), p.k_scale, self.eps)
+        v = add_update(p.v.reshape(p.q_raw.shape), self.lora_v, p.x)
         return (
             self._heads(q, self.phi_q),
             self._heads(k, self.phi_k),
@@ -209,7 +211,7 @@ class GatedDelta(nnx.Module):
     def _heads(self, x: Float[Array, "b n c"], phi: nnx.Param) -> Float[Array, "b n h d"]:
         """Splits the heads and applies each head's own D x D projection."""
         heads = rearrange(x, "b n (h d) -> b n h d", h=self.heads).astype(self.dtype)
-        return jnp.einsum("bnhd,hde->bnhe", heads, phi[...].astype(self.dtype))
+        return heads_matmul(heads, phi[...].astype(self.dtype))
 
 
 def _attend_inside(q: Array, k: Array, v: Array) -> Array:

@@ -1,6 +1,6 @@
 """The causal Wan network."""
 
-from arl2_jax.models.layer import Params
+from arl2_jax.models.layer import ADDED, Params, is_added, is_ffn_update
 from arl2_jax.models.memories import (
     check_trainable,
     gathers,
@@ -9,12 +9,21 @@ from arl2_jax.models.memories import (
 )
 from arl2_jax.models.params import (
     base_of,
+    cast_backbone,
     cast_params,
+    compute_params,
     compute_shapes,
     init_params,
+    init_stacked,
+    is_stacked,
+    layer_of,
     param_shapes,
+    runs_of,
     stack_params,
+    stacked_runs,
+    stem_of,
     teacher_params,
+    unstack_params,
     without_delta,
 )
 from arl2_jax.models.wan import (
@@ -25,21 +34,33 @@ from arl2_jax.models.wan import (
 )
 
 __all__ = [
+    "ADDED",
     "Params",
     "apply",
     "apply_clip",
     "apply_pass",
     "base_of",
+    "cast_backbone",
     "cast_params",
     "check_trainable",
+    "compute_params",
     "compute_shapes",
     "encode_text",
     "gathers",
     "init_memory",
     "init_params",
+    "init_stacked",
+    "is_added",
+    "is_ffn_update",
+    "is_stacked",
+    "layer_of",
     "param_shapes",
+    "runs_of",
     "stack_params",
+    "stacked_runs",
+    "stem_of",
     "teacher_params",
     "unbounded_layers",
+    "unstack_params",
     "without_delta",
 ]

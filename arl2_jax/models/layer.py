@@ -28,8 +28,8 @@ declare(
         "norm3/bias": ParameterFacts((None,), decay=False),
         # Of a layer, and of the head.
         "modulation": ParameterFacts((None, None), decay=False, keep_float32=True),
-        "delta/lora_fc[12]/a": ParameterFacts(("fsdp", None), matrix=True),
-        "delta/lora_fc[12]/b": ParameterFacts((None, "fsdp"), matrix=True),
+        "delta/lora_fc[12]/a": ParameterFacts(("fsdp", None), matrix=True, low_rank=True),
+        "delta/lora_fc[12]/b": ParameterFacts((None, "fsdp"), matrix=True, low_rank=True),
     }
 )
 
@@ -155,12 +155,23 @@ def _gated(y, gate: Float[Array, "b f c"]):
 def additions(cfg: ModelConfig, spec: MemorySpec, *, rngs: nnx.Rngs):
     """Make what a layer has beside the pretrained network: its memory, and updates of the FFN."""
     memory = make_memory(spec, cfg.attention, rngs=rngs)
-    return memory, FFNUpdates(cfg, rngs=rngs) if spec.settings.converts else None
+    updated = spec.settings.converts and cfg.lora_rank > 0
+    return memory, FFNUpdates(cfg, rngs=rngs) if updated else None
 
 
 # Parameters of the additions lie under one node of a layer's public tree.
 ADDED = "delta"
 _FFN = {"fc1": "lora_fc1", "fc2": "lora_fc2"}
+
+
+def is_added(path: str) -> bool:
+    """Tell whether a parameter of the public tree is one that conversion adds."""
+    return ADDED in path.split("/")
+
+
+def is_ffn_update(path: str) -> bool:
+    """Tell whether a parameter of the public tree belongs to a low-rank update of an FFN."""
+    return is_added(path) and not {*path.split("/")}.isdisjoint(_FFN.values())
 
 
 def to_public(layer: Params) -> Params:

@@ -1,6 +1,7 @@
 """Memories of all layers of a model: their states, and what they need and can do."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,14 @@ from arl2_jax.config import ConfigError, ModelConfig
 from arl2_jax.memory import Room, TrainableMemory, make_memory
 
 
-def init_memory(cfg: ModelConfig, *, batch: int, frames: int | None, tokens_per_frame: int):
+def init_memory(
+    cfg: ModelConfig,
+    *,
+    batch: int,
+    frames: int | None,
+    tokens_per_frame: int,
+    runs: Sequence[tuple[int, int]] | None = None,
+) -> tuple:
     """Empty memories of all layers: a tuple with one stacked state per run of equal layers.
 
     Args:
@@ -19,9 +27,10 @@ def init_memory(cfg: ModelConfig, *, batch: int, frames: int | None, tokens_per_
       frames: latent frames of the whole video; None if no end is known, which suits models
         without `unbounded_layers`.
       tokens_per_frame: tokens of a latent frame.
+      runs: the stacked layers [start, stop) of the parameters, by default `cfg.layer_runs()`.
     """
     states, room = [], Room(frames, tokens_per_frame, cfg.frames_per_block)
-    for start, stop in cfg.layer_runs():
+    for start, stop in runs or cfg.layer_runs():
         memory = memory_of(cfg, start)
         one = jax.eval_shape(lambda m=memory: m.init_state(batch, room))
         zeros = lambda s, n=stop - start: jnp.zeros((n, *s.shape), s.dtype)

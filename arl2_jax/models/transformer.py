@@ -7,6 +7,7 @@ from arl2_jax.config import ModelConfig
 from arl2_jax.memory import Room
 from arl2_jax.models.embeddings import Stem
 from arl2_jax.models.layer import Conditions, Params, TransformerLayer, to_public
+from arl2_jax.models.params import layer_of, stem_of
 from arl2_jax.models.wan import check_latents, embed_clip, make_layer, make_stem, noisy_half
 from arl2_jax.nn.positions import video_grid
 
@@ -33,9 +34,9 @@ class WanTransformer(nnx.Module):
     def from_params(cls, cfg: ModelConfig, params: Params) -> "WanTransformer":
         """Make the module around parameters of `init_params` or `load_params`."""
         model = nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0)))
-        model.stem = make_stem(cfg, {name: x for name, x in params.items() if name != "blocks"})
+        model.stem = make_stem(cfg, stem_of(params))
         for i in range(cfg.num_layers):
-            model.layers[i] = make_layer(cfg, i, params["blocks"][str(i)])
+            model.layers[i] = make_layer(cfg, i, layer_of(params, i))
         return model
 
     def to_params(self) -> Params:

@@ -6,7 +6,7 @@ depth.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from arl2_jax.models.attention import TextContext
 from arl2_jax.models.embeddings import Stem
 from arl2_jax.models.layer import Conditions, Params, TransformerLayer, from_public
 from arl2_jax.models.memories import memory_of
-from arl2_jax.models.params import StackedParams, stack_params
+from arl2_jax.models.params import compute_params, runs_of, stacked_runs, stem_of
+from arl2_jax.nn.attention import keep_attention
 from arl2_jax.nn.positions import TokenGrid, video_grid
 
 
@@ -47,14 +48,14 @@ def make_stem(cfg: ModelConfig, params: Params) -> Stem:
 
 
 def encode_text(
-    params: Params | StackedParams, cfg: ModelConfig, text: Float[Array, "b l text_dim"]
+    params: Params, cfg: ModelConfig, text: Float[Array, "b l text_dim"]
 ) -> tuple[TextContext, ...]:
     """Keys and values of the text for all layers, one stacked tree per run; once per prompt."""
-    stacked = stack_params(params, cfg)
-    stem = make_stem(cfg, stacked.stem)
+    params = compute_params(params, cfg)
+    stem = make_stem(cfg, stem_of(params))
     embedded = stem.text_embedding(text)
     contexts = []
-    for (start, _), run in zip(cfg.layer_runs(), stacked.runs, strict=True):
+    for start, _, run in stacked_runs(params):
         encode = lambda layer, start=start: make_layer(cfg, start, layer).cross_attn.encode(
             embedded
         )
@@ -63,7 +64,7 @@ def encode_text(
 
 
 def apply(
-    params: Params | StackedParams,
+    params: Params,
     cfg: ModelConfig,
     latents: Float[Array, "b f rows columns channels"],
     timestep: Float[Array, "b f"],
@@ -77,7 +78,7 @@ def apply(
     """The network on one frame block.
 
     Args:
-      params: parameters, from `init_params` or already stacked.
+      params: parameters in either form (`arl2_jax.models.params`).
       cfg: model.
       latents: one frame block, channels last.
       timestep: noise level of each frame in 0..1000.
@@ -100,7 +101,7 @@ def apply(
 
 
 def apply_pass(
-    params: Params | StackedParams,
+    params: Params,
     cfg: ModelConfig,
     latents: Float[Array, "b f rows columns channels"],
     timestep: Float[Array, "b f"],
@@ -124,9 +125,9 @@ def apply_pass(
       far, one tree per run of equal layers.
     """
     rows, columns = check_latents(cfg, latents, timestep)
-    stacked = stack_params(params, cfg)
-    stem = make_stem(cfg, stacked.stem)
-    contexts = text if isinstance(text, tuple) else encode_text(stacked, cfg, text)
+    params = compute_params(params, cfg)
+    stem = make_stem(cfg, stem_of(params))
+    contexts = text if isinstance(text, tuple) else encode_text(params, cfg, text)
     x = stem.embed_patches(latents)
     time, modulation = stem.embed_time(timestep)
     grid = video_grid(position, latents.shape[1], rows, columns, cfg.head_dim)
@@ -135,8 +136,8 @@ def apply_pass(
     none = (None,) * len(memory)
     seen_memory = memory if read is None else read
     new_memory, gathered = [], []
-    for (start, _), weights, context, state, seen, aux_of_run in zip(
-        cfg.layer_runs(), stacked.runs, contexts, memory, seen_memory, aux or none, strict=True
+    for (start, _, weights), context, state, seen, aux_of_run in zip(
+        stacked_runs(params), contexts, memory, seen_memory, aux or none, strict=True
     ):
         run = _pass_stacked if memory_of(cfg, start).stacked else _pass_sliced
         x, state, aux_of_run = run(
@@ -147,7 +148,8 @@ def apply_pass(
     flow = stem.predict_flow(x, time, latents.shape[2], latents.shape[3])
     if not write:
         return flow, memory, tuple(gathered)
-    return flow, _after_block(cfg, new_memory, grid), tuple(gathered)
+    starts = [start for start, _ in runs_of(params)]
+    return flow, _after_block(cfg, starts, new_memory, grid), tuple(gathered)
 
 
 def _pass_sliced(cfg, start, conditions, write, x, weights, context, state, seen, aux):
@@ -184,13 +186,20 @@ def _pass_stacked(cfg, start, conditions, write, x, weights, context, state, see
     return x, state, aux
 
 
-def _after_block(cfg: ModelConfig, memory: list, grid: TokenGrid) -> tuple:
-    """Memories after the decisions that all layers of a kind make together."""
+def _after_block(cfg: ModelConfig, starts: list[int], memory: list, grid: TokenGrid) -> tuple:
+    """Memories after the decisions that all layers of a kind make together.
+
+    Args:
+      cfg: model.
+      starts: the first layer of each run.
+      memory: states of the runs.
+      grid: positions of the block's tokens.
+    """
     runs: dict[str, list[int]] = {}
-    for i, (start, _) in enumerate(cfg.layer_runs()):
+    for i, start in enumerate(starts):
         runs.setdefault(cfg.memory_of(start).kind, []).append(i)
     for indices in runs.values():
-        decide = getattr(memory_of(cfg, cfg.layer_runs()[indices[0]][0]), "after_block", None)
+        decide = getattr(memory_of(cfg, starts[indices[0]]), "after_block", None)
         if decide is None:
             continue
         for i, state in zip(indices, decide([memory[i] for i in indices], grid), strict=True):
@@ -235,7 +244,7 @@ def noisy_half(x: Float[Array, "b2 ..."]) -> Float[Array, "b ..."]:
 
 
 def apply_clip(
-    params: Params | StackedParams,
+    params: Params,
     cfg: ModelConfig,
     clean: Float[Array, "b t rows columns channels"],
     noisy: Float[Array, "b t rows columns channels"],
@@ -263,14 +272,14 @@ def apply_clip(
     Raises:
       ValueError: a shape does not fit the model.
     """
-    stacked = stack_params(params, cfg)
-    stem = make_stem(cfg, stacked.stem)
+    params = compute_params(params, cfg)
+    stem = make_stem(cfg, stem_of(params))
     clip = embed_clip(stem, cfg, clean, noisy, timestep, text, context_timestep)
     blocks = clean.shape[1] // cfg.frames_per_block
     x, diagnostics = clip.x, []
-    for run, weights in zip(cfg.layer_runs(), stacked.runs, strict=True):
+    for start, _, weights in stacked_runs(params):
 
-        def step(x, weights, start=run[0]):
+        def step(x, weights, start=start):
             layer = make_layer(cfg, start, weights)
             context = layer.cross_attn.encode(clip.text)
             return layer.clip(x, clip.conditions, context, blocks, copies=2)
@@ -285,10 +294,13 @@ def rematerialised(step: Callable, cfg: ModelConfig) -> Callable:
     """Applies cfg.remat to the body of a scan over layers."""
     if cfg.remat == "none":
         return step
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    policies: dict[str, Any] = {
+        "attention": keep_attention,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "layer": None,
+    }
     # Inside a scan nothing can be merged back by the compiler, so the barrier is not needed.
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.checkpoint(step, policy=policies[cfg.remat], prevent_cse=False)
 
 
 def check_latents(cfg: ModelConfig, latents, timestep) -> tuple[int, int]:

@@ -14,9 +14,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arl2_jax import sharding
-from arl2_jax.config import Config, ConfigError
+from arl2_jax.config import Config, ConfigError, ModelConfig
 from arl2_jax.data import ClipData, open_short_data
-from arl2_jax.models import Params
+from arl2_jax.models import Params, cast_backbone, is_added, stack_params
 from arl2_jax.training.checkpoint import FROZEN, Checkpointer
 from arl2_jax.training.metrics import JsonLinesWriter, MultiWriter, ProgressBar, TensorBoardWriter
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
@@ -32,12 +32,15 @@ class PhaseResult:
     """What a phase hands on.
 
     Attributes:
-      params: all parameters after the phase, trained ones averaged if the phase averages.
+      params: all parameters after the phase, stacked; trained ones are float32, and averaged if the
+        phase averages, the others as they are computed with.
+      teacher: checksum of the teacher's weights among those that it did not train.
       seconds: wall time of its steps over all its sessions, compilation apart.
       compile_seconds: wall time that the steps of the last session waited for compilation.
     """
 
     params: Params
+    teacher: str
     seconds: float
     compile_seconds: float
 
@@ -57,7 +60,8 @@ def run_phase(
     Args:
       config: the run.
       phase: "teacher", "stage1" or "stage2".
-      params: all parameters at the start of the phase; those the phase leaves are not copied.
+      params: all parameters at the start of the phase, in either form. Those that the phase leaves
+        are cast to the compute dtype; ones that are already cast and laid out are not copied.
       data: clips to train on.
       mesh: devices.
       folder: where checkpoints and logs of this phase are kept.
@@ -65,14 +69,19 @@ def run_phase(
     """
     title = title or phase
     key = jax.random.fold_in(jax.random.key(config.train.seed), list(TRAINED).index(phase))
+    params = stack_params(params, phase_model(config, phase))
+    if phase != "teacher":
+        params = cast_backbone(params, config.model)
     trained, frozen = split_params(params, TRAINED[phase])
+    del params
     state = jax.eval_shape(lambda p: init_state(config, phase, p, key), trained)
     layout = sharding.tree_shardings(state, mesh)
     frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
+    teacher = teacher_checksum(frozen)
     fingerprint = {
         "phase": phase,
         "model": dataclasses.asdict(config.model),
-        FROZEN: teacher_checksum(frozen),
+        FROZEN: teacher,
     }
     with Checkpointer(
         folder / "checkpoints", keep=config.train.keep, fingerprint=fingerprint
@@ -92,7 +101,8 @@ def run_phase(
         finally:
             writers.close()
     averaged = session.state.ema if session.settings.ema_decay else session.state.params
-    return PhaseResult(merge_params(averaged, frozen), session.seconds, session.compile_seconds)
+    params = merge_params(frozen, averaged)
+    return PhaseResult(params, teacher, session.seconds, session.compile_seconds)
 
 
 def _abstract(state: TrainState, layout: TrainState) -> TrainState:
@@ -257,13 +267,18 @@ def _open_writers(folder: epath.Path, title: str, steps: int, start: int) -> Mul
     )
 
 
+def phase_model(config: Config, phase: str) -> ModelConfig:
+    """Return the model that a phase trains."""
+    return config.model.teacher() if phase == "teacher" else config.model
+
+
 def teacher_checksum(params: Params) -> str:
-    """Checksum of the teacher's weights among some parameters.
+    """Return a checksum of the teacher's weights among some parameters.
 
     Additions do not count: those that a phase leaves alone still have their initial values, which
     the seed determines, but not to the last bit on every kind of device.
     """
-    return checksum(split_params(params, "/delta/")[1])
+    return checksum(split_params(params, is_added)[1])
 
 
 def data_seed(config: Config, phase: str) -> int:

@@ -8,8 +8,19 @@ from jaxtyping import Array, Float
 
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import add_noise, draw_levels, draw_noise, per_frame
-from arl2_jax.models import Params, apply_clip, base_of, stack_params, without_delta
+from arl2_jax.models import (
+    ADDED,
+    Params,
+    apply_clip,
+    base_of,
+    cast_params,
+    stack_params,
+    stacked_runs,
+    stem_of,
+    without_delta,
+)
 from arl2_jax.models.embeddings import Stem
+from arl2_jax.models.params import run_name
 from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem, noisy_half
 
 
@@ -115,13 +126,14 @@ class LayerDistillation(NamedTuple):
 
     Attributes:
       errors: per converted layer, relative to the teacher's mean square; layer index -> scalar.
-      gradients: layer index -> {"delta": gradient of that layer's own error}.
+      gradients: of every layer's own error by its additions, stacked as they are:
+        {"blocks": {"0-21": {"delta": ...}}}.
       diagnostics: per run of equal layers, as in `apply_clip`.
       teacher_flow: what `teacher_flow` returns; the clip has gone through the teacher's layers.
     """
 
     errors: dict[str, Array]
-    gradients: dict[str, Params]
+    gradients: Params
     diagnostics: tuple[dict[str, Array], ...]
     teacher_flow: Float[Array, "b t rows columns channels"]
 
@@ -133,17 +145,16 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
     after Wo. The gradient is taken inside the scan over layers: however deep the model, the
     activations of one layer are alive.
     """
-    teacher = cfg.teacher()
-    stacked = stack_params(params, cfg)
-    stem = make_stem(cfg, stacked.stem)
+    teacher, params = cfg.teacher(), stack_params(params, cfg)
+    stem = make_stem(cfg, cast_params(stem_of(params), cfg))
     tokens = embed_noised(stem, cfg, clip)
     blocks = clip.clean.shape[1] // cfg.frames_per_block
     x, errors, gradients, diagnostics = tokens.x, {}, {}, []
-    for (start, stop), weights in zip(cfg.layer_runs(), stacked.runs, strict=True):
+    for start, stop, weights in stacked_runs(params):
         converted = start in cfg.converted_layers
 
         def step(x, weights, start=start, converted=converted):
-            base = base_of(weights)
+            base = cast_params(base_of(weights), cfg)
             layer = make_layer(teacher, start, base)
             h = layer.attention_input(x, tokens.conditions)
             target, _ = layer.attend_clip(h, tokens.conditions, blocks, copies=2)
@@ -152,28 +163,26 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
             if not converted:
                 return finished, None
 
-            def error(delta):
-                student = make_layer(cfg, start, base | {"delta": delta})
+            def error(added):
+                student = make_layer(cfg, start, base | cast_params({ADDED: added}, cfg))
                 out, logged = student.attend_clip(h, tokens.conditions, blocks, copies=2)
                 pairs = (x.reshape(-1, 2, *x.shape[1:]) for x in (out, target))
                 return relative_error(*pairs), logged
 
-            value, gradient = jax.value_and_grad(error, has_aux=True)(weights["delta"])
+            value, gradient = jax.value_and_grad(error, has_aux=True)(weights[ADDED])
             return finished, (value, gradient)
 
         x, per_layer = jax.lax.scan(step, x, weights)
         if per_layer is None:
             diagnostics.append({})
             continue
-        (values, logged), stacked_gradients = per_layer
+        (values, logged), gradient = per_layer
         diagnostics.append(logged)
-        for i in range(start, stop):
-            errors[str(i)] = values[i - start]
-            own = jax.tree.map(lambda g, i=i - start: g[i].astype(jnp.float32), stacked_gradients)
-            gradients[str(i)] = {"delta": own}
+        errors |= {str(i): values[i - start] for i in range(start, stop)}
+        gradients[run_name(start, stop)] = {ADDED: gradient}
     flow = stem.predict_flow(noisy_half(x), tokens.time, *clip.clean.shape[2:4])
     flow = jax.lax.stop_gradient(flow)
-    return LayerDistillation(errors, gradients, tuple(diagnostics), flow)
+    return LayerDistillation(errors, {"blocks": gradients}, tuple(diagnostics), flow)
 
 
 def relative_error(x: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Array:

@@ -10,17 +10,18 @@ from absl import logging
 from etils import epath
 
 from arl2_jax import models, sharding
-from arl2_jax.config import Config, ConfigError, to_config_dict, with_steps
+from arl2_jax.config import Config, ConfigError, ModelConfig, to_config_dict, with_steps
 from arl2_jax.data import ClipData, open_data, open_short_data
 from arl2_jax.models import Params
 from arl2_jax.storage import OTHER_FOLDER, StorageError, as_json, check_writable, write_whole
-from arl2_jax.training.loop import read_json, run_phase, teacher_checksum
+from arl2_jax.training.checkpoint import FROZEN
+from arl2_jax.training.loop import phase_model, read_json, run_phase, teacher_checksum
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.training.retention import record_retention
 from arl2_jax.training.start import start_stage1
 from arl2_jax.training.step import init_state
 from arl2_jax.weights import find_release, load_params
-from arl2_jax.weights.folder import load_params_folder, save_params
+from arl2_jax.weights.folder import load_params_folder, save_params, saved_shapes
 
 _CONFIG, _SUMMARY = "config.json", "summary.json"
 # Fields (or groups of them) that may differ between two starts of one run. A field belongs here if
@@ -35,7 +36,10 @@ _BETWEEN_PHASES = ("data.workers",)
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """The models of a finished run, each a complete parameter tree.
+    """The models of a finished run, each a complete parameter tree, stacked.
+
+    They have the arrays of the teacher's weights in common: a model takes no more memory than what
+    conversion adds to it.
 
     Attributes:
       untrained: the hybrid before conversion; its softmax weights are the teacher's.
@@ -62,7 +66,8 @@ def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, 
       remedy: what its user can do where the folder cannot be taken.
 
     Returns:
-      The run's folder, its clips, and the parameters it starts from.
+      The run's folder, its clips, and the parameters it starts from, stacked and laid out on the
+      mesh. The teacher's are float32 if the run trains them, and cast to the compute dtype if not.
 
     Raises:
       ConfigError: one line naming the field or file, its value and the remedy.
@@ -96,7 +101,6 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
       folder, data, params: as `prepare` returns them.
     """
     mesh = sharding.make_mesh(config.train.mesh)
-    params = sharding.put(params, sharding.tree_shardings(params, mesh))
     seconds, compile_seconds = {}, {}
 
     def phase(name: str, start: Params, *, config=config, title=None) -> Params:
@@ -107,25 +111,28 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
             if name == "stage1":
                 start = start_stage1(config, start, data, mesh, place)
             result = run_phase(config, name, start, data, mesh, place, title=title)
-            model = config.model.teacher() if name == "teacher" else config.model
-            save_params(place / "weights", result.params, to_config_dict(model))
-            summary = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
+            weights = models.unstack_params(result.params)
+            save_params(place / "weights", weights, to_config_dict(phase_model(config, name)))
+            summary = {
+                "seconds": result.seconds,
+                "compile_seconds": result.compile_seconds,
+                FROZEN: result.teacher,
+            }
             _write_json(place / _SUMMARY, summary)
             trained = result.params
         else:
             logging.info("%s is finished in %s; its weights are read from there", title, place)
-            trained = load_params_folder(place / "weights")[0]
-            trained = sharding.put(trained, sharding.tree_shardings(trained, mesh))
             if name != "teacher":
-                _check_same_teacher(config, place, trained, start)
+                _check_same_teacher(config, place, summary.get(FROZEN), start)
+            trained = merge_params(start, _read_trained(config, name, place / "weights", mesh))
         seconds[title] = summary["seconds"]
         compile_seconds[title] = summary["compile_seconds"]
         return trained
 
     if "teacher" in config.phases:
-        teacher = phase("teacher", models.teacher_params(params, config.model))
-        additions, _ = split_params(params, "/delta/")
-        params = merge_params(additions, teacher)
+        params = _with_teacher(
+            config, params, phase("teacher", _teacher_start(config, params, mesh)), mesh
+        )
     untrained, stages = params, {}
     record_retention(config, untrained, data, folder, warn=True)
     for name in ("stage1", "stage2"):
@@ -196,9 +203,11 @@ def bytes_to_write(config: Config, folder: epath.Path) -> int:
 
 def _phase_bytes(config: Config, phase: str) -> tuple[int, int]:
     """Bytes of one checkpoint of a phase, and of the weights that it leaves."""
-    shapes = models.param_shapes(config.model.teacher() if phase == "teacher" else config.model)
+    shapes = models.param_shapes(phase_model(config, phase))
     start = lambda p: init_state(config, phase, p, jax.random.key(0))
     state = jax.eval_shape(start, split_params(shapes, TRAINED[phase])[0])
+    if phase != "teacher":
+        shapes = jax.eval_shape(lambda p: models.cast_backbone(p, config.model), shapes)
     size = lambda tree: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(tree))
     return size(state), size(shapes)
 
@@ -209,19 +218,63 @@ def _checkpoints(folder: epath.Path, phases: str) -> list[epath.Path]:
 
 
 def _initial_params(config: Config, mesh: jax.sharding.Mesh) -> Params:
-    key = jax.random.key(config.train.seed)
-    weights = config.teacher.weights
-    if weights != "random":
-        weights = find_release(weights).transformer or weights
-        layout = sharding.tree_shardings(models.param_shapes(config.model), mesh)
-        return load_params(weights, config.model, key=key, shardings=layout)
-    params = models.init_params(config.model, key)
-    if "teacher" not in config.phases:
-        # The head starts at zero, and a teacher that stays so has nothing to teach.
-        head = params["head"]["linear"]
-        xavier = jax.nn.initializers.xavier_uniform()
-        head["kernel"] = xavier(jax.random.fold_in(key, 1), head["kernel"].shape)
-    return params
+    key, weights, model = jax.random.key(config.train.seed), config.teacher.weights, config.model
+    trains_teacher = "teacher" in config.phases
+    if weights == "random":
+        return sharding.jit_on(mesh, lambda key: _random_params(model, key, trains_teacher))(key)
+    params = load_params(
+        find_release(weights).transformer or weights,
+        model,
+        key=key,
+        precision="master" if trains_teacher else "training",
+        shardings=sharding.tree_shardings(models.param_shapes(model), mesh),
+    )
+    return sharding.jit_on(mesh, lambda params: models.stack_params(params, model))(params)
+
+
+def _random_params(model: ModelConfig, key: jax.Array, trains_teacher: bool) -> Params:
+    params = models.init_stacked(model, key)
+    if trains_teacher:
+        return params
+    # The head starts at zero, and a teacher that stays so has nothing to teach.
+    head = params["head"]["linear"]
+    xavier = jax.nn.initializers.xavier_uniform()
+    head["kernel"] = xavier(jax.random.fold_in(key, 1), head["kernel"].shape)
+    return models.cast_backbone(params, model)
+
+
+def _teacher_start(config: Config, params: Params, mesh: jax.sharding.Mesh) -> Params:
+    """The teacher's parameters among those of the model, in the teacher's own stacks."""
+    teacher = models.teacher_params(params, config.model)
+    return sharding.jit_on(mesh, lambda p: _restack(p, config.model.teacher()))(teacher)
+
+
+def _with_teacher(
+    config: Config, params: Params, teacher: Params, mesh: jax.sharding.Mesh
+) -> Params:
+    """The model's parameters with those of a trained teacher, as conversion holds them."""
+    make = lambda p: models.cast_backbone(_restack(p, config.model), config.model)
+    return merge_params(params, sharding.jit_on(mesh, make)(teacher))
+
+
+def _restack(params: Params, cfg: ModelConfig) -> Params:
+    return models.stack_params(models.unstack_params(params), cfg)
+
+
+def _read_trained(
+    config: Config, phase: str, folder: epath.Path, mesh: jax.sharding.Mesh
+) -> Params:
+    """What a finished phase has trained, from its weights; stacked, on the mesh."""
+    shapes, _ = saved_shapes(folder)
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in shapes.items()
+        if phase == "teacher" or models.is_added(path)
+    }
+    layout = sharding.tree_shardings(wanted, mesh)
+    params, _ = load_params_folder(folder, shardings=layout, paths=wanted)
+    cfg = phase_model(config, phase)
+    return sharding.jit_on(mesh, lambda params: models.stack_params(params, cfg))(params)
 
 
 def _check_same_run(folder: epath.Path, config: Config, remedy: str) -> None:
@@ -248,10 +301,23 @@ def _is_amid_phase(folder: epath.Path) -> bool:
     return any(not (step.parents[1] / _SUMMARY).exists() for step in found)
 
 
-def _check_same_teacher(config: Config, place: epath.Path, trained: Params, start: Params) -> None:
-    """Refuses a finished phase whose frozen weights are not those that it would start with now."""
-    there, here = teacher_checksum(trained), teacher_checksum(start)
-    if there != here:
+def _check_same_teacher(
+    config: Config, place: epath.Path, there: str | None, start: Params
+) -> None:
+    """Refuse a finished phase whose frozen weights are not those that it would start with now.
+
+    Args:
+      config: the run.
+      place: folder of the phase.
+      there: checksum of the frozen weights in its summary; None in one of before it was kept.
+      start: parameters that the phase would start with.
+    """
+    here = teacher_checksum(start)
+    if there is None:
+        logging.warning(
+            "%s does not name its frozen weights; those of this run are taken to be the same", place
+        )
+    elif there != here:
         raise StorageError(
             f"{place} was trained with other frozen weights than teacher.weights="
             f"{config.teacher.weights} gives now: checksum {there} there and {here} here; put the "

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from arl2_jax.config import Config, MemorySpec, ModelConfig
 from arl2_jax.data import ClipData
 from arl2_jax.diffusion import add_noise
-from arl2_jax.models import Params, cast_params
+from arl2_jax.models import Params, cast_params, layer_of, stem_of
 from arl2_jax.models.layer import Conditions
 from arl2_jax.models.memories import memory_of
 from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
@@ -97,7 +97,7 @@ def _by_layer(
     """Measures of each hybrid layer, means over the clips, which are at a noise level."""
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     put = lambda x: jnp.asarray(x) if everywhere is None else jax.device_put(x, everywhere)
-    stem = {name: node for name, node in params.items() if name != "blocks"}
+    stem = stem_of(params)
     blocks = clips["latents"].shape[1] // cfg.frames_per_block
     latents, text = (np.asarray(clips[name]) for name in ("latents", "text"))
     passing = [
@@ -107,7 +107,7 @@ def _by_layer(
     found = []
     for layer in range(max(measured_layers(cfg)) + 1):
         # On their way to a device, weights in host memory stay there for one layer alone.
-        weights = jax.tree.map(jnp.asarray, params["blocks"][str(layer)])
+        weights = jax.tree.map(jnp.asarray, layer_of(params, layer))
         spec, each = cfg.memory_of(layer), []
         for i, clip in enumerate(passing):
             x, measures = _apply(weights, cfg, spec, blocks, clip)

@@ -19,7 +19,16 @@ from arl2_jax import sharding
 from arl2_jax.config import Config, MemorySpec, ModelConfig, to_config_dict
 from arl2_jax.data import ClipData
 from arl2_jax.memory.recurrence import states_before
-from arl2_jax.models import Params, base_of, cast_params
+from arl2_jax.models import (
+    ADDED,
+    Params,
+    base_of,
+    cast_params,
+    is_stacked,
+    layer_of,
+    stack_params,
+    stem_of,
+)
 from arl2_jax.models.wan import Clip, make_layer, make_stem
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
@@ -28,13 +37,11 @@ from arl2_jax.training import closed_form
 from arl2_jax.training.closed_form import Readings, Readout
 from arl2_jax.training.loop import data_seed
 from arl2_jax.training.losses import NoisedClip, embed_noised, noise_clip
-from arl2_jax.training.partition import TRAINED, merge_params, split_params
+from arl2_jax.training.partition import TRAINED, merge_params
 from arl2_jax.weights.folder import load_params_folder, save_params
 
 # Gauss-Newton steps of a layer; P_v is solved before each and after the last.
 ROUNDS = 5
-# What the fit changes.
-FITTED = r"/delta/(phi_q|phi_v|gate_proj)"
 
 
 class LayerStart(NamedTuple):
@@ -53,7 +60,7 @@ def least_squares_start(
     with and from is kept for all clips. The error of stage 1 on these clips never rises.
 
     Args:
-      params: all parameters; on a mesh, devices share out the work as in training.
+      params: all parameters, in either form; on a mesh, the work is sharded as in training.
       cfg: the model, with the learned gate and reads of whole blocks.
       clips: batches of one shape, noised as in stage 1.
       key: random key of the curvature's estimate.
@@ -61,30 +68,38 @@ def least_squares_start(
     Returns:
       The parameters with new phi_q, phi_v and gate_proj, and the errors; layer index -> errors.
     """
+    fitted, errors = _fit(params, cfg, clips, key)
+    if is_stacked(params):
+        fitted = stack_params(fitted, cfg)
+    return merge_params(params, fitted), errors
+
+
+def _fit(params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Array):
+    """The fitted parameters alone, every layer by itself, and the errors."""
     layout = jax.tree.leaves(params)[0].sharding
     mesh: Any = layout.mesh if isinstance(layout, NamedSharding) else None
-    # Kernels look here for the devices that they are to share out their work to.
+    # Kernels are sharded over this mesh.
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return _by_layer(params, cfg, clips, key)
 
 
 def _by_layer(params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Array):
-    stem = {name: node for name, node in params.items() if name != "blocks"}
+    stem = stem_of(params)
     blocks = clips[0].clean.shape[1] // cfg.frames_per_block
     passing = [_embed(stem, cfg, clip) for clip in clips]
-    layers, errors = dict(params["blocks"]), {}
+    fitted, errors = {}, {}
     for i in range(max(cfg.hybrid_layers) + 1):
-        weights = layers[str(i)]
+        weights = layer_of(params, i)
         if i in cfg.hybrid_layers:
             own_key = jax.random.fold_in(key, i)
             spec = cfg.memory_of(i)
-            delta, errors[str(i)] = _fit_layer(weights, cfg, spec, blocks, passing, own_key)
-            layers[str(i)] = weights | {"delta": delta}
+            added, errors[str(i)] = _fit_layer(weights, cfg, spec, blocks, passing, own_key)
+            fitted[str(i)] = {ADDED: added}
             logging.info("start of layer %d: error %.4f before, %.4f after", i, *errors[str(i)])
         if i < max(cfg.hybrid_layers):
             teacher = cfg.teacher()
             passing = [_teacher_layer(base_of(weights), teacher, blocks, clip) for clip in passing]
-    return params | {"blocks": layers}, errors
+    return {"blocks": fitted}, errors
 
 
 def _fit_layer(
@@ -95,13 +110,13 @@ def _fit_layer(
     clips: list[Clip],
     key: Array,
 ) -> tuple[Params, LayerStart]:
-    """The layer's "delta" node with its readout fitted, and the errors."""
+    """The fitted parameters of a layer's additions, and the errors."""
     readings = [_readings(weights, cfg, spec, blocks, clip) for clip in clips]
-    delta = weights["delta"]
-    first = Readout(delta["phi_q"], delta["phi_v"], _columns(delta["gate_proj"]["kernel"]))
-    output = weights["self_attn"]["o"]["kernel"]
+    added = weights[ADDED]
+    first = Readout(added["phi_q"], added["phi_v"], _columns(added["gate_proj"]["kernel"]))
+    output = weights["self_attn"]["o"]["kernel"].astype(jnp.float32)
     readout, errors = fit_readout(first, readings, output, key)
-    return delta | _placed_like(_as_params(readout), delta), errors
+    return _placed_like(_as_params(readout), added), errors
 
 
 def fit_readout(
@@ -174,9 +189,9 @@ def _readings(
 ) -> Readings:
     """What a hybrid layer reads with and from at the teacher's input."""
     weights = cast_params(weights, cfg)
-    delta = weights["delta"]
-    identity = jnp.broadcast_to(jnp.eye(cfg.head_dim), delta["phi_v"].shape)
-    layer = make_layer(cfg, spec, weights | {"delta": delta | {"phi_v": identity}})
+    added = weights[ADDED]
+    identity = jnp.broadcast_to(jnp.eye(cfg.head_dim), added["phi_v"].shape)
+    layer = make_layer(cfg, spec, weights | {ADDED: added | {"phi_v": identity}})
     memory, grid = layer.memory, clip.conditions.grid
     p = layer.self_attn.project(layer.attention_input(clip.x, clip.conditions))
     clean = p.first_of(2)
@@ -228,7 +243,7 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
 
     Args:
       config: the run.
-      params: all parameters, laid out on the mesh.
+      params: all parameters, stacked and laid out on the mesh.
       data: clips to train on.
       mesh: devices.
       folder: of the phase.
@@ -238,24 +253,27 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
     place = folder / "start"
     if (place / "config.json").exists():
         logging.info("stage1 begins with the fit in %s", place)
-        fitted = load_params_folder(place)[0]
-        fitted = sharding.put(fitted, sharding.tree_shardings(fitted, mesh))
-        return merge_params(split_params(params, FITTED)[1], fitted)
+        return merge_params(params, _stacked_on(mesh, load_params_folder(place)[0], config))
     began = time.perf_counter()
     # Phases have the numbers below.
     own = jax.random.fold_in(jax.random.key(config.train.seed), len(TRAINED))
     noise_key, fit_key = jax.random.split(own)
     clips = _noised_clips(config, data, mesh, noise_key)
-    params, errors = least_squares_start(params, config.model, clips, fit_key)
+    fitted, errors = _fit(params, config.model, clips, fit_key)
     facts = {
         "clips": config.stage1.start_clips,
         "seconds": time.perf_counter() - began,
         "errors": {layer: found._asdict() for layer, found in errors.items()},
     }
-    save_params(place, split_params(params, FITTED)[0], to_config_dict(config.model))
+    save_params(place, fitted, to_config_dict(config.model))
     if jax.process_index() == 0:
         write_whole(folder / "start.json", (json.dumps(facts, indent=2) + "\n").encode())
-    return params
+    return merge_params(params, _stacked_on(mesh, fitted, config))
+
+
+def _stacked_on(mesh: Mesh, fitted: Params, config: Config) -> Params:
+    stacked = stack_params(fitted, config.model)
+    return sharding.put(stacked, sharding.tree_shardings(stacked, mesh))
 
 
 def _noised_clips(config: Config, data: ClipData, mesh: Mesh, key: Array) -> list[NoisedClip]:

@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: finished optimizer steps, int32.
-      params: trained parameters, float32, a nested dict.
+      params: trained parameters, float32 and stacked, a nested dict.
       opt_state: state of the optimizer.
       ema: averaged copy of params.
       key: random key of the next step.
@@ -145,7 +145,7 @@ _GRADIENTS = {
 }
 
 
-def _like(trained: Params, gradients: dict[str, Params]) -> Params:
+def _like(trained: Params, gradients: Params) -> Params:
     """Those gradients of the layers' additions that belong to trained parameters."""
 
     def pick(wanted, found):
@@ -153,7 +153,7 @@ def _like(trained: Params, gradients: dict[str, Params]) -> Params:
             return found
         return {name: pick(node, found[name]) for name, node in wanted.items()}
 
-    return pick(trained, {"blocks": gradients})
+    return pick(trained, gradients)
 
 
 def _mean(errors: dict[str, Array]) -> Array:

@@ -1,7 +1,8 @@
 """Folders of final weights: what a finished phase leaves, and `load_params` reads."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from arl2_jax.storage import StorageError, absolute, as_json, is_remote, quiet_orbax, reason, sync
+from arl2_jax.errors import StorageError
+from arl2_jax.storage import absolute, as_json, is_remote, quiet_orbax, reason, sync
 
 _WEIGHTS = "params"
 _CONFIG = "config.json"
@@ -48,8 +50,8 @@ def save_params(
         sync("arl2_save_params")
     except Exception as error:
         raise StorageError(
-            f"could not write weights to {target}: {reason(error)}; free space there or name "
-            "another folder"
+            f"could not write weights to {target}: {reason(error)}",
+            remedy="free space there or name another folder",
         ) from None
 
 
@@ -58,6 +60,7 @@ def load_params_folder(
     *,
     dtypes: Mapping[str, Any] | None = None,
     shardings: Mapping[str, Any] | None = None,
+    paths: Collection[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a folder written by `save_params`.
 
@@ -65,6 +68,7 @@ def load_params_folder(
       folder: the folder.
       dtypes: by path ("blocks/0/ffn/fc1/kernel"), to cast to; by default as they were saved.
       shardings: by path; every device then gets its slice.
+      paths: the parameters to read; by default all.
 
     Returns:
       (params, model_config): a nested dict of arrays, numpy's unless shardings are given, and the
@@ -82,12 +86,16 @@ def load_params_folder(
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
         return ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[name])
 
-    args = traverse_util.unflatten_dict({name: restore_args(name) for name in shapes}, sep="/")
+    wanted = {name: leaf for name, leaf in shapes.items() if paths is None or name in paths}
+    nested = functools.partial(traverse_util.unflatten_dict, sep="/")
+    args = ocp.args.PyTreeRestore(
+        item=nested(wanted),
+        restore_args=nested({name: restore_args(name) for name in wanted}),
+        partial_restore=True,
+    )
     try:
         with _checkpointer() as checkpointer:
-            params = checkpointer.restore(
-                path / _WEIGHTS, args=ocp.args.PyTreeRestore(restore_args=args)
-            )
+            params = checkpointer.restore(path / _WEIGHTS, args=args)
     except Exception as error:
         raise _unreadable(path, error) from None
     return params, config
@@ -103,8 +111,8 @@ def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     for name in (_CONFIG, _WEIGHTS):
         if not (path / name).exists():
             raise StorageError(
-                f"{path / name} is missing: {path} is not a folder of saved weights; name one that "
-                f"holds {_CONFIG} and {_WEIGHTS}/"
+                f"{path / name} is missing: {path} is not a folder of saved weights",
+                remedy=f"name one that holds {_CONFIG} and {_WEIGHTS}/",
             )
     try:
         config = json.loads((path / _CONFIG).read_text())
@@ -117,7 +125,7 @@ def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]
 
 def _unreadable(path: epath.Path, error: Exception) -> StorageError:
     return StorageError(
-        f"the weights in {path} cannot be read: {reason(error)}; copy or export them again"
+        f"the weights in {path} cannot be read: {reason(error)}", remedy="copy or export them again"
     )
 
 

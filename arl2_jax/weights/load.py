@@ -17,9 +17,18 @@ from arl2_jax.config import (
     VAEConfig,
     to_config_dict,
 )
-from arl2_jax.models import Params, compute_shapes, init_params, param_shapes
+from arl2_jax.models import (
+    Params,
+    cast_backbone,
+    cast_params,
+    init_params,
+    is_added,
+    is_ffn_update,
+    param_shapes,
+)
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
+from arl2_jax.parameters import facts_of
 from arl2_jax.storage import StorageError, as_json, differences
 from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.facts import MODEL_FACTS, told_facts
@@ -33,7 +42,8 @@ from arl2_jax.weights.tensors import StoredTensor, open_tensors
 
 # What weights may lack and a model have: all that ARL2 adds; its low-rank updates, before stage 2;
 # those of the FFN, where they were merged. Initialised low-rank updates are zero.
-_ADDITIONS = ("/delta/", "/delta/lora_", "/delta/lora_fc")
+_MAY_LACK = (is_added, lambda path: is_added(path) and facts_of(path).low_rank, is_ffn_update)
+_CASTS = {"master": lambda params, cfg: params, "compute": cast_params, "training": cast_backbone}
 
 
 def load_params(
@@ -41,7 +51,7 @@ def load_params(
     cfg: ModelConfig,
     key: jax.Array | None = None,
     *,
-    precision: Literal["master", "compute"] = "master",
+    precision: Literal["master", "compute", "training"] = "master",
     shardings: Any = None,
     entry: str | None = None,
 ) -> Params:
@@ -54,7 +64,8 @@ def load_params(
         into a model with hybrid layers: what is missing is initialised.
       key: for that initialisation; `jax.random.key(0)` by default.
       precision: "master" is float32; "compute" has the matrices in cfg.dtype, as they are computed
-        with, and takes half the memory in bfloat16.
+        with, and takes half the memory in bfloat16; "training" has those of the pretrained network
+        in cfg.dtype, and all that conversion adds in float32.
       shardings: a tree of `jax.sharding.Sharding` with the structure of the result; every device
         then gets its slice from the file.
       entry: which of the models in a .pt, e.g. "generator"; by default the averaged one.
@@ -68,7 +79,7 @@ def load_params(
         line each); or if tensors are missing, unexpected or mis-shaped (all in one message).
     """
     source = transformer_of(path)
-    targets = _flat(compute_shapes(cfg) if precision == "compute" else param_shapes(cfg))
+    targets = _flat(jax.eval_shape(lambda p: _CASTS[precision](p, cfg), param_shapes(cfg)))
     places = None if shardings is None else _flat(shardings)
     if (source / "params").exists():
         values = _read_saved(source, cfg, targets, places)
@@ -122,7 +133,7 @@ def _read_layout(
     tensors = open_tensors(source, entry)
     held = _held_paths(tensors, source)
     told = told_facts(source)
-    hybrid = sorted({int(path.split("/")[1]) for path in held if "/delta/" in path})
+    hybrid = sorted({int(path.split("/")[1]) for path in held if is_added(path)})
     if hybrid:
         told["hybrid_layers"] = hybrid
     _check_facts(source, told, cfg)
@@ -137,10 +148,8 @@ def _held_paths(tensors: Mapping[str, StoredTensor], where: object) -> list[str]
 
 def _without_additions(targets: Mapping[str, Any], held) -> dict[str, Any]:
     """The targets less those groups of additions of which the weights hold nothing."""
-    absent = [part for part in _ADDITIONS if not any(part in path for path in held)]
-    return {
-        path: leaf for path, leaf in targets.items() if not any(part in path for part in absent)
-    }
+    absent = [part for part in _MAY_LACK if not any(part(path) for path in held)]
+    return {path: leaf for path, leaf in targets.items() if not any(part(path) for part in absent)}
 
 
 def _read_saved(
@@ -191,7 +200,7 @@ def _rule(delta: GatedDeltaConfig | Mapping[str, Any]) -> dict[str, Any]:
 def _initial_additions(cfg: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
     """What the hybrid layers add, as `init_params` makes it; XLA leaves the rest out."""
     params = _flat(init_params(cfg, key))
-    return {path: leaf for path, leaf in params.items() if _ADDITIONS[0] in path}
+    return {path: leaf for path, leaf in params.items() if is_added(path)}
 
 
 def _flat(tree: Params) -> dict[str, Any]:

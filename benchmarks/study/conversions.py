@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from arl2_jax import sharding
-from arl2_jax.config import Config
+from arl2_jax.config import Config, ModelConfig
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.evaluation.rank_choice import RankChoice
 from arl2_jax.evaluation.rank_layers import rank_layers
-from arl2_jax.models import Params, without_delta
+from arl2_jax.models import Params, is_stacked, stack_params, without_delta
 from arl2_jax.training.partition import merge_params
 from arl2_jax.training.pipeline import convert, prepare
 from arl2_jax.weights import load_params
@@ -37,7 +37,7 @@ def run_conversion(base: Config, job: Job, folder: Folder) -> tuple[Config, dict
     assert converted.stage2 is not None
     save_student(folder.student(job.name), converted.stage2)
     # As it is read back for rollouts.
-    stored = student_params(without_delta(converted.untrained), folder, job.name)
+    stored = student_params(without_delta(converted.untrained), config.model, folder, job.name)
     stage1 = converted.stage1 and Model(converted.stage1, config.model)
     found = Students(Model(converted.untrained, config.model), stage1, Model(stored, config.model))
     teacher = Model(without_delta(converted.untrained), config.model.teacher())
@@ -58,10 +58,12 @@ def run_conversion(base: Config, job: Job, folder: Folder) -> tuple[Config, dict
     return config, result | measures
 
 
-def student_params(teacher: Params, folder: Folder, name: str) -> Params:
-    """All parameters of a student, where its teacher's are."""
+def student_params(teacher: Params, cfg: ModelConfig, folder: Folder, name: str) -> Params:
+    """All parameters of a student, where its teacher's are; stacked if these are."""
     layout = jax.tree.leaves(teacher)[0].sharding
     added = load_student(folder.student(name))
+    if is_stacked(teacher):
+        added = stack_params(added, cfg)
     return merge_params(teacher, jax.tree.map(lambda x: jax.device_put(x, layout), added))
 
 

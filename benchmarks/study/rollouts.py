@@ -176,7 +176,7 @@ def _model(config: Config, job: Job, folder: Folder) -> Model:
     params = teacher_params(config, folder, job)
     if not job.conversion:
         return Model(params, config.model.teacher())
-    return Model(student_params(params, folder, job.conversion), config.model)
+    return Model(student_params(params, config.model, folder, job.conversion), config.model)
 
 
 def _facts(job: Job) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from etils import epath
 from flax import traverse_util
 
 from arl2_jax.config import Config, ModelConfig, to_config_dict
-from arl2_jax.models import Params
+from arl2_jax.models import Params, is_added, unstack_params
 from arl2_jax.storage import plain_json, write_whole
 from arl2_jax.training.partition import split_params
 from arl2_jax.weights.export import export_params
@@ -73,7 +73,8 @@ def save_teacher(path: Path, params: Params, cfg: ModelConfig) -> None:
 
 def save_student(path: Path, params: Params) -> None:
     """Write what a hybrid has beside its teacher's weights."""
-    flat = traverse_util.flatten_dict(split_params(params, "/delta/")[0], sep="/")
+    added, _ = split_params(unstack_params(params), is_added)
+    flat = traverse_util.flatten_dict(added, sep="/")
     unfinished = path.with_suffix(".unfinished.npz")
     np.savez(unfinished, **{name: _half(leaf) for name, leaf in flat.items()})
     unfinished.replace(path)

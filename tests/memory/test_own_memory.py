@@ -14,6 +14,7 @@ import arl2_jax as arl2
 from arl2_jax import memory, models
 from arl2_jax.config import MEMORY_SETTINGS, MemorySettings, TeacherConfig
 from arl2_jax.memory import TrainableMemory
+from arl2_jax.models import layer_of
 from arl2_jax.nn.attention import attention
 from arl2_jax.nn.rope import rotate
 from arl2_jax.parameters import ParameterFacts, declare
@@ -161,9 +162,9 @@ def test_a_model_of_it_trains(config, tmp_path):
         train=dataclasses.replace(config.train, workdir=str(tmp_path / "run")),
     )  # fmt: skip
     folder, data, params = prepare(run)
-    factor = np.array(params["blocks"]["0"]["delta"]["factor"])
+    factor = np.array(layer_of(params, 0)["delta"]["factor"])
     trained = convert(run, folder, data, params).untrained
-    assert np.all(np.asarray(trained["blocks"]["0"]["delta"]["factor"]) != factor)
+    assert np.all(np.asarray(layer_of(trained, 0)["delta"]["factor"]) != factor)
 
 
 def test_it_is_distilled(config, tmp_path):
@@ -181,13 +182,11 @@ def test_it_is_distilled(config, tmp_path):
     folder, data, params = prepare(run)
     before = jax.tree.map(np.array, params)
     result = convert(run, folder, data, params)
-    factors = [before["blocks"]["1"]["delta"]["factor"]]
+    factors = [layer_of(before, 1)["delta"]["factor"]]
     for stage in (result.stage1, result.stage2):
-        factors.append(np.asarray(stage["blocks"]["1"]["delta"]["factor"]))
-        np.testing.assert_array_equal(
-            stage["blocks"]["0"]["ffn"]["fc1"]["kernel"],
-            before["blocks"]["0"]["ffn"]["fc1"]["kernel"],
-        )
+        factors.append(np.asarray(layer_of(stage, 1)["delta"]["factor"]))
+        kernel, wanted = (layer_of(x, 0)["ffn"]["fc1"]["kernel"] for x in (stage, before))
+        np.testing.assert_array_equal(kernel, wanted)
     assert not np.array_equal(factors[0], factors[1])
     assert not np.array_equal(factors[1], factors[2])
 

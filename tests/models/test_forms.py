@@ -126,7 +126,7 @@ def test_scanned_layers_are_single_layers(params, cfg, clip, apply_clip, error):
 def test_stacked_parameters_and_encoded_text_may_be_made_once(params, cfg, clip, apply):
     memory = models.init_memory(cfg, batch=2, frames=2, tokens_per_frame=6)
     prepare = jax.jit(
-        lambda p, text: (models.stack_params(p, cfg), models.encode_text(p, cfg, text))
+        lambda p, text: (models.compute_params(p, cfg), models.encode_text(p, cfg, text))
     )
     stacked, text = prepare(params, clip.text)
     block = (clip.noisy[:, :2], clip.timestep[:, :2])

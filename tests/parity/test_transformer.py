@@ -91,14 +91,14 @@ def test_all_parameters_are_used(case):
 
 def test_patch_embedding(case, error):
     cfg, network, params, (latents, _, _) = case
-    found = make_stem(cfg, models.stack_params(params, cfg).stem).embed_patches(latents)
+    found = make_stem(cfg, models.stem_of(params)).embed_patches(latents)
     wanted = network.patch_embedding(channels_first(latents)).flatten(2).transpose(1, 2)
     assert error(found, wanted.detach()) < 2e-6
 
 
 def test_timestep_and_text_embedding(case, error):
     cfg, network, params, (_, timestep, text) = case
-    stem = make_stem(cfg, models.stack_params(params, cfg).stem)
+    stem = make_stem(cfg, models.stem_of(params))
     batch, frames = timestep.shape
     flat = torch.tensor(np.asarray(timestep)).flatten()
     wanted = network.condition_embedder(

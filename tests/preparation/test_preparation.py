@@ -18,7 +18,6 @@ from arl2_jax import preparation
 from arl2_jax.codecs import load_wan_codec
 from arl2_jax.config import (
     Config,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     SamplerConfig,
@@ -29,9 +28,11 @@ from arl2_jax.config import (
 )
 from arl2_jax.data import open_data
 from arl2_jax.data.latents import LatentFolder
+from arl2_jax.errors import ConfigError
 from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.released import Picture
 from arl2_jax.generation.video import write_video
+from arl2_jax.models import layer_of
 from arl2_jax.preparation import rollouts, videos
 from arl2_jax.training.pipeline import convert, prepare
 
@@ -276,7 +277,9 @@ def test_a_run_trains_on_stored_latents(stored, release, tmp_path):
     """The report, its pictures too, is looked at where the commands themselves run."""
     config = make_config(stored, release, tmp_path / "run")
     converted = convert(config, *prepare(config))
-    untrained, trained = (x["blocks"]["0"] for x in (converted.untrained, converted.stage2))
+    untrained, trained = (
+        layer_of(x, 0) for x in (converted.untrained, converted.stage2)
+    )
     moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), untrained, trained)
     assert np.isfinite(jax.tree.leaves(moved)).all()
     assert max(jax.tree.leaves(moved["delta"])) > 0 == max(jax.tree.leaves(moved["self_attn"]))

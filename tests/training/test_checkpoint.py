@@ -21,7 +21,7 @@ import optax
 import pytest
 from one_line import assert_one_line
 
-from arl2_jax.storage import StorageError
+from arl2_jax.errors import StorageError
 from arl2_jax.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import pytest
 from one_line import assert_one_line
 
 from arl2_jax import sharding
-from arl2_jax.config import Config, ConfigError, MeshConfig, to_config_dict
+from arl2_jax.config import Config, MeshConfig, to_config_dict
+from arl2_jax.errors import ConfigError, StorageError
 from arl2_jax.models import Params, without_delta
-from arl2_jax.storage import StorageError
 from arl2_jax.training import loop, pipeline
 from arl2_jax.training.checkpoint import FROZEN, Checkpointer
 from arl2_jax.training.loop import teacher_checksum

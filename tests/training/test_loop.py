@@ -12,6 +12,7 @@ from etils import epath
 from arl2_jax import sharding
 from arl2_jax.config import ShortClipsConfig
 from arl2_jax.data import open_data
+from arl2_jax.models import layer_of, unstack_params
 from arl2_jax.training import loop
 from arl2_jax.training.checkpoint import Checkpointer
 from arl2_jax.training.loop import run_phase
@@ -147,12 +148,12 @@ def test_phase_hands_on_the_average(whole, make_params, six_steps):
     params, state = whole.result.params, whole.saved[6][0]
     start = make_params(six_steps.model)["blocks"]["0"]
     found, average, last = (
-        tree["blocks"]["0"]["delta"]["phi_k"] for tree in (params, state.ema, state.params)
+        layer_of(tree, 0)["delta"]["phi_k"] for tree in (params, state.ema, state.params)
     )
     np.testing.assert_array_equal(found, average)
     assert np.any(found != last) and np.any(found != start["delta"]["phi_k"])
     kernel = lambda layer: layer["self_attn"]["q"]["kernel"]
-    np.testing.assert_array_equal(kernel(params["blocks"]["0"]), kernel(start))
+    np.testing.assert_array_equal(kernel(layer_of(params, 0)), kernel(start))
 
 
 def test_nothing_is_compiled_between_steps(whole):
@@ -202,4 +203,4 @@ def test_phase_of_no_steps_changes_nothing(six_steps, make_params, tmp_path):
     params = make_params(six_steps.model)
     mesh = sharding.make_mesh(six_steps.train.mesh, jax.devices()[:1])
     result = run_phase(none, "stage1", params, open_data(none), mesh, epath.Path(tmp_path))
-    assert_equal(result.params, params)
+    assert_equal(unstack_params(result.params), params)

@@ -103,7 +103,7 @@ def test_layer_gradients_are_those_of_each_own_error(cfg, params, noised, distil
     own = lambda delta: layer_error(params, cfg, noised, layer, delta)
     value, gradient = jax.jit(jax.value_and_grad(own))(delta)
     np.testing.assert_allclose(distilled.errors[str(layer)], value, rtol=1e-5)
-    found = distilled.gradients[str(layer)]["delta"]
+    found = models.layer_of(distilled.gradients, layer)["delta"]
     for (path, wanted), g in zip(
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(found), strict=True
     ):
@@ -122,11 +122,12 @@ def test_layers_learn_apart(distil, cfg, params, noised, distilled):
     assert other.errors["0"] != distilled.errors["0"]
     assert other.errors["1"] == distilled.errors["1"]
     for a, b in zip(
-        jax.tree.leaves(other.gradients["1"]), jax.tree.leaves(distilled.gradients["1"]),
-        strict=True,
+        jax.tree.leaves(models.layer_of(other.gradients, 1)),
+        jax.tree.leaves(models.layer_of(distilled.gradients, 1)), strict=True,
     ):  # fmt: skip
         np.testing.assert_array_equal(a, b)
-    assert set(distilled.errors) == set(distilled.gradients) == {"0", "1"}
+    assert set(distilled.errors) == {"0", "1"}
+    assert models.runs_of(distilled.gradients) == [(0, 2)]
 
 
 def test_closed_gate_has_nothing_to_learn_in_stage_one(distil, cfg, params, noised):
@@ -175,7 +176,8 @@ def test_layers_give_the_teachers_flow_on_their_way(cfg, params, noised, distill
 def test_stage2_runs_the_teacher_once(config, make_params):
     """With a layer loss the target comes from there: same gradients, one teacher less."""
     run = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, layer_loss=0.5))
-    trained, frozen = split_params(make_params(run.model), TRAINED["stage2"])
+    params = models.stack_params(make_params(run.model), run.model)
+    trained, frozen = split_params(params, TRAINED["stage2"])
     latents = jax.random.normal(jax.random.key(0), (2, run.data.frames, *run.latent_shape))
     text = jax.random.normal(jax.random.key(1), (2, run.model.text_len, run.model.text_dim))
     clip = losses.noise_clip(jax.random.key(2), run.model, latents, text, run.sampler)

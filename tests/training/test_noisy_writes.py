@@ -131,7 +131,7 @@ def test_stage_one_and_its_start_see_the_noised_past(cfg, params, noisy, clean, 
         np.testing.assert_allclose(errors[layer].before, found.errors[layer], rtol=1e-4)
         assert errors[layer].after < errors[layer].before
         assert abs(found.errors[layer] / other.errors[layer] - 1) > 1e-3
-        delta = found.gradients[layer]["delta"]
+        delta = models.layer_of(found.gradients, int(layer))["delta"]
         assert all(np.any(g) for name, g in delta.items() if name.startswith("phi"))
 
 
@@ -144,7 +144,8 @@ def test_micro_batches_take_the_past_of_their_clips():
 @pytest.mark.slow
 def test_a_step_obeys_the_setting(config, make_params):
     """Stage 2 of a run, teacher's and student's pass and the layers' errors included."""
-    trained, frozen = split_params(make_params(config.model), TRAINED["stage2"])
+    params = models.stack_params(make_params(config.model), config.model)
+    trained, frozen = split_params(params, TRAINED["stage2"])
     rng = np.random.default_rng(0)
     batch = {
         "latents": rng.standard_normal((2, 4, 2, 6, config.model.in_dim), np.float32),

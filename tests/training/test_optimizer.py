@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from arl2_jax import models
-from arl2_jax.config import ConfigError, PhaseConfig
+from arl2_jax.config import PhaseConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.training.optimizer import (
     learning_rate,
     learning_rate_factors,

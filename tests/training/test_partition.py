@@ -6,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from arl2_jax.config import ModelConfig
-from arl2_jax.models import param_shapes
+from arl2_jax.models import is_added, param_shapes
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 
 
@@ -39,5 +39,5 @@ def test_phases_train_what_the_paper_trains():
 
 def test_empty_sides():
     tree = {"blocks": {"0": {"w": 1}}}
-    assert split_params(tree, "/delta/") == ({}, tree)
+    assert split_params(tree, is_added) == ({}, tree)
     assert merge_params({}, tree) == tree == merge_params(tree, {})

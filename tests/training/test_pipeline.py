@@ -15,14 +15,14 @@ from one_line import assert_one_line
 
 from arl2_jax.config import (
     Config,
-    ConfigError,
     EvaluationConfig,
     MeshConfig,
     ShortClipsConfig,
     from_config_dict,
     to_config_dict,
 )
-from arl2_jax.models import param_shapes, without_delta
+from arl2_jax.errors import ConfigError
+from arl2_jax.models import param_shapes, unstack_params, without_delta
 from arl2_jax.training import pipeline
 from arl2_jax.training.pipeline import control_config, convert, prepare
 from arl2_jax.weights import load_params
@@ -55,7 +55,7 @@ def converted(config):
 
 
 def flat(tree):
-    return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+    return traverse_util.flatten_dict(jax.device_get(unstack_params(tree)), sep="/")
 
 
 def assert_equal(one, other):

@@ -11,7 +11,8 @@ import pytest
 
 from arl2_jax import sharding
 from arl2_jax.config import MeshConfig
-from arl2_jax.models import without_delta
+from arl2_jax.models import stack_params, without_delta
+from arl2_jax.training.loop import phase_model
 from arl2_jax.training.losses import NoisedClip
 from arl2_jax.training.partition import TRAINED, split_params
 from arl2_jax.training.step import accumulate, init_state, make_step
@@ -50,7 +51,8 @@ def start(config, params):
     @functools.cache
     def make(phase):
         whole = without_delta(params) if phase == "teacher" else params
-        trained, frozen = split_params(whole, TRAINED[phase])
+        stacked = stack_params(whole, phase_model(config, phase))
+        trained, frozen = split_params(stacked, TRAINED[phase])
         return init_state(config, phase, trained, jax.random.key(5)), frozen
 
     return make
@@ -137,13 +139,13 @@ def test_a_clip_over_four_devices_is_one(run, start, error, phase):
     assert_same_step(found, run(phase, frames=8), start(phase)[0].params, error)
 
 
-def test_parameters_stay_shared_out(run, config):
+def test_parameters_stay_sharded(run, config):
     state, _ = run("teacher", mesh="all_axes")
     layout = sharding.tree_shardings(state, sharding.make_mesh(MESHES["all_axes"]))
-    kernel = lambda tree: tree["blocks"]["0"]["self_attn"]["q"]["kernel"]
+    kernel = lambda tree: tree["blocks"]["0-1"]["self_attn"]["q"]["kernel"]
     for tree, wanted in ((state.params, layout.params), (state.ema, layout.ema)):
-        assert kernel(tree).sharding.is_equivalent_to(kernel(wanted), 2)
-        assert kernel(tree).addressable_shards[0].data.shape == (8, 8)
+        assert kernel(tree).sharding.is_equivalent_to(kernel(wanted), 3)
+        assert kernel(tree).addressable_shards[0].data.shape == (2, 8, 8)
 
 
 def test_micro_batches_keep_the_clips_of_each_device():
