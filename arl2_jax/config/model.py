@@ -254,7 +254,12 @@ class ModelConfig:
     def wan14b(cls, **changes: Any) -> "ModelConfig":
         """Wan2.1 T2V 14B."""
         values: dict[str, Any] = dict(
-            dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, dtype="bfloat16", remat="attention"
+            dim=5120,
+            ffn_dim=13824,
+            num_heads=40,
+            num_layers=40,
+            dtype="bfloat16",
+            remat="attention",
         )
         return cls(**values | changes)
 
