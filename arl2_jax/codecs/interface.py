@@ -1,10 +1,11 @@
 """The interface of codecs: they turn pixels into the latents that a model denoises, and back."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Array = Any  # numpy or jax, traced or not
 
 
+@runtime_checkable
 class Codec(Protocol):
     """A map between pixel frames and latent frames, causal in time."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
@@ -24,6 +24,7 @@ _EPOCHS = 2**30
 Example = Mapping[str, np.ndarray]
 
 
+@runtime_checkable
 class Clips(Protocol):
     """Clips by index, cut from the training or from the held-out part of a source."""
 
@@ -40,6 +41,7 @@ class Clips(Protocol):
         ...
 
 
+@runtime_checkable
 class PixelClips(Protocol):
     """Like `Clips`, as a video uint8 [F, H, W, 3] and its caption."""
 

@@ -41,8 +41,8 @@ class Readings(NamedTuple):
       frames: block -> its last frame in the first videos.
     """
 
-    identities: Int[np.ndarray, "m n s"]
-    frames: dict[int, UInt8[np.ndarray, "k h w 3"]]
+    identities: Int[np.ndarray, "blocks clips lanes"]
+    frames: dict[int, UInt8[np.ndarray, "clips height width 3"]]
 
 
 def beginnings(config: Config, codec: Codec, count: int, blocks: int) -> Beginnings:
@@ -82,7 +82,7 @@ def true_clip(
 
 def true_blocks(
     clips: Sequence[SpriteClip], block: int, first: int = 0
-) -> Iterator[Float[np.ndarray, "n f h w 3"]]:
+) -> Iterator[Float[np.ndarray, "clips frames height width 3"]]:
     """Pixels of clips in [-1, 1], one frame block after the other.
 
     Args:
@@ -133,8 +133,8 @@ def _decode_and_read(codec: Codec, latents: Array, lanes: Lanes, sprites: Sprite
 
 
 def drift_scores(
-    identities: Int[np.ndarray, "m n s"],
-    wanted: Int[np.ndarray, "n s"],
+    identities: Int[np.ndarray, "blocks clips lanes"],
+    wanted: Int[np.ndarray, "clips lanes"],
     edges: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Shares of what a rollout shows, by block number.
@@ -178,8 +178,8 @@ def drift_scores(
 
 
 def returns(
-    identities: Int[np.ndarray, "m n s"], wanted: Int[np.ndarray, "n s"]
-) -> tuple[Bool[np.ndarray, "m n s"], Int[np.ndarray, "m n s"]]:
+    identities: Int[np.ndarray, "blocks clips lanes"], wanted: Int[np.ndarray, "clips lanes"]
+) -> tuple[Bool[np.ndarray, "blocks clips lanes"], Int[np.ndarray, "blocks clips lanes"]]:
     """Where sprites come back: whole ones after a block in which their lane showed nothing.
 
     Args:

@@ -35,7 +35,7 @@ class Drawings(NamedTuple):
       frames: the frame that was read, of the first drawing of the first clips, uint8 [n, H, W, 3].
     """
 
-    readings: dict[Any, Int[np.ndarray, "k n 2"]]
+    readings: dict[Any, Int[np.ndarray, "drawings clips 2"]]
     frames: dict[Any, np.ndarray]
 
 
@@ -90,8 +90,8 @@ def draw_test(
 
 
 def outcomes(
-    readings: Int[np.ndarray, "k n 2"], identities: Int[np.ndarray, "n 2"]
-) -> Int[np.ndarray, "k n"]:
+    readings: Int[np.ndarray, "drawings clips 2"], identities: Int[np.ndarray, "clips 2"]
+) -> Int[np.ndarray, "drawings clips"]:
     """What each drawing shows, as index of `OUTCOMES`.
 
     Args:
@@ -106,7 +106,7 @@ def outcomes(
 
 
 def exchange_scores(
-    drawings: Drawings, identities: Int[np.ndarray, "n 2"]
+    drawings: Drawings, identities: Int[np.ndarray, "clips 2"]
 ) -> dict[str, dict[str, Any] | None]:
     """Shares of what is drawn under every exchange, and what each kind of memory carries.
 
@@ -123,7 +123,7 @@ def exchange_scores(
     return scores
 
 
-def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
+def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "clips 2"]) -> dict[str, Any]:
     """What the cache of each layer alone carries of identity.
 
     Args:
@@ -150,7 +150,7 @@ def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "n 2"]) -> dict[
     }
 
 
-def _shares(found: Int[np.ndarray, "k n"]) -> dict[str, Any]:
+def _shares(found: Int[np.ndarray, "drawings clips"]) -> dict[str, Any]:
     shares: dict[str, Any] = {name: float((found == i).mean()) for i, name in enumerate(OUTCOMES)}
     return shares | {"intervals": {name: wilson(shares[name], found.shape[1]) for name in OUTCOMES}}
 

@@ -29,10 +29,10 @@ class Lanes(NamedTuple):
       covered: columns behind an occluder.
     """
 
-    rows: Int[np.ndarray, "n s"]
-    identities: Int[np.ndarray, "n s"]
-    backgrounds: Int[np.ndarray, "n"]
-    covered: Bool[np.ndarray, "n w"]
+    rows: Int[np.ndarray, "clips lanes"]
+    identities: Int[np.ndarray, "clips lanes"]
+    backgrounds: Int[np.ndarray, "clips"]
+    covered: Bool[np.ndarray, "clips width"]
 
 
 def lanes_of(clips: Sequence[SpriteClip], sprites: SpriteConfig) -> Lanes:
@@ -58,8 +58,8 @@ def lanes_of(clips: Sequence[SpriteClip], sprites: SpriteConfig) -> Lanes:
 
 @functools.partial(jax.jit, static_argnames="sprites")
 def read_lanes(
-    pixels: Float[Array, "n f h w 3"], lanes: Lanes, sprites: SpriteConfig
-) -> Int[Array, "n s"]:
+    pixels: Float[Array, "clips frames height width 3"], lanes: Lanes, sprites: SpriteConfig
+) -> Int[Array, "clips lanes"]:
     """Read the sprite that each lane of a frame block shows.
 
     Every identity at every column of the lane is compared with the bare background, over the
@@ -86,10 +86,10 @@ def read_lanes(
 
 
 def _read_strips(
-    strips: Float[Array, "f size w 3"],
-    drawings: Float[Array, "i size size 3"],
+    strips: Float[Array, "frames size width 3"],
+    drawings: Float[Array, "identities size size 3"],
     tone: Float[Array, "3"],
-    seen: Bool[Array, "w"],
+    seen: Bool[Array, "width"],
 ) -> Int[Array, ""]:
     """The reading of one lane in a block."""
     size, width = drawings.shape[1], strips.shape[2]

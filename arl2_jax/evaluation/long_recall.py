@@ -131,9 +131,9 @@ def _draw(context, cfg, sampler, memory, position, key, shape):
 
 
 def long_recall_scores(
-    shown: Int[np.ndarray, "m n s"],
-    drawn: Mapping[int, Int[np.ndarray, "n s"]],
-    wanted: Int[np.ndarray, "n s"],
+    shown: Int[np.ndarray, "blocks clips lanes"],
+    drawn: Mapping[int, Int[np.ndarray, "clips lanes"]],
+    wanted: Int[np.ndarray, "clips lanes"],
     stretches: Sequence[Stretch],
 ) -> list[dict[str, Any]]:
     """Share of the sprites that come back which are drawn right, as `long_recall` returns it.

@@ -53,7 +53,7 @@ class Row(NamedTuple):
     """
 
     label: str
-    frames: Sequence[UInt8[np.ndarray, "h w 3"] | None]
+    frames: Sequence[UInt8[np.ndarray, "height width 3"] | None]
     marks: Sequence[str] | None = None
     opens: bool = False
 

@@ -45,7 +45,7 @@ def ranks(measure: str, values: Sequence[float]) -> Float[np.ndarray, "layers"]:
     return above + (equal + 1) / 2
 
 
-def spearman(one: Float[np.ndarray, "n"], other: Float[np.ndarray, "n"]) -> float | None:
+def spearman(one: Float[np.ndarray, "layers"], other: Float[np.ndarray, "layers"]) -> float | None:
     """Spearman's correlation of two rankings; None if one of them has all layers equal."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None

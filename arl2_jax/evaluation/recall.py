@@ -33,13 +33,13 @@ class RecallTest(NamedTuple):
     batch: dict[str, np.ndarray]
 
     @property
-    def identities(self) -> Int[np.ndarray, "n 2"]:
+    def identities(self) -> Int[np.ndarray, "clips 2"]:
         """Colour and shape of every revealed sprite."""
         pairs = zip(self.clips, self.events, strict=True)
         return np.array([(c.colors[e.sprite], c.shapes[e.sprite]) for c, e in pairs])
 
     @property
-    def lags(self) -> Int[np.ndarray, "n"]:
+    def lags(self) -> Int[np.ndarray, "clips"]:
         """Frame blocks for which each sprite was hidden."""
         return np.array([event.lag for event in self.events])
 
@@ -58,8 +58,10 @@ def recall_test(config: Config, codec: Codec) -> RecallTest:
 
 
 def read_drawings(
-    pixels: Float[np.ndarray, "*k n f h w 3"], test: RecallTest, config: Config
-) -> Int[np.ndarray, "*k n 2"]:
+    pixels: Float[np.ndarray, "*drawings clips frames height width 3"],
+    test: RecallTest,
+    config: Config,
+) -> Int[np.ndarray, "*drawings clips 2"]:
     """Reads the sprite in drawings of the frame block in which each clip's sprite comes out.
 
     Args:
@@ -81,8 +83,8 @@ def read_drawings(
 
 
 def read_sprites(
-    crops: Float[np.ndarray, "*k size size 3"], background: int, sprites: SpriteConfig
-) -> Int[np.ndarray, "*k 2"]:
+    crops: Float[np.ndarray, "*drawings size size 3"], background: int, sprites: SpriteConfig
+) -> Int[np.ndarray, "*drawings 2"]:
     """Colour and shape whose drawing is nearest to each crop; `NOTHING` if the background is.
 
     Args:
@@ -111,7 +113,7 @@ def _templates(background: int, colors: int, shapes: int, size: int):
 
 
 def recall(
-    readings: Int[np.ndarray, "k n 2"], identities: Int[np.ndarray, "n 2"]
+    readings: Int[np.ndarray, "drawings clips 2"], identities: Int[np.ndarray, "clips 2"]
 ) -> dict[str, float | list[float]]:
     """Shares of revealed sprites that were drawn right, as means over K drawings of each clip.
 
@@ -129,7 +131,7 @@ def recall(
 
 
 def recall_by_lag(
-    right: Bool[np.ndarray, "k n"], lags: Int[np.ndarray, "n"]
+    right: Bool[np.ndarray, "drawings clips"], lags: Int[np.ndarray, "clips"]
 ) -> dict[int, dict[str, float | int | list[float]]]:
     """Recall of the clips of every lag: lag -> "recall", its "interval", and "clips"."""
     found = {}
@@ -144,7 +146,7 @@ def recall_by_lag(
     return found
 
 
-def best_blind_answer(identities: Int[np.ndarray, "n 2"]) -> float:
+def best_blind_answer(identities: Int[np.ndarray, "clips 2"]) -> float:
     """The largest recall of any constant answer on these clips."""
     return float(np.unique(identities, axis=0, return_counts=True)[1].max() / len(identities))
 

@@ -65,7 +65,7 @@ def draw_exchanged(
     block: Int[Array, ""],
     *,
     exchanges: tuple[Exchange, ...] = ("none",),
-) -> Float[Array, "e k b f rows columns channels"]:
+) -> Float[Array, "exchanges drawings b f rows columns channels"]:
     """Draws one block of each clip from noise after its clean past, under several exchanges.
 
     Neighbours in the batch are twins. The past is written block by block; then the block is drawn,

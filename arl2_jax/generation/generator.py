@@ -82,7 +82,7 @@ class Generator:
 
     def stream(
         self,
-        text_embedding: Float[AnyArray, "*b l text_dim"],
+        text_embedding: Float[AnyArray, "*batch l text_dim"],
         *,
         key: Array,
         past: Float[AnyArray, "b t rows columns channels"] | None = None,
@@ -134,7 +134,7 @@ class Generator:
 
     def generate(
         self,
-        text_embedding: Float[AnyArray, "*b l text_dim"],
+        text_embedding: Float[AnyArray, "*batch l text_dim"],
         *,
         frames: int,
         key: Array,

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arl2_jax.storage import move_whole
 
-Frames = UInt8[np.ndarray, "f h w 3"]
+# Pixels [F, H, W, 3], of sizes that may differ within a call.
+Frames = UInt8[np.ndarray, "_ _ _ 3"]
 
 # Narrower videos are shown as a blur by most players, which smooth when they enlarge.
 MIN_WIDTH = 384

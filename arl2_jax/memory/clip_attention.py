@@ -113,7 +113,7 @@ def beside(past: Float[Array, "b past h d"], own: Float[Array, "b copies n h d"]
 
 
 @jax.custom_vjp
-def _before(x: Float[Array, "g blocks n *rest"]) -> tuple[Array, ...]:
+def _before(x: Float[Array, "b blocks n ..."]) -> tuple[Array, ...]:
     """What lies before each block: for block i, [g, i n, ...]."""
     return tuple(x[:, :i].reshape(len(x), -1, *x.shape[3:]) for i in range(x.shape[1]))
 

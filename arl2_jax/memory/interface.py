@@ -32,13 +32,13 @@ class Projections(NamedTuple):
     """
 
     x: Float[Array, "b n c"]
-    q_raw: Float[Array, "b n w"]
-    k_raw: Float[Array, "b n w"]
+    q_raw: Float[Array, "b n hd"]
+    k_raw: Float[Array, "b n hd"]
     q: Float[Array, "b n h d"]
     k: Float[Array, "b n h d"]
     v: Float[Array, "b n h d"]
-    q_scale: Float[Array, "w"]
-    k_scale: Float[Array, "w"]
+    q_scale: Float[Array, "hd"]
+    k_scale: Float[Array, "hd"]
 
     def first_of(self, copies: int) -> "Projections":
         """The first of every `copies` neighbours in the batch."""
@@ -61,6 +61,7 @@ class Room(NamedTuple):
     frames_per_block: int
 
 
+@runtime_checkable
 class Memory(Protocol):
     """What a block sees of the past, and what is kept of it.
 
@@ -96,6 +97,7 @@ class Memory(Protocol):
         ...
 
 
+@runtime_checkable
 class StackedMemory(Memory, Protocol):
     """A memory that reads large states of a run of equal layers where they are held.
 

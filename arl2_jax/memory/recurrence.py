@@ -21,7 +21,7 @@ _STATES = PartitionSpec(CLIPS, BLOCKS, HEADS)
 
 
 class Writes(NamedTuple):
-    """What tokens do to the state.
+    """What tokens do to the state; in blocks, all have an axis for the blocks after B.
 
     Attributes:
       k: keys of unit length, [B, n, H, K].
@@ -30,10 +30,10 @@ class Writes(NamedTuple):
       beta: strength, in (0, 2), [B, n, H] float32.
     """
 
-    k: Float[Array, "b n h k"]
-    v: Float[Array, "b n h v"]
-    g: Float[Array, "b n h"]
-    beta: Float[Array, "b n h"]
+    k: Float[Array, "b *blocks n h k"]
+    v: Float[Array, "b *blocks n h v"]
+    g: Float[Array, "b *blocks n h"]
+    beta: Float[Array, "b *blocks n h"]
 
 
 def states_before(

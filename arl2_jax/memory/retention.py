@@ -32,12 +32,12 @@ _PUBLISHED = GatedDeltaConfig()
 
 def transitions(
     writes: Writes, blocks: int, settings: GatedDeltaConfig = _PUBLISHED
-) -> Float[Array, "b m h k k"]:
+) -> Float[Array, "b blocks h k k"]:
     """Compute what each block does to the state that it finds: A in S -> A S + B.
 
     Args:
-      writes: tokens of whole clips, [B, T, H, ...].
-      blocks: blocks of a clip; divides T.
+      writes: tokens of whole clips, [B, n, H, ...].
+      blocks: blocks of a clip; divides n.
       settings: rule and span of the memory.
 
     Returns:
@@ -53,7 +53,7 @@ def transitions(
     return after.reshape(batch, blocks, heads, width, width)
 
 
-def share_kept(transition: Float[Array, "*axes k k"]) -> Float[Array, "*axes"]:
+def share_kept(transition: Float[Array, "*batch k k"]) -> Float[Array, "*batch"]:
     """Root-mean-square share of a random state that survives: ||A||_F / sqrt(K)."""
     # Divided by the largest entry first: squares of entries below 1e-19 are zero in float32.
     size = jnp.max(jnp.abs(transition), axis=(-2, -1), keepdims=True)
@@ -62,7 +62,7 @@ def share_kept(transition: Float[Array, "*axes k k"]) -> Float[Array, "*axes"]:
     return size[..., 0, 0] * jnp.sqrt(mean)
 
 
-def survival(transition: Float[Array, "b m h k k"], lag: int) -> Float[Array, "b h"]:
+def survival(transition: Float[Array, "b blocks h k k"], lag: int) -> Float[Array, "b h"]:
     """Share kept over `lag` blocks in a row, ||A_b ... A_(b-lag+1)||_F / sqrt(K).
 
     Mean over all such rows of a clip. With lag = 1 it is the retention of a block.
@@ -82,7 +82,7 @@ def survival(transition: Float[Array, "b m h k k"], lag: int) -> Float[Array, "b
 
 def weights_at_end(
     writes: Writes, blocks: int, settings: GatedDeltaConfig = _PUBLISHED
-) -> Float[Array, "b m n h"]:
+) -> Float[Array, "b blocks n h"]:
     """Weight of each token in the state at the end of its clip.
 
     That state is linear in the values, S = sum_t c_t v_t^T with c_t = beta_t A_(t+1..end) k_t,
@@ -126,8 +126,8 @@ def measure_writes(
     """Measure what the tokens of clips leave of the past.
 
     Args:
-      writes: tokens of whole clips, [B, T, H, ...].
-      blocks: blocks of a clip; divides T.
+      writes: tokens of whole clips, [B, n, H, ...].
+      blocks: blocks of a clip; divides n.
       settings: rule and span of the memory.
 
     Returns:

@@ -170,7 +170,9 @@ def _attend_windows(
     return jnp.stack(outputs, axis=1).reshape(q.shape)
 
 
-def _write_frames(slots: Slots, x: Slots, frames: Int[Array, "frames"], grid: TokenGrid) -> Slots:
+def _write_frames(
+    slots: Slots, x: Float[Array, "*layers b n h d"], frames: Int[Array, "f"], grid: TokenGrid
+) -> Slots:
     """Write each frame of x to its place among the frames of the slots; drop those past the end."""
     if slots.shape[-3] == 0:
         return slots

@@ -31,7 +31,9 @@ declare(
 )
 
 
-def timestep_features(timestep: Float[Array, "..."], width: int) -> Float[Array, "... width"]:
+def timestep_features(
+    timestep: Float[Array, "*batch"], width: int
+) -> Float[Array, "*batch freq_dim"]:
     """Sinusoids of a timestep in 0..1000, cosines first; float32."""
     half = width // 2
     frequencies = jnp.asarray(10000.0 ** (-np.arange(half) / half), jnp.float32)
@@ -43,8 +45,8 @@ def modulate(x, shift, scale):
     """x (1 + scale) + shift with one shift and scale per frame.
 
     Args:
-      x: [B, F * N, C]; F frames of N tokens.
-      shift, scale: [B, F, C] float32.
+      x: [B, n, C], the tokens of T frames.
+      shift, scale: [B, T, C] float32.
     """
     frames = rearrange(x, "b (f n) c -> b f n c", f=shift.shape[1])
     out = frames * (1 + scale[:, :, None]) + shift[:, :, None]
@@ -69,7 +71,7 @@ class Head(nnx.Module):
         )
 
     def __call__(self, x, time):
-        """Tokens [B, F * N, C] and time embedding [B, F, C] -> patches [B, F * N, features]."""
+        """Tokens [B, n, C] and time embedding [B, T, C] -> patches [B, n, features]."""
         shift, scale = jnp.moveaxis(self.modulation[...] + time[:, :, None], 2, 0)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -105,20 +107,20 @@ class Stem(nnx.Module):
         )
         self.head = Head(cfg, dtype, rngs=rngs)
 
-    def embed_patches(self, latents: Float[Array, "b f rows columns channels"]):
-        """Latents -> tokens [B, F * N, C] in (frame, row, column) order."""
+    def embed_patches(self, latents: Float[Array, "b t rows columns channels"]):
+        """Latents -> tokens [B, n, C] in (frame, row, column) order."""
         _, ph, pw = self.cfg.patch_size
         pattern = "b f (r ph) (c pw) d -> b (f r c) (ph pw d)"
         return self.patch_embedding(rearrange(latents, pattern, ph=ph, pw=pw))
 
-    def embed_time(self, timestep: Float[Array, "b f"]):
-        """Timesteps -> (time embedding [B, F, C], layer modulation [B, F, 6, C]), float32."""
+    def embed_time(self, timestep: Float[Array, "b t"]):
+        """Timesteps -> (time embedding [B, T, C], layer modulation [B, T, 6, C]), float32."""
         time = self.time_embedding(timestep_features(timestep, self.cfg.freq_dim))
         modulation = self.time_projection(jax.nn.silu(time))
         return time, rearrange(modulation, "b f (six c) -> b f six c", six=6)
 
     def predict_flow(self, x, time, rows: int, columns: int):
-        """Tokens -> flow [B, F, rows, columns, out_dim] float32; rows, columns in latents."""
+        """Tokens -> flow [B, T, rows, columns, out_dim] float32; rows, columns in latents."""
         _, ph, pw = self.cfg.patch_size
         pattern = "b (f r c) (ph pw d) -> b f (r ph) (c pw) d"
         sizes = dict(f=time.shape[1], r=rows // ph, c=columns // pw, ph=ph, pw=pw)

@@ -98,8 +98,8 @@ class HybridAttention(nnx.Module):
         """Return the state after a block; `step` attends as well, with one projection for both."""
         return self.step(x, state, positions)[1]
 
-    def scan(self, x: Float[Array, "b t c"], block_size: int, positions: Positions = None):
-        """Run `step` over the blocks of a sequence: output [B, T, C].
+    def scan(self, x: Float[Array, "b n c"], block_size: int, positions: Positions = None):
+        """Run `step` over the blocks of a sequence: output [B, n, C].
 
         This is the method as it is defined. It holds one block's activations at a time.
 
@@ -109,7 +109,7 @@ class HybridAttention(nnx.Module):
           positions: of all tokens, as in `step`.
 
         Raises:
-          ValueError: block_size does not divide T.
+          ValueError: block_size does not divide n.
         """
         blocks, grid = self._sequence(x, block_size, positions)
         room = Room(grid.frames, grid.tokens_per_frame, grid.frames // blocks)
@@ -124,11 +124,11 @@ class HybridAttention(nnx.Module):
         _, out = jax.lax.scan(block, state, (jnp.arange(blocks), split))
         return rearrange(out, "m b n c -> b (m n) c")
 
-    def clip(self, x: Float[Array, "b t c"], block_size: int, positions: Positions = None):
+    def clip(self, x: Float[Array, "b n c"], block_size: int, positions: Positions = None):
         """Return what `scan` does, computed for all blocks at once; for training.
 
         Raises:
-          ValueError: block_size does not divide T, or the memory has no form for clips.
+          ValueError: block_size does not divide n, or the memory has no form for clips.
         """
         blocks, grid = self._sequence(x, block_size, positions)
         if not isinstance(self.memory, TrainableMemory):

@@ -40,11 +40,11 @@ class Conditions(NamedTuple):
     """What a layer needs besides its tokens; equal for all layers but for the text.
 
     Attributes:
-      modulation: projected timestep, [B, F, 6, C] float32.
+      modulation: projected timestep, [B, T, 6, C] float32.
       grid: positions of the tokens.
     """
 
-    modulation: Float[Array, "b f six c"]
+    modulation: Float[Array, "b t 6 c"]
     grid: TokenGrid
 
 
@@ -142,11 +142,11 @@ class TransformerLayer(nnx.Module):
         return self.finish(x, self.self_attn.output(attended), conditions, text), state, aux
 
     def _modulation(self, conditions: Conditions):
-        """Six [B, F, C] float32 terms: shift, scale, gate of attention, then of the FFN."""
+        """Six [B, T, C] float32 terms: shift, scale, gate of attention, then of the FFN."""
         return jnp.moveaxis(self.modulation[...] + conditions.modulation, 2, 0)
 
 
-def _gated(y, gate: Float[Array, "b f c"]):
+def _gated(y, gate: Float[Array, "b t c"]):
     """y times one gate per frame, in the dtype of y."""
     frames = rearrange(y, "b (f n) c -> b f n c", f=gate.shape[1])
     return (frames * gate[:, :, None]).reshape(y.shape).astype(y.dtype)

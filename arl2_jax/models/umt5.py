@@ -21,6 +21,8 @@ from arl2_jax.models.layer import Params
 from arl2_jax.nn.mlp import gelu_tanh
 from arl2_jax.nn.norm import RMSNorm, rms_norm
 
+AnyArray = Array | np.ndarray
+
 # Float32 stays exact where the default is lower (TPU, tensor cores); bfloat16 is not touched.
 _PRECISION = "highest"
 
@@ -39,7 +41,7 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, x: Float[Array, "b n c"], visible: Bool[Array, "b n"]):
-        """Attends from every token to the visible ones; float32 [B, N, C]."""
+        """Attends from every token to the visible ones; float32 [B, n, C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         heads = lambda y: rearrange(y.astype(dtype), "b n (h d) -> b n h d", h=cfg.num_heads)
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
@@ -77,7 +79,7 @@ class EncoderLayer(nnx.Module):
         self.ffn = GatedFFN(cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"], visible: Bool[Array, "b n"]):
-        """Float32 in, float32 out, [B, N, C]."""
+        """Float32 in, float32 out, [B, n, C]."""
         x = x + self.attn(self.norm1(x), visible)
         return x + self.ffn(self.norm2(x))
 
@@ -115,7 +117,7 @@ def _einsum(pattern: str, x: Array, y: Array) -> Array:
     return jnp.einsum(pattern, x, y, precision=_PRECISION, preferred_element_type=jnp.float32)
 
 
-def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "q k"]:
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n n"]:
     """Bucket of every pair (query, key) of a sequence, both directions apart.
 
     The first half of the buckets are for keys that are not after the query, the second for those
@@ -170,8 +172,8 @@ def umt5_shapes(cfg: UMT5Config) -> Params:
 
 
 def encode_tokens(
-    params: Params, cfg: UMT5Config, tokens: Int[Array, "b l"], lengths: Int[Array, "b"]
-) -> Float[Array, "b l dim"]:
+    params: Params, cfg: UMT5Config, tokens: Int[AnyArray, "b l"], lengths: Int[AnyArray, "b"]
+) -> Float[Array, "b l text_dim"]:
     """Text embeddings of tokenised prompts; what stands past a length changes nothing.
 
     Call it outside `jax.jit`, which would compile every layer anew.

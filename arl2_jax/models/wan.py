@@ -238,7 +238,7 @@ def embed_clip(
     return Clip(x, Conditions(modulation, grid), stem.text_embedding(text), noisy_half(time))
 
 
-def noisy_half(x: Float[Array, "b2 ..."]) -> Float[Array, "b ..."]:
+def noisy_half(x: Float[Array, "_ ..."]) -> Float[Array, "b ..."]:
     """The noisy one of each pair of copies."""
     return x.reshape(-1, 2, *x.shape[1:])[:, 1]
 

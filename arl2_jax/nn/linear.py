@@ -93,7 +93,7 @@ def _sum_of_parts(product: str, x: Array, gradient: Array, kernel: Array) -> Arr
     return jnp.sum(parts, axis=(0, 1)).astype(kernel.dtype)
 
 
-def _parts(x: Float[Array, "b n *rest"]) -> Array:
+def _parts(x: Float[Array, "b n ..."]) -> Array:
     """Split tokens into the fewest equal parts that are short enough and lie on one device each.
 
     Parts of a multiple of eight tokens, as tensor cores take them, are preferred.

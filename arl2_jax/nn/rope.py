@@ -14,11 +14,11 @@ THETA = 10000.0
 class Rope(NamedTuple):
     """Cosines and sines of the rotary embedding, each [tokens, head_dim / 2] float32."""
 
-    cos: Float[Array, "tokens pairs"]
-    sin: Float[Array, "tokens pairs"]
+    cos: Float[Array, "n pairs"]
+    sin: Float[Array, "n pairs"]
 
 
-def rope_angles(positions: Int[Array, "tokens"], width: int) -> Float[Array, "tokens pairs"]:
+def rope_angles(positions: Int[Array, "n"], width: int) -> Float[Array, "n pairs"]:
     """Angles of one axis, position * 10000^(-2 i / width), reduced to [-pi, pi).
 
     Frequencies are held as 64-bit fractions of a turn. The product with the position wraps around
@@ -71,7 +71,7 @@ def sequence_rope(first: int | Int[Array, ""], length: int, head_dim: int) -> Ro
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: Float[Array, "*batch tokens heads dim"], rope: Rope | None):
+def rotate(x: Float[Array, "*batch n h d"], rope: Rope | None) -> Float[Array, "*batch n h d"]:
     """Rotates the interleaved pairs (2i, 2i + 1) of every head, in float32; `None` leaves x."""
     if rope is None:
         return x

@@ -28,7 +28,7 @@ class EmbeddingCache:
     folder: epath.Path | None
     facts: Mapping[str, Any]
 
-    def read(self, text: str) -> Float[np.ndarray, "l dim"] | None:
+    def read(self, text: str) -> Float[np.ndarray, "l text_dim"] | None:
         """The embedding of a cleaned prompt, float32, or None if it must be made."""
         if self.folder is None:
             return None
@@ -45,7 +45,7 @@ class EmbeddingCache:
             return None
         return rows
 
-    def write(self, text: str, rows: Float[np.ndarray, "l dim"]) -> None:
+    def write(self, text: str, rows: Float[np.ndarray, "l text_dim"]) -> None:
         """Keeps the embedding of a cleaned prompt, whole or not at all."""
         if self.folder is None:
             return

@@ -30,7 +30,7 @@ def encode_prompts(
     cache: epath.PathLike | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     allow_empty: bool = False,
-) -> Float[np.ndarray, "n text_len dim"]:
+) -> Float[np.ndarray, "b l text_dim"]:
     """Encodes prompts, each on its own, so that an embedding does not depend on its neighbours.
 
     The encoder is loaded if some prompt is not in the cache, and its memory is given back before
@@ -78,12 +78,12 @@ def encode_prompts(
 
 
 def _encode(
-    tokens: Int[np.ndarray, "n text_len"],
-    lengths: Int[np.ndarray, "n"],
+    tokens: Int[np.ndarray, "b l"],
+    lengths: Int[np.ndarray, "b"],
     path: epath.PathLike,
     tokenizer: Tokenizer,
     dtype: Literal["float32", "bfloat16"],
-) -> Iterator[Float[np.ndarray, "l dim"]]:
+) -> Iterator[Float[np.ndarray, "l text_dim"]]:
     """Loads the encoder, and yields each prompt's embedding without padding."""
     cfg = umt5_config(path, text_len=tokens.shape[1], dtype=dtype)
     if tokens.max() >= cfg.vocab_size:

@@ -58,7 +58,7 @@ class Tokenizer:
 
     def __call__(
         self, prompts: Sequence[str], text_len: int, *, allow_empty: bool = False
-    ) -> tuple[Int[np.ndarray, "b text_len"], Int[np.ndarray, "b"]]:
+    ) -> tuple[Int[np.ndarray, "b l"], Int[np.ndarray, "b"]]:
         """Cleans prompts and splits them into tokens.
 
         Args:

@@ -52,7 +52,7 @@ class Readings(NamedTuple):
     """
 
     q: Float[Array, "b n h d"]
-    states: Float[Array, "clips m h k v"]
+    states: Float[Array, "clips blocks h k v"]
     x: Float[Array, "b n c"]
     target: Float[Array, "b n h d"]
     weights: Float[Array, "b"]
@@ -142,7 +142,7 @@ def squared_error(readout: Readout, readings: Readings, output: Float[Array, "c 
 
 def errors_along(
     readout: Readout, readings: Readings, output: Float[Array, "c c"], step: Readout
-) -> Float[Array, "lengths"]:
+) -> Float[Array, "steps"]:
     """Squared errors after whole and shortened steps, those of `_STEP_LENGTHS`."""
     moved = lambda t: jax.tree.map(lambda a, b: a + t * b, readout, step)
     return jnp.stack([squared_error(moved(t), readings, output) for t in _STEP_LENGTHS])
@@ -288,7 +288,7 @@ def _inverse_of(factors: Factors) -> Callable[[Array], Array]:
     return lambda x: jnp.matmul(jnp.matmul(left, x, precision=_EXACT), right, precision=_EXACT)
 
 
-def _mean_diagonal(x: Float[Array, "h d d"]) -> Float[Array, "h one one"]:
+def _mean_diagonal(x: Float[Array, "h d d"]) -> Float[Array, "h 1 1"]:
     """At least a number that can be divided by, for heads through which nothing passes."""
     return jnp.trace(x, axis1=1, axis2=2)[:, None, None] / x.shape[-1] + 1e-20
 

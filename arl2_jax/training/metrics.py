@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import jax
 from etils import epath
@@ -16,6 +16,7 @@ from arl2_jax.storage import is_remote, write_whole
 Metrics = Mapping[str, Any]
 
 
+@runtime_checkable
 class MetricWriter(Protocol):
     """Takes the metrics of a logged step.
 

@@ -93,7 +93,7 @@ def _as_written(clips: Mapping[str, Any], level: float) -> Mapping[str, Any]:
 
 def _by_layer(
     params: Params, cfg: ModelConfig, clips: Mapping[str, Any], level: float, mesh: Any
-) -> list[dict[str, Float[np.ndarray, "heads"]]]:
+) -> list[dict[str, Float[np.ndarray, "h"]]]:
     """Measures of each hybrid layer, means over the clips, which are at a noise level."""
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     put = lambda x: jnp.asarray(x) if everywhere is None else jax.device_put(x, everywhere)

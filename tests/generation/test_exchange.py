@@ -246,7 +246,7 @@ def test_guidance_exchanges_both_halves(cfg, make_params, clip):
 
 
 def test_swapping_twice_is_the_identity():
-    x = np.arange(24).reshape(2, 6, 2)
+    x = jnp.arange(24).reshape(2, 6, 2)
     once = swap_twins(x, axis=1)
     np.testing.assert_array_equal(once[0, :, 0], [2, 0, 6, 4, 10, 8])
     np.testing.assert_array_equal(swap_twins(once, axis=1), x)

@@ -21,7 +21,7 @@ def make_projections(cfg, frames, rows, columns, *, batch=2, seed=0):
     tokens = frames * rows * columns
     x, q_raw, k_raw, v = rng.standard_normal((4, batch, tokens, cfg.dim), np.float32)
     q_scale, k_scale = 1 + 0.2 * rng.standard_normal((2, cfg.dim), np.float32)
-    heads = lambda y: jnp.reshape(y, (batch, tokens, cfg.num_heads, cfg.head_dim))
+    heads = lambda y: jnp.asarray(y).reshape(batch, tokens, cfg.num_heads, cfg.head_dim)
     q, k = rms_norm(q_raw, q_scale, cfg.eps), rms_norm(k_raw, k_scale, cfg.eps)
     return Projections(*map(jnp.asarray, (x, q_raw, k_raw)), heads(q), heads(k), heads(v),
                        jnp.asarray(q_scale), jnp.asarray(k_scale))  # fmt: skip

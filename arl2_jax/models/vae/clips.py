@@ -28,10 +28,10 @@ from arl2_jax.models.vae.tiling import over_tiles
 def encode(
     params: Params,
     cfg: VAEConfig,
-    pixels: Float[Array, "b f rows columns 3"],
+    pixels: Float[Array, "b frames height width 3"],
     *,
     tile: tuple[int, int] | None = None,
-) -> Float[Array, "b t h w z"]:
+) -> Float[Array, "b t rows columns channels"]:
     """Encodes whole clips.
 
     Args:
@@ -72,10 +72,10 @@ def encode(
 def decode(
     params: Params,
     cfg: VAEConfig,
-    latents: Float[Array, "b t h w z"],
+    latents: Float[Array, "b t rows columns channels"],
     *,
     tile: tuple[int, int] | None = None,
-) -> Float[Array, "b f rows columns 3"]:
+) -> Float[Array, "b frames height width 3"]:
     """Decodes whole clips.
 
     Args:
@@ -104,12 +104,12 @@ def decode(
 def decode_block(
     params: Params,
     cfg: VAEConfig,
-    latents: Float[Array, "b f h w z"],
+    latents: Float[Array, "b f rows columns channels"],
     state: State,
     *,
     first: bool,
     tile: tuple[int, int] | None = None,
-) -> tuple[Float[Array, "b n rows columns 3"], State]:
+) -> tuple[Float[Array, "b frames height width 3"], State]:
     """Decodes a run of latent frames; runs one after the other give what `decode` gives.
 
     Args:

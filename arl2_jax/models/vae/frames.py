@@ -105,11 +105,11 @@ def init_decoder_state(
 def encode_frame(
     params: Params,
     cfg: VAEConfig,
-    pixels: Float[Array, "b f rows columns 3"],
+    pixels: Float[Array, "b frames height width 3"],
     state: State,
     *,
     first: bool,
-) -> tuple[Float[Array, "b h w z"], State]:
+) -> tuple[Float[Array, "b rows columns channels"], State]:
     """Encodes the pixel frames of one latent frame.
 
     Args:
@@ -140,8 +140,13 @@ def encode_frame(
 
 
 def decode_frame(
-    params: Params, cfg: VAEConfig, latent: Float[Array, "b h w z"], state: State, *, first: bool
-) -> tuple[Float[Array, "b f rows columns 3"], State]:
+    params: Params,
+    cfg: VAEConfig,
+    latent: Float[Array, "b rows columns channels"],
+    state: State,
+    *,
+    first: bool,
+) -> tuple[Float[Array, "b frames height width 3"], State]:
     """Decodes one latent frame.
 
     Args:
