@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from arl2_jax import models
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import draw_noise
 from arl2_jax.generation import rollout
