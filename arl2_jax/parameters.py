@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-from arl2_jax.config import ConfigError
+from arl2_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,6 @@ def facts_of(path: str) -> ParameterFacts:
         return _FACTS[found[0]]
     problem = f"has several facts, {found}" if found else "has no facts"
     raise ConfigError(
-        f"the parameter {path} {problem}; declare them once where it is made, see "
-        "arl2_jax.parameters"
+        f"the parameter {path} {problem}",
+        remedy="declare them once where it is made, see arl2_jax.parameters",
     )

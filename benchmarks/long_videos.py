@@ -34,7 +34,7 @@ from arl2_jax.config import Config
 from arl2_jax.errors import ConfigError, UserError
 from arl2_jax.evaluation.gap import Model
 from arl2_jax.generation.finished_run import read_run_config
-from arl2_jax.storage import plain_json
+from arl2_jax.json_trees import plain_json
 from arl2_jax.weights.folder import load_params_folder
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)

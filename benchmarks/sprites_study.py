@@ -40,7 +40,7 @@ from study.stored import Folder, write_result
 from study.teachers import run_teacher
 
 from arl2_jax.config import Config
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", "runs/study", "Folder of the study.")
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "quick"], "Variant of the configuration.")

@@ -15,7 +15,7 @@ from arl2_jax.config import Config, SamplerConfig
 from arl2_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from arl2_jax.generation.encoders import Encoders
+    from arl2_jax.generation.release_paths import ReleasePaths
     from arl2_jax.generation.released import Picture
 
 # The library's names of what the groups of flags below set, where they are others than the flags'.
@@ -25,7 +25,6 @@ MODEL_NAMES = {
     "model.hybrid_layers": "hybrid_layers",
     "model.dtype": "dtype",
     "model.delta.leak": "leak",
-    "tile": "vae_tile",
 }
 _SAVE_MEMORY = (
     "make the video shorter or smaller, use a model with more hybrid layers, or set --vae_tile"
@@ -126,7 +125,7 @@ def sampler_flags() -> Callable[[], SamplerConfig]:
     return make
 
 
-def encoder_flags() -> Callable[[], "Encoders"]:
+def release_flags() -> Callable[[], "ReleasePaths"]:
     """Defines the flags that name text encoder, tokenizer and VAE; the result holds the paths."""
     release = flags.DEFINE_string("release", None, "Folder with text encoder, tokenizer and VAE.")
     text_encoder = flags.DEFINE_string("text_encoder", None, "Weights of the text encoder.")
@@ -139,12 +138,12 @@ def encoder_flags() -> Callable[[], "Encoders"]:
         "vae_tile", None, "Rows,columns of latents that the VAE computes together, to save memory."
     )
 
-    def make() -> "Encoders":
-        from arl2_jax.generation.encoders import Encoders
+    def make() -> "ReleasePaths":
+        from arl2_jax.generation.release_paths import ReleasePaths
 
         folder = os.path.expanduser(cache.value) if cache.value else None
         size = None if tile.value is None else _tile(tile.value)
-        own = Encoders(text_encoder.value, tokenizer.value, vae.value, folder, size)
+        own = ReleasePaths(text_encoder.value, tokenizer.value, vae.value, folder, size)
         return own.within(release.value)
 
     return make

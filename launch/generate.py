@@ -45,7 +45,7 @@ _DTYPE = flags.DEFINE_enum(
 _LEAK = flags.DEFINE_float(
     "leak", None, "Share of a hybrid layer's state that every block loses; by default the model's."
 )
-_encoders, _sampler = command_line.encoder_flags(), command_line.sampler_flags()
+_paths, _sampler = command_line.release_flags(), command_line.sampler_flags()
 _picture = command_line.picture_flags()
 
 
@@ -60,7 +60,7 @@ def main():
         negative_prompt=_NEGATIVE.value,
         frames=_FRAMES.value,
         out=_OUT.value,
-        encoders=_encoders(),
+        paths=_paths(),
         condition=_CONDITION.value,
         leak=_LEAK.value,
         seed=_SEED.value,

@@ -29,7 +29,7 @@ _STORED = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type that is stored."
 )
 _PER_SHARD = flags.DEFINE_integer("records_per_shard", 64, "Clips in a file.")
-_encoders = command_line.encoder_flags()
+_paths = command_line.release_flags()
 # With --videos:
 _FPS = flags.DEFINE_float("fps", 16.0, "Frames a second at which videos are sampled.")
 _TEXT_LEN = flags.DEFINE_integer("text_len", 512, "Text slots of a clip, with --videos.")
@@ -58,7 +58,7 @@ def main():
         count = preparation.store_videos(
             _VIDEOS.value,
             _OUT.value,
-            _encoders(),
+            _paths(),
             fps=_FPS.value,
             text_len=_TEXT_LEN.value,
             **clips,
@@ -68,7 +68,7 @@ def main():
         count = preparation.store_rollouts(
             str(_PROMPTS.value),
             _OUT.value,
-            _encoders(),
+            _paths(),
             weights=_WEIGHTS.value,
             sampler=_sampler(),
             frames_per_block=_BLOCK.value,

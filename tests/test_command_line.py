@@ -97,11 +97,11 @@ def test_an_error_is_made_of_its_parts(parts, line):
     assert str(inner) == (f"a.{line}" if error.field else line)
 
 
-NAMES = {"out": "out", 
+NAMES = {
+    "out": "out",
     "model.dim": "config.model.dim",
     "sampler.steps": "steps",
     "tile": "vae_tile",
-    "out": "out",
 }
 
 

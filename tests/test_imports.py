@@ -11,29 +11,35 @@ ROOT = Path(__file__).parents[1]
 # Room (a package, or a module that stands alone) -> the rooms that it imports: no more, no fewer.
 ARROWS = {
     "arl2_jax.errors": set(),
+    "arl2_jax.json_trees": set(),
+    "arl2_jax.processes": set(),
     "arl2_jax.config": {"errors"},
-    "arl2_jax.parameters": {"config"},
+    "arl2_jax.parameters": {"errors"},
     "arl2_jax.sharding": {"config", "errors", "parameters"},
     "arl2_jax.storage": {"errors"},
     "arl2_jax.nn": {"sharding"},
     "arl2_jax.memory": {"nn", "config", "errors", "sharding", "parameters"},
-    "arl2_jax.models": {"memory", "nn", "config", "parameters"},
+    "arl2_jax.models": {"memory", "nn", "config", "errors", "parameters"},
     "arl2_jax.diffusion": {"config"},
-    "arl2_jax.weights": {"models", "config", "errors", "storage", "parameters"},
+    "arl2_jax.weights": {
+        "models", "config", "errors", "json_trees", "parameters", "processes", "storage",
+    },
     "arl2_jax.text": {"models", "config", "errors", "storage", "weights"},
     "arl2_jax.codecs": {"models", "config", "errors", "weights"},
-    "arl2_jax.data": {"codecs", "text", "config", "errors", "storage", "weights"},
+    "arl2_jax.data": {"codecs", "text", "config", "errors", "json_trees", "weights"},
     "arl2_jax.generation": {
         "models", "diffusion", "config", "errors", "storage", "codecs", "data", "text", "weights",
     },
-    "arl2_jax.preparation": {"generation", "data", "weights", "config", "errors", "storage"},
+    "arl2_jax.preparation": {
+        "generation", "data", "text", "weights", "config", "errors", "storage",
+    },
     "arl2_jax.training": {
-        "config", "sharding", "storage", "parameters", "models", "memory", "nn", "diffusion",
-        "generation", "data", "weights",
+        "config", "errors", "json_trees", "processes", "sharding", "storage", "parameters",
+        "models", "memory", "nn", "diffusion", "generation", "data", "weights",
     },
     "arl2_jax.evaluation": {
-        "config", "errors", "sharding", "storage", "models", "diffusion", "generation", "codecs",
-        "data", "text", "training", "weights",
+        "config", "errors", "json_trees", "sharding", "storage", "models", "diffusion",
+        "generation", "codecs", "data", "text", "training", "weights",
     },
 }  # fmt: skip
 KERNELS = {"arl2_jax.nn", "arl2_jax.memory"}

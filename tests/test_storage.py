@@ -6,7 +6,8 @@ import pytest
 from one_line import assert_one_line
 
 from arl2_jax.errors import StorageError
-from arl2_jax.storage import check_writable, plain_json
+from arl2_jax.json_trees import plain_json
+from arl2_jax.storage import check_writable
 from arl2_jax.training.checkpoint import Checkpointer
 from arl2_jax.weights.folder import save_params
 

@@ -6,7 +6,6 @@ Facts of a released model stand in the presets of `ModelConfig`; choices stand i
 
 from arl2_jax.config.convert import from_config_dict, to_config_dict
 from arl2_jax.config.data import DataConfig, ShortClipsConfig, SpriteConfig
-from arl2_jax.config.encoders import UMT5Config, VAEConfig
 from arl2_jax.config.memory import (
     MEMORY_SETTINGS,
     RULE_FIELDS,
@@ -26,7 +25,8 @@ from arl2_jax.config.training import (
     TrainConfig,
     with_steps,
 )
-from arl2_jax.errors import ConfigError
+from arl2_jax.config.umt5 import UMT5Config
+from arl2_jax.config.vae import VAEConfig
 
 __all__ = [
     "MEMORY_SETTINGS",
@@ -34,7 +34,6 @@ __all__ = [
     "RULE_FIELDS",
     "AttentionConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "EvaluationConfig",
     "GatedDeltaConfig",

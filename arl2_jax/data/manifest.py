@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arl2_jax.errors import DataError
-from arl2_jax.storage import as_json
+from arl2_jax.json_trees import as_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -17,8 +17,9 @@ from arl2_jax.data.sprite_clips import SpriteClips
 from arl2_jax.evaluation.gap import Model, place_beside
 from arl2_jax.evaluation.labels import LABELS
 from arl2_jax.evaluation.plots import Row, contact_sheet
+from arl2_jax.evaluation.side_by_side import side_by_side, timeline
 from arl2_jax.generation.rollout import rollout
-from arl2_jax.generation.video import side_by_side, timeline, write_video
+from arl2_jax.generation.video import write_video
 
 
 class Continuations(NamedTuple):

@@ -86,7 +86,7 @@ def inspect_memory(
     cfg = dataclasses.replace(cfg, dtype=dtype)
     clips = read_clips(choice, cfg, seed)
     _warn_of_other_blocks(cfg, clips["latents"].shape)
-    check_writable(file.parent, remedy="name another file")
+    check_writable(file.parent, field="out")
     params = load_params(path, cfg, jax.random.key(seed), precision="compute", entry=entry)
     measures = retention(params, cfg, clips)
     # One measure a line: the tables are long.

@@ -30,7 +30,8 @@ from arl2_jax.evaluation.rank_choice import (
 )
 from arl2_jax.evaluation.ranking import MEASURES, rank
 from arl2_jax.evaluation.ranking_plot import ranking_picture
-from arl2_jax.storage import as_json, write_whole
+from arl2_jax.json_trees import as_json
+from arl2_jax.storage import write_whole
 from arl2_jax.training.pipeline import convert, prepare
 
 
@@ -57,7 +58,7 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
     measures, by = chosen_measures(config, choice)
     config = all_hybrid(config, out)
     check_ranking(config, choice, measures)
-    folder, data, params = prepare(config, remedy="name another folder with --out")
+    folder, data, params = prepare(config)
     mesh = sharding.make_mesh(config.train.mesh)
     converted = convert(config, folder, data, params)
     assert converted.stage1 is not None  # the only phase

@@ -38,8 +38,9 @@ from arl2_jax.evaluation.plots import curves, lag_curves
 from arl2_jax.evaluation.recall import RecallTest, recall_test
 from arl2_jax.evaluation.recall_sheet import recall_sheet
 from arl2_jax.evaluation.retention import retention_of_models
+from arl2_jax.json_trees import plain_json
 from arl2_jax.models import Params
-from arl2_jax.storage import plain_json, write_whole
+from arl2_jax.storage import write_whole
 from arl2_jax.training.pipeline import Converted, control_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "arl2_jax")

@@ -1,4 +1,4 @@
-"""Videos from the models of a finished run of `launch/train.py`."""
+"""Videos from the models of a finished run."""
 
 import dataclasses
 import json
@@ -6,9 +6,11 @@ import json
 from etils import epath
 
 from arl2_jax.codecs import make_codec
-from arl2_jax.config import Config, ConfigError, from_config_dict
-from arl2_jax.generation.encoders import Encoders
-from arl2_jax.generation.make_video import Text, VideoModel, make_video, read_past
+from arl2_jax.config import Config, from_config_dict
+from arl2_jax.errors import ConfigError, StorageError
+from arl2_jax.generation.make_video import VideoModel, make_video, read_past
+from arl2_jax.generation.release_paths import ReleasePaths
+from arl2_jax.generation.text_conditioning import TextConditioning, encode_text
 from arl2_jax.text import embed_caption
 from arl2_jax.weights.folder import load_params_folder
 
@@ -22,7 +24,7 @@ def write_from_run(
     prompt: str,
     frames: int | None,
     out: epath.PathLike,
-    encoders: Encoders,
+    paths: ReleasePaths,
     condition: str | None = None,
     negative_prompt: str = "",
     leak: float | None = None,
@@ -36,17 +38,17 @@ def write_from_run(
       prompt: words, embedded as the captions of training are.
       frames: pixel frames to generate, whole blocks; by default four training clips.
       out: the file.
-      encoders: text encoder and VAE, for runs on latents of Wan's VAE.
+      paths: text encoder and VAE, for runs on latents of Wan's VAE.
       condition: a video file; its beginning, half a training clip, comes first and is continued.
       negative_prompt: what guidance leads away from, where the text encoder is Wan's.
       leak: as `make_video` takes it.
       seed: seed of the noise.
 
     Raises:
-      ConfigError: before anything is compiled, one line naming what is wrong and the remedy.
+      UserError: what is wrong, in one line with the remedy, before anything is compiled.
     """
     config = read_run_config(run)
-    found = _find(epath.Path(run), model, config, encoders)
+    found = _find(epath.Path(run), model, config, paths)
     if frames is None:
         frames = found.codec.pixel_frames(4 * config.data.frames)
     past = None
@@ -54,19 +56,20 @@ def write_from_run(
         half = max(config.blocks // 2, 1) * config.model.frames_per_block
         past = read_past(condition, found, half, (config.data.height, config.data.width))
     cfg, wan = found.cfg, config.data.codec == "wan_vae"
-    encode_text = lambda: (
-        encoders.text(prompt, negative_prompt, cfg, found.sampler)
+    text = lambda: (
+        encode_text(paths.open_text_encoder(), prompt, negative_prompt, cfg, found.sampler)
         if wan
-        else Text(embed_caption(prompt, cfg.text_len, cfg.text_dim))
+        else TextConditioning(embed_caption(prompt, cfg.text_len, cfg.text_dim))
     )
-    make_video(found, encode_text, frames=frames, out=out, past=past, leak=leak, seed=seed)
+    make_video(found, text, frames=frames, out=out, past=past, leak=leak, seed=seed)
 
 
 def teacher_of_run(run: epath.PathLike) -> Config:
     """The configuration of a run, with the weights of its teacher in `teacher.weights`.
 
     Raises:
-      ConfigError: there is no such run, or its teacher is not finished.
+      StorageError: there is no such run.
+      ConfigError: its teacher is not finished.
     """
     folder, config = epath.Path(run), read_run_config(run)
     if "teacher" not in config.phases:
@@ -80,31 +83,36 @@ def read_run_config(run: epath.PathLike) -> Config:
     """The configuration that a run keeps in its folder.
 
     Raises:
-      ConfigError: there is none, or it is damaged.
+      StorageError: there is none, or it is damaged.
     """
     run = epath.Path(run)
     if not (run / "config.json").exists():
-        raise ConfigError(f"{run} is not the folder of a run: config.json is missing; name another")
+        raise StorageError(
+            f"{run} is not the folder of a run: config.json is missing", remedy="name another"
+        )
     try:
         return from_config_dict(json.loads((run / "config.json").read_text()))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{run / 'config.json'} is damaged: {error}; name another run") from None
+        raise StorageError(
+            f"{run / 'config.json'} is damaged: {error}", remedy="name another run"
+        ) from None
 
 
 def _check_trained(run: epath.Path, model: str) -> None:
     trained = [name for name in MODELS if (run / name / "summary.json").exists()]
     if model not in trained:
         raise ConfigError(
-            f"{run} has no finished model {model!r}; it has {', '.join(trained) or 'none'}"
+            f"{run} has no finished model {model!r}",
+            remedy=f"it has {', '.join(trained) or 'none'}",
         )
 
 
-def _find(run: epath.Path, model: str, config: Config, encoders: Encoders) -> VideoModel:
+def _find(run: epath.Path, model: str, config: Config, paths: ReleasePaths) -> VideoModel:
     _check_trained(run, model)
     gates = {"control": "zero", "control_local": "local"}
     cfg = config.model.teacher() if model == "teacher" else config.model
     codec = (
-        encoders.codec(config.data.vae) if config.data.codec == "wan_vae" else make_codec(config)
+        paths.load_codec(config.data.vae) if config.data.codec == "wan_vae" else make_codec(config)
     )
     assert codec is not None  # only Wan's may lack its weights
     return VideoModel(

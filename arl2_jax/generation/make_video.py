@@ -15,6 +15,7 @@ from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.data.videos import read_frames
 from arl2_jax.errors import ConfigError, StorageError
 from arl2_jax.generation.generator import Generator
+from arl2_jax.generation.text_conditioning import TextConditioning
 from arl2_jax.generation.video import VideoWriter
 from arl2_jax.models import Params
 
@@ -39,16 +40,9 @@ class VideoModel(NamedTuple):
     fps: float
 
 
-class Text(NamedTuple):
-    """Embeddings [text_len, text_dim] of the prompt, and of what guidance leads away from."""
-
-    prompt: np.ndarray
-    null: np.ndarray | None = None
-
-
 def make_video(
     model: VideoModel,
-    encode_text: Callable[[], Text],
+    encode_text: Callable[[], TextConditioning],
     *,
     frames: int,
     out: epath.PathLike,
@@ -130,11 +124,10 @@ def _whole_blocks(frames: int, known: int, codec: Codec, block: int) -> int:
     if pixels(blocks) != frames:
         near = sorted({pixels(max(blocks - 1, 1)), pixels(blocks)})
         raise ConfigError(
-            f"must be whole blocks, the first of {pixels(1)} frames and each later one of "
-            f"{pixels(2) - pixels(1)}",
+            f"must be whole blocks: {' or '.join(map(str, near))}",
             field="frames",
             value=frames,
-            remedy=f"take {' or '.join(map(str, near))}",
+            remedy=f"the first has {pixels(1)} frames, each later one {pixels(2) - pixels(1)}",
         )
     return blocks * block
 

@@ -7,8 +7,9 @@ from etils import epath
 
 from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.errors import ConfigError, WeightsError
-from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.make_video import VideoModel, make_video, read_past
+from arl2_jax.generation.release_paths import ReleasePaths
+from arl2_jax.generation.text_conditioning import encode_text
 from arl2_jax.weights import find_release, load_params, model_config
 
 # Of every Wan2.1 model.
@@ -29,7 +30,7 @@ def write_from_weights(
     prompt: str,
     frames: int | None,
     out: epath.PathLike,
-    encoders: Encoders,
+    paths: ReleasePaths,
     sampler: SamplerConfig,
     picture: Picture = Picture(),
     condition: str | None = None,
@@ -47,7 +48,7 @@ def write_from_weights(
       prompt: what is to be seen.
       frames: pixel frames to generate, whole blocks; by default about five seconds.
       out: the file.
-      encoders: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
+      paths: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
       sampler: how each block is denoised.
       picture: size of the video.
       condition: a video file, whose first block comes first and is continued.
@@ -61,9 +62,9 @@ def write_from_weights(
     Raises:
       UserError: what is wrong, in one line with the remedy, before anything is compiled.
     """
-    encoders = encoders.within(weights)
+    paths = paths.within(weights)
     found = find_video_model(
-        weights, encoders, sampler, picture, frames_per_block, entry=entry, dtype=dtype
+        weights, paths, sampler, picture, frames_per_block, entry=entry, dtype=dtype
     )
     f = found.cfg.frames_per_block
     if frames is None:
@@ -73,13 +74,15 @@ def write_from_weights(
     past = None
     if condition is not None:
         past = read_past(condition, found, f, (picture.height, picture.width))
-    encode_text = lambda: encoders.text(prompt, negative_prompt, found.cfg, sampler)
-    make_video(found, encode_text, frames=frames, out=out, past=past, leak=leak, seed=seed)
+    text = lambda: encode_text(
+        paths.open_text_encoder(), prompt, negative_prompt, found.cfg, sampler
+    )
+    make_video(found, text, frames=frames, out=out, past=past, leak=leak, seed=seed)
 
 
 def find_video_model(
     weights: str,
-    encoders: Encoders,
+    paths: ReleasePaths,
     sampler: SamplerConfig,
     picture: Picture,
     frames_per_block: int | None = None,
@@ -87,10 +90,10 @@ def find_video_model(
     entry: str | None = None,
     dtype: str | None = None,
 ) -> VideoModel:
-    """The transformer of `weights` with the VAE of `encoders`; its parameters are not read yet.
+    """The transformer of `weights` with the VAE of `paths`; its parameters are not read yet.
 
     Args:
-      weights, encoders, sampler, picture, frames_per_block, entry, dtype: as in
+      weights, paths, sampler, picture, frames_per_block, entry, dtype: as in
         `write_from_weights`.
 
     Raises:
@@ -102,12 +105,12 @@ def find_video_model(
     cfg = model_config(path, entry=entry, **choices)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     cfg = dataclasses.replace(cfg, dtype=dtype)
-    codec = encoders.codec()
+    codec = paths.load_codec()
     if codec.channels != cfg.in_dim:
         raise WeightsError(
             f"makes latents of {codec.channels} channels, but {path} takes {cfg.in_dim}",
             field="vae",
-            value=encoders.vae,
+            value=paths.vae,
             remedy="name the VAE that the model was trained with",
         )
     return VideoModel(

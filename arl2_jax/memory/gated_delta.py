@@ -90,12 +90,11 @@ class GatedDelta(nnx.Module):
         self.value_scale = initial.value_scale(settings, cfg)
         self.phi_v = nnx.Param(self.value_scale * identity)
         width = heads * cfg.head_dim
-        lora = lambda: LowRank(
+        make = lambda: LowRank(
             dim, width, cfg.lora_rank, cfg.lora_alpha, dtype, init=cfg.lora_init, rngs=rngs
         )
-        self.lora_q = self.lora_k = self.lora_v = None
-        if cfg.lora_rank:
-            self.lora_q, self.lora_k, self.lora_v = lora(), lora(), lora()
+        loras = [make() for _ in "qkv"] if cfg.lora_rank else [None] * 3
+        self.lora_q, self.lora_k, self.lora_v = loras
 
     def init_state(self, batch: int, room: Room | None = None) -> State:
         """Return the empty state [B, H, D, D] float32; its size does not depend on the room."""

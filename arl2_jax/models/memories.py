@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arl2_jax.config import ConfigError, ModelConfig
+from arl2_jax.config import ModelConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.memory import Room, TrainableMemory, make_memory
 
 
@@ -57,9 +58,10 @@ def check_trainable(cfg: ModelConfig) -> None:
     lacking = [i for i in layers if not isinstance(memory_of(cfg, i), TrainableMemory)]
     if lacking:
         raise ConfigError(
-            f"model.memories has kind={cfg.memory_of(lacking[0]).kind!r} in layers {lacking}, "
-            "which has no form for clips (attend_clip) and cannot be trained; give these layers "
-            "another memory, or only generate with it"
+            f"has kind={cfg.memory_of(lacking[0]).kind} in layers {lacking}, which has no form for "
+            "clips (attend_clip) and cannot be trained",
+            field="model.memories",
+            remedy="give these layers another memory, or only generate with it",
         )
 
 

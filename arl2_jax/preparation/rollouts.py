@@ -11,11 +11,13 @@ import numpy as np
 
 from arl2_jax.config import SamplerConfig, to_config_dict
 from arl2_jax.errors import ConfigError, DataError
-from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.make_video import VideoModel
+from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.released import Picture, find_video_model
+from arl2_jax.generation.text_conditioning import encode_null_text
 from arl2_jax.preparation.store import Plan, store
+from arl2_jax.text import TextEncoder
 from arl2_jax.weights import find_release, fingerprint
 
 
@@ -29,7 +31,7 @@ class Rolling(NamedTuple):
 def store_rollouts(
     prompts: str | Path,
     out: str | Path | None,
-    encoders: Encoders,
+    paths: ReleasePaths,
     *,
     weights: str | None,
     sampler: SamplerConfig,
@@ -49,7 +51,7 @@ def store_rollouts(
     Args:
       prompts: text file, one prompt a line; empty lines are passed over.
       out: folder of stored latents; one that is unfinished is continued.
-      encoders: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
+      paths: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
       weights, sampler, picture, frames_per_block, entry, negative_prompt, seed: as in
         `generation.released.write_from_weights`.
       frames: latent frames T of a clip, whole blocks.
@@ -66,18 +68,19 @@ def store_rollouts(
             "is missing: the teacher that makes the clips", field="weights", remedy="name it"
         )
     captions = read_prompts(prompts)
-    encoders = encoders.within(weights)
-    teacher = find_video_model(weights, encoders, sampler, picture, frames_per_block, entry=entry)
+    paths = paths.within(weights)
+    teacher = find_video_model(weights, paths, sampler, picture, frames_per_block, entry=entry)
     block = teacher.cfg.frames_per_block
     if frames < 1 or frames % block:
         raise ConfigError(
             f"must be a multiple of the {block} of a block", field="frames", value=frames
         )
+    encoder = paths.open_text_encoder()
     plan = Plan(
         captions=captions,
-        make=functools.partial(_roll_out, _once(teacher, encoders, negative_prompt), frames, seed),
+        make=functools.partial(_roll_out, _once(teacher, encoder, negative_prompt), frames, seed),
         latent_shape=(frames, *teacher.latent_shape),
-        codec_weights=encoders.vae_fingerprint(),
+        codec_weights=paths.vae_fingerprint(),
         source={
             "kind": "rollouts",
             "prompts": len(captions),
@@ -91,7 +94,7 @@ def store_rollouts(
             "seed": seed,
         },
     )
-    return store(plan, out, encoders, teacher.cfg.text_len, teacher.cfg.text_dim, **stored)
+    return store(plan, out, encoder, teacher.cfg.text_len, teacher.cfg.text_dim, **stored)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -115,11 +118,11 @@ def read_prompts(path: str | Path) -> list[str]:
     return found
 
 
-def _once(teacher: VideoModel, encoders: Encoders, negative_prompt: str) -> Callable[[], Rolling]:
+def _once(teacher: VideoModel, encoder: TextEncoder, negative_prompt: str) -> Callable[[], Rolling]:
     """Makes the generator at its first use: until then the text encoder has the room."""
 
     def make() -> Rolling:
-        null_text = encoders.null_text(negative_prompt, teacher.cfg, teacher.sampler)
+        null_text = encode_null_text(encoder, negative_prompt, teacher.cfg, teacher.sampler)
         params, shape = teacher.load_params(), teacher.latent_shape
         return Rolling(
             Generator(teacher.cfg, params, teacher.sampler, latent_shape=shape), null_text

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from arl2_jax.data import LatentWriter
 from arl2_jax.data.manifest import MANIFEST
 from arl2_jax.errors import ConfigError, DataError, StorageError
-from arl2_jax.generation.encoders import Encoders
 from arl2_jax.storage import check_writable
+from arl2_jax.text import TextEncoder
 
 
 class Plan(NamedTuple):
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 def store(
     plan: Plan,
     out: str | Path | None,
-    encoders: Encoders,
+    encoder: TextEncoder,
     text_len: int,
     text_dim: int | None = None,
     *,
@@ -49,7 +49,7 @@ def store(
     Args:
       plan: the clips.
       out: folder of stored latents; one that is unfinished is continued.
-      encoders: text encoder and tokenizer. Captions are encoded shard by shard, so that those of a
+      encoder: captions are encoded shard by shard, so that those of a
         long plan are never in memory together.
       text_len: text slots.
       text_dim: width that the text encoder must have, if that matters.
@@ -72,16 +72,16 @@ def store(
         raise StorageError(
             "holds stored latents already", field="out", value=out, remedy="name another folder"
         )
-    encoders.check(plan.captions, text_len, text_dim)
-    check_writable(out, remedy="name another folder")
+    encoder.check(plan.captions, text_len, text_dim)
+    check_writable(out, field="out")
     writer = LatentWriter(
         out,
         plan.latent_shape,
-        (text_len, encoders.text_dim()),
+        (text_len, encoder.dim),
         dtype,
         records_per_shard,
         codec_weights=plan.codec_weights,
-        source={**plan.source, **encoders.text_fingerprints()},
+        source={**plan.source, **encoder.fingerprints},
         resume=True,
     )
     total = len(plan.captions)
@@ -90,7 +90,7 @@ def store(
     with writer, tqdm(total=total, initial=writer.count, unit="clip") as progress:
         for first in range(writer.count, total, records_per_shard):
             captions = plan.captions[first : first + records_per_shard]
-            for i, text in enumerate(encoders.encode(captions, text_len), start=first):
+            for i, text in enumerate(encoder.encode(captions, text_len), start=first):
                 _write(writer, plan.make(i, text), text, i, plan.captions[i])
                 progress.update()
     return total

@@ -7,7 +7,7 @@ import numpy as np
 
 from arl2_jax.data.videos import Video, decode_frames, index_videos
 from arl2_jax.errors import ConfigError
-from arl2_jax.generation.encoders import Encoders
+from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.released import Picture
 from arl2_jax.preparation.store import Plan, store
 
@@ -15,7 +15,7 @@ from arl2_jax.preparation.store import Plan, store
 def store_videos(
     folder: str | Path,
     out: str | Path | None,
-    encoders: Encoders,
+    paths: ReleasePaths,
     *,
     frames: int,
     picture: Picture,
@@ -28,7 +28,7 @@ def store_videos(
     Args:
       folder: video files, also in subfolders; a.txt beside a.mp4 is its caption.
       out: folder of stored latents; one that is unfinished is continued.
-      encoders: text encoder, tokenizer and VAE.
+      paths: text encoder, tokenizer and VAE.
       frames: latent frames T of a clip.
       picture: frames are resized to cover it and cropped at the centre.
       fps: frames a second at which the videos are sampled.
@@ -41,7 +41,7 @@ def store_videos(
     Raises:
       UserError: what is wrong, in one line with the remedy.
     """
-    codec = encoders.codec()
+    codec = paths.load_codec()
     if frames < 1:
         raise ConfigError("must be positive", field="frames", value=frames)
     rows, columns = (
@@ -67,7 +67,7 @@ def store_videos(
         captions=[video.caption for video, _ in clips],
         make=make,
         latent_shape=(frames, rows, columns, codec.channels),
-        codec_weights=encoders.vae_fingerprint(),
+        codec_weights=paths.vae_fingerprint(),
         source={
             "kind": "videos",
             "files": len(videos),
@@ -75,7 +75,7 @@ def store_videos(
             "fps": fps,
         },
     )
-    return store(plan, out, encoders, text_len, **stored)
+    return store(plan, out, paths.open_text_encoder(), text_len, **stored)
 
 
 def _latents(name: str, pixels: int, factor: int) -> int:

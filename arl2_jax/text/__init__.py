@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arl2_jax.text.encoder import encode_prompts
+    from arl2_jax.text.encoder import TextEncoder, encode_prompts
     from arl2_jax.text.prompts import Tokenizer, clean_prompt
     from arl2_jax.text.word_vectors import embed_caption
 
-__all__ = ["Tokenizer", "clean_prompt", "embed_caption", "encode_prompts"]
+__all__ = ["TextEncoder", "Tokenizer", "clean_prompt", "embed_caption", "encode_prompts"]
 
 _HOMES = {
+    "TextEncoder": "encoder",
     "Tokenizer": "prompts",
     "clean_prompt": "prompts",
     "embed_caption": "word_vectors",

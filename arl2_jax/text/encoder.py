@@ -1,5 +1,6 @@
 """Prompts in, text embeddings out: the encoder is in memory only while it is needed."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -19,6 +20,77 @@ from arl2_jax.weights import fingerprint, load_text_encoder, umt5_config
 
 # Prompts shorter than this share one compiled program.
 _LEAST_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder by its files, which are read when they are needed.
+
+    Attributes:
+      weights: weights of UMT5, a file or a folder.
+      tokenizer: tokenizer.json, or its folder.
+      cache: folder in which embeddings are kept; None keeps none.
+    """
+
+    weights: str
+    tokenizer: str
+    cache: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return umt5_config(self.weights).dim
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells weights and tokenizer from others."""
+        return {
+            "text_encoder": fingerprint(self.weights),
+            "tokenizer": Tokenizer(self.tokenizer).fingerprint,
+        }
+
+    def check(self, prompts: Sequence[str], text_len: int, text_dim: int | None = None) -> None:
+        """Check that prompts can be encoded, without reading the weights.
+
+        Args:
+          prompts: texts of any length.
+          text_len: tokens of a prompt, padding included.
+          text_dim: width that the embeddings must have, if that matters.
+
+        Raises:
+          ConfigError: a prompt is empty or too long.
+          WeightsError: a file is missing, or the encoder has another width.
+        """
+        self._check_width(text_dim)
+        Tokenizer(self.tokenizer)(prompts, text_len)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        text_len: int,
+        text_dim: int | None = None,
+        *,
+        allow_empty: bool = False,
+    ) -> Float[np.ndarray, "n text_len dim"]:
+        """Encode prompts; arguments and errors as of `check` and `encode_prompts`."""
+        self._check_width(text_dim)
+        return encode_prompts(
+            prompts,
+            text_encoder=self.weights,
+            tokenizer=self.tokenizer,
+            text_len=text_len,
+            cache=self.cache,
+            allow_empty=allow_empty,
+        )
+
+    def _check_width(self, text_dim: int | None) -> None:
+        if text_dim is not None and self.dim != text_dim:
+            raise WeightsError(
+                f"makes texts of width {self.dim}, but the model takes text_dim={text_dim}",
+                field="text_encoder",
+                value=self.weights,
+                remedy="name the text encoder that the model was trained with",
+            )
 
 
 def encode_prompts(

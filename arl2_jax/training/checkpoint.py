@@ -22,17 +22,11 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from arl2_jax.storage import (
-    OTHER_FOLDER,
-    StorageError,
-    absolute,
-    as_json,
-    check_writable,
-    differences,
-    quiet_orbax,
-    reason,
-    sync,
-)
+from arl2_jax.errors import ConfigError, StorageError, UserError, WeightsError
+from arl2_jax.json_trees import as_json, differences
+from arl2_jax.processes import sync
+from arl2_jax.storage import absolute, check_writable, reason
+from arl2_jax.weights.orbax_log import quiet_orbax
 
 _DELETED = "deleted"
 _ITEMS = ("state", "meta")
@@ -126,7 +120,9 @@ class Checkpointer:
           (state, data_state) with arrays laid out as in `abstract_state`.
 
         Raises:
-          StorageError: if the checkpoint is of another model, or none can be read.
+          ConfigError: if the checkpoint is of another model.
+          WeightsError: if it was trained beside other frozen weights.
+          StorageError: if none can be read.
         """
         wanted = _flatten(abstract_state)
         args = ocp.args.PyTreeRestore(
@@ -137,7 +133,7 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 arrays, data_state = self._read(step, wanted, args)
-            except StorageError:
+            except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes the reader raise
                 damaged[step] = reason(error)
@@ -147,11 +143,14 @@ class Checkpointer:
             leaves = [_restored(arrays[name], leaf) for name, leaf in wanted.items()]
             return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), data_state
         if not damaged:
-            raise StorageError(f"{self._folder} holds no checkpoint; start the run without one")
+            raise StorageError(
+                f"{self._folder} holds no checkpoint", remedy="start the run without one"
+            )
         newest = max(damaged)
         raise StorageError(
-            f"none of the {len(damaged)} checkpoints in {self._folder} can be read (step {newest}: "
-            f"{damaged[newest]}); {OTHER_FOLDER}, or remove this one to start again"
+            f"none of the {len(damaged)} checkpoints in {self._folder} can be read (step "
+            f"{newest}: {damaged[newest]})",
+            remedy="name another train.workdir, or remove this folder to start again",
         )
 
     def close(self) -> None:
@@ -194,8 +193,9 @@ class Checkpointer:
             latest = self._manager.latest_step()
             intact = "no earlier one exists" if latest is None else f"step {latest} is intact"
             raise StorageError(
-                f"could not write the checkpoint {self._folder}/{self._saving}: {reason(error)} "
-                f"({intact}); free space there, or {OTHER_FOLDER}"
+                f"could not write the checkpoint {self._folder}/{self._saving}: "
+                f"{reason(error)} ({intact})",
+                remedy="free space there, or name another train.workdir",
             ) from None
         finally:
             if not self._manager.is_saving_in_progress():
@@ -217,9 +217,10 @@ class Checkpointer:
         frozen = here.pop(FROZEN, None)
         found = differences({k: v for k, v in there.items() if k != FROZEN}, here)
         if found:
-            raise StorageError(
-                f"{self._folder}/{step} is a checkpoint of another model: {found[0]}"
-                f"{_and_more(found)}; set it back, or {OTHER_FOLDER}"
+            raise ConfigError(
+                f"{self._folder}/{step} is a checkpoint of another model: "
+                f"{found[0]}{_and_more(found)}",
+                remedy="set it back, or name another train.workdir",
             )
         if frozen and FROZEN not in there:
             logging.warning(
@@ -227,10 +228,10 @@ class Checkpointer:
                 "taken to be the same, and later checkpoints will name them"
             )
         elif frozen != there.get(FROZEN):
-            raise StorageError(
+            raise WeightsError(
                 f"{self._folder}/{step} is a checkpoint of {here.get('phase', 'a phase')} with "
-                f"other frozen weights: checksum {there.get(FROZEN)} there and {frozen} here; put "
-                "the teacher's weights back, or start in another folder"
+                f"other frozen weights: checksum {there.get(FROZEN)} there and {frozen} here",
+                remedy="put the teacher's weights back, or start in another folder",
             )
 
     def _check_arrays(self, step: int, wanted: Mapping[str, Any]) -> None:
@@ -239,9 +240,9 @@ class Checkpointer:
         here = {name: _shape_dtype(_abstract_storable(leaf)) for name, leaf in wanted.items()}
         found = differences(there, here)
         if found:
-            raise StorageError(
-                f"{self._folder}/{step} has another training state: {found[0]}"
-                f"{_and_more(found)}; set back what that run had, or {OTHER_FOLDER}"
+            raise ConfigError(
+                f"{self._folder}/{step} has another training state: {found[0]}{_and_more(found)}",
+                remedy="set back what that run had, or name another train.workdir",
             )
 
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arl2_jax import sharding
-from arl2_jax.config import Config, ConfigError, ModelConfig
+from arl2_jax.config import Config, ModelConfig
 from arl2_jax.data import ClipData, open_short_data
 from arl2_jax.models import Params, cast_backbone, is_added, stack_params
 from arl2_jax.training.checkpoint import FROZEN, Checkpointer
@@ -66,6 +66,10 @@ def run_phase(
       mesh: devices.
       folder: where checkpoints and logs of this phase are kept.
       title: name in the progress bar, by default the phase.
+
+    Raises:
+      UserError: a checkpoint cannot be written, or is that of another run.
+      FloatingPointError: the loss is not finite.
     """
     title = title or phase
     key = jax.random.fold_in(jax.random.key(config.train.seed), list(TRAINED).index(phase))
@@ -147,7 +151,7 @@ class _Session:
         self.settings = getattr(config, phase)
         self.state, self.frozen = state, frozen
         self.abstract_state = _abstract(state, layout)
-        self.step = int(state.step)
+        self.step = self.saved = int(state.step)
         self.seconds = self.compile_seconds = 0.0
         share = config.stage2.self_rollout if phase == "stage2" else 0.0
         self.first_rollout_step = round(self.settings.steps * (1 - share))
@@ -224,14 +228,16 @@ class _Session:
             if saves:
                 position = {"data": batches.get_state(), "seconds": self.seconds}
                 checkpointer.save(self.step, self.state, position)
+                self.saved = self.step
 
     def _check_finite(self, metrics) -> None:
         """Nothing that has diverged is checkpointed; the checkpoint before it stays."""
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
-            raise ConfigError(
+            kept = f"step {self.saved} is the last good one" if self.saved else "no step is kept"
+            raise FloatingPointError(
                 f"{self.phase}.learning_rate={self.settings.learning_rate}: the loss is {loss} at "
-                f"step {self.step}; lower it and start again in another train.workdir"
+                f"step {self.step}, {kept}; lower it and start again in another train.workdir"
             )
 
     def _compile(self, part: _Part, own_past: bool):

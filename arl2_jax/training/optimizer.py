@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arl2_jax.config import ConfigError, PhaseConfig
+from arl2_jax.config import PhaseConfig
+from arl2_jax.errors import ConfigError
 from arl2_jax.parameters import ParameterFacts, declare, facts_of
 
 declare({r"muon/\w+/ns_coeffs": ParameterFacts(axes=(None,))})  # in the state of Muon
@@ -50,8 +51,10 @@ def learning_rate_factors(phase: PhaseConfig, params: Any) -> Any:
     idle = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if idle:
         raise ConfigError(
-            f"learning_rates has {idle[0]!r}, which no trained parameter's path contains or which "
-            "an earlier pattern hides; remove it"
+            f"has {idle[0]!r}, which no trained parameter's path contains or which an earlier "
+            "pattern hides",
+            field="learning_rates",
+            remedy="remove it",
         )
     return factors
 

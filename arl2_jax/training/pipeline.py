@@ -10,10 +10,12 @@ from absl import logging
 from etils import epath
 
 from arl2_jax import models, sharding
-from arl2_jax.config import Config, ConfigError, ModelConfig, to_config_dict, with_steps
+from arl2_jax.config import Config, ModelConfig, to_config_dict, with_steps
 from arl2_jax.data import ClipData, open_data, open_short_data
+from arl2_jax.errors import ConfigError, WeightsError
+from arl2_jax.json_trees import as_json
 from arl2_jax.models import Params
-from arl2_jax.storage import OTHER_FOLDER, StorageError, as_json, check_writable, write_whole
+from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.checkpoint import FROZEN
 from arl2_jax.training.loop import phase_model, read_json, run_phase, teacher_checksum
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
@@ -58,19 +60,15 @@ class Converted:
     compile_seconds: dict[str, float]
 
 
-def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, ClipData, Params]:
+def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
     """Checks everything that can be checked before compiling: folder, data, weights, mesh.
-
-    Args:
-      config: the run.
-      remedy: what its user can do where the folder cannot be taken.
 
     Returns:
       The run's folder, its clips, and the parameters it starts from, stacked and laid out on the
       mesh. The teacher's are float32 if the run trains them, and cast to the compute dtype if not.
 
     Raises:
-      ConfigError: one line naming the field or file, its value and the remedy.
+      UserError: what is wrong, in one line with the remedy.
     """
     models.check_trainable(config.model)
     mesh = sharding.make_mesh(config.train.mesh)
@@ -83,9 +81,9 @@ def prepare(config: Config, *, remedy: str = OTHER_FOLDER) -> tuple[epath.Path, 
             sharding.check_blocks(mesh, short.blocks, frames="data.short.frames")
     folder = epath.Path(config.train.workdir)
     table = sharding.sharding_table(models.param_shapes(config.model), mesh)
-    _check_same_run(folder, config, remedy)
+    _check_same_run(folder, config)
     data = open_data(config)
-    check_writable(folder, bytes_to_write(config, folder), remedy=remedy)
+    check_writable(folder, bytes_to_write(config, folder), "train.workdir")
     params = _initial_params(config, mesh)
     _write_json(folder / _CONFIG, to_config_dict(config))
     if mesh.size > 1:
@@ -277,7 +275,7 @@ def _read_trained(
     return sharding.jit_on(mesh, lambda params: models.stack_params(params, cfg))(params)
 
 
-def _check_same_run(folder: epath.Path, config: Config, remedy: str) -> None:
+def _check_same_run(folder: epath.Path, config: Config) -> None:
     """Refuses a folder of another run: its finished phases would be taken for this one's."""
     theirs = read_json(folder / _CONFIG)
     if theirs is None:
@@ -289,8 +287,10 @@ def _check_same_run(folder: epath.Path, config: Config, remedy: str) -> None:
         if not free and here.get(name) != there.get(name):
             again = f"set {name}={there[name]} again, " if name in there else ""
             raise ConfigError(
-                f"train.workdir={folder} holds a run with {name}={there.get(name)}, now it is "
-                f"{here.get(name)}; {again}{remedy}, or remove it"
+                f"holds a run with {name}={there.get(name)}, now it is {here.get(name)}",
+                field="train.workdir",
+                value=folder,
+                remedy=f"{again}name another folder, or remove it",
             )
 
 
@@ -318,10 +318,11 @@ def _check_same_teacher(
             "%s does not name its frozen weights; those of this run are taken to be the same", place
         )
     elif there != here:
-        raise StorageError(
-            f"{place} was trained with other frozen weights than teacher.weights="
-            f"{config.teacher.weights} gives now: checksum {there} there and {here} here; put the "
-            "teacher's weights back, or start in another folder"
+        raise WeightsError(
+            f"{place} was trained with other frozen weights than "
+            f"teacher.weights={config.teacher.weights} gives now: checksum {there} there "
+            f"and {here} here",
+            remedy="put the teacher's weights back, or start in another folder",
         )
 
 

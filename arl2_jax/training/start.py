@@ -30,6 +30,7 @@ from arl2_jax.models import (
     stem_of,
 )
 from arl2_jax.models.wan import Clip, make_layer, make_stem
+from arl2_jax.nn.lora import add_update
 from arl2_jax.nn.norm import rms_norm
 from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
 from arl2_jax.storage import write_whole
@@ -197,7 +198,7 @@ def _readings(
     clean = p.first_of(2)
     empty = memory.init_state(len(clean.x))
     states = states_before(memory.settings, memory.writes(clean, grid, blocks), empty, blocks)
-    q = rms_norm(p.q_raw + memory.lora_q(p.x), p.q_scale, cfg.eps)
+    q = rms_norm(add_update(p.q_raw, memory.lora_q, p.x), p.q_scale, cfg.eps)
 
     closed = make_layer(dataclasses.replace(cfg, memory_gate="zero"), spec, weights)
     local, _ = closed.memory.attend_clip(p, grid, blocks, copies=2)

@@ -82,7 +82,7 @@ def export_params(
         )
     if extras == "refuse":
         _refuse_extras(flat, cfg, layout)
-    if lora == "merged":
+    if lora == "merged" and cfg.lora_rank:
         flat = _merged(flat, cfg.lora_alpha / cfg.lora_rank)
     tensors = _placed(flat, cfg, layout)
     place = Path(target.parent / f".{target.name}.unfinished")

@@ -9,7 +9,8 @@ from etils import epath
 
 from arl2_jax.config import GatedDeltaConfig, ModelConfig, UMT5Config, VAEConfig
 from arl2_jax.errors import ConfigError, WeightsError
-from arl2_jax.storage import absolute, differences
+from arl2_jax.json_trees import differences
+from arl2_jax.storage import absolute
 from arl2_jax.weights.layout import recognise
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
@@ -116,6 +117,8 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
     for layer in shapes.layers("/delta/lora_q/a")[:1]:
         found["lora_rank"] = shapes.of(f"blocks/{layer}/delta/lora_q/a", 1)
     check_told(path, told, found)
+    if found["hybrid_layers"] and not shapes.paths("/delta/lora_"):
+        found = {"lora_rank": 0} | found
     if found["dim"] % _HEAD_DIM == 0:
         found = {"num_heads": found["dim"] // _HEAD_DIM} | found
     elif "num_heads" not in told | found | choices:

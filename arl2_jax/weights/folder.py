@@ -11,8 +11,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from arl2_jax.errors import StorageError
-from arl2_jax.storage import absolute, as_json, is_remote, quiet_orbax, reason, sync
+from arl2_jax.errors import StorageError, WeightsError
+from arl2_jax.json_trees import as_json
+from arl2_jax.processes import sync
+from arl2_jax.storage import absolute, is_remote, reason
+from arl2_jax.weights.orbax_log import quiet_orbax
 
 _WEIGHTS = "params"
 _CONFIG = "config.json"
@@ -75,7 +78,7 @@ def load_params_folder(
       stored fields of the model.
 
     Raises:
-      StorageError: if a file is missing or cannot be read.
+      WeightsError: if a file is missing or cannot be read.
     """
     path = absolute(folder)
     shapes, config = saved_shapes(path)
@@ -105,12 +108,12 @@ def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     """Shapes (`.shape`) by path and stored fields of the model, without reading the weights.
 
     Raises:
-      StorageError: as in `load_params_folder`.
+      WeightsError: as in `load_params_folder`.
     """
     path = absolute(folder)
     for name in (_CONFIG, _WEIGHTS):
         if not (path / name).exists():
-            raise StorageError(
+            raise WeightsError(
                 f"{path / name} is missing: {path} is not a folder of saved weights",
                 remedy=f"name one that holds {_CONFIG} and {_WEIGHTS}/",
             )
@@ -123,8 +126,8 @@ def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     return traverse_util.flatten_dict(tree, sep="/"), config
 
 
-def _unreadable(path: epath.Path, error: Exception) -> StorageError:
-    return StorageError(
+def _unreadable(path: epath.Path, error: Exception) -> WeightsError:
+    return WeightsError(
         f"the weights in {path} cannot be read: {reason(error)}", remedy="copy or export them again"
     )
 

@@ -17,6 +17,8 @@ from arl2_jax.config import (
     VAEConfig,
     to_config_dict,
 )
+from arl2_jax.errors import WeightsError
+from arl2_jax.json_trees import as_json, differences
 from arl2_jax.models import (
     Params,
     cast_backbone,
@@ -29,8 +31,6 @@ from arl2_jax.models import (
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
 from arl2_jax.parameters import facts_of
-from arl2_jax.storage import StorageError, as_json, differences
-from arl2_jax.weights.errors import WeightsError
 from arl2_jax.weights.facts import MODEL_FACTS, told_facts
 from arl2_jax.weights.folder import load_params_folder, saved_shapes
 from arl2_jax.weights.layout import recognise
@@ -155,21 +155,18 @@ def _without_additions(targets: Mapping[str, Any], held) -> dict[str, Any]:
 def _read_saved(
     source: epath.Path, cfg: ModelConfig, targets: Mapping[str, Any], places
 ) -> dict[str, Any]:
-    try:
-        shapes, config = saved_shapes(source)
-        _check_facts(source, config, cfg)
-        wanted = _without_additions(targets, shapes)
-        there, here = ({n: list(x.shape) for n, x in tree.items()} for tree in (shapes, wanted))
-        problems = differences(there, here)
-        if problems:
-            raise WeightsError(
-                f"{source} does not hold the weights of this model: {'; '.join(problems)}; name "
-                "other weights or change --config.model"
-            )
-        dtypes = {path: leaf.dtype for path, leaf in wanted.items()}
-        return _flat(load_params_folder(source, dtypes=dtypes, shardings=places)[0])
-    except StorageError as error:
-        raise WeightsError(str(error)) from None
+    shapes, config = saved_shapes(source)
+    _check_facts(source, config, cfg)
+    wanted = _without_additions(targets, shapes)
+    there, here = ({n: list(x.shape) for n, x in tree.items()} for tree in (shapes, wanted))
+    problems = differences(there, here)
+    if problems:
+        raise WeightsError(
+            f"{source} does not hold the weights of this model: {'; '.join(problems)}",
+            remedy="name other weights, or change the model's settings",
+        )
+    dtypes = {path: leaf.dtype for path, leaf in wanted.items()}
+    return _flat(load_params_folder(source, dtypes=dtypes, shardings=places)[0])
 
 
 def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConfig) -> None:
@@ -185,8 +182,8 @@ def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConf
     problems = differences(as_json(there), as_json(here))
     if problems:
         raise WeightsError(
-            f"{source} holds the weights of another model: {', '.join(problems)}; change "
-            "--config.model, or name other weights"
+            f"{source} holds the weights of another model: {', '.join(problems)}",
+            remedy="change the model's settings, or name other weights",
         )
 
 

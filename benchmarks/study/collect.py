@@ -13,7 +13,8 @@ from etils import epath
 from arl2_jax.errors import ConfigError
 from arl2_jax.evaluation.ranking import MEASURES
 from arl2_jax.evaluation.recall import wilson
-from arl2_jax.storage import differences, write_whole
+from arl2_jax.json_trees import differences
+from arl2_jax.storage import write_whole
 from study.recipes import variants
 from study.stored import Folder
 

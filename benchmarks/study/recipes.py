@@ -137,7 +137,9 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
         for group in groups:
             place = place.setdefault(group, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"unknown config field {name}; {group} has no fields")
+                raise ConfigError(
+                    "is an unknown field", field=name, remedy=f"{group} has no fields"
+                )
         place[field] = value
     return from_config_dict(tree)
 

@@ -14,8 +14,9 @@ from etils import epath
 from flax import traverse_util
 
 from arl2_jax.config import Config, ModelConfig, to_config_dict
+from arl2_jax.json_trees import plain_json
 from arl2_jax.models import Params, is_added, unstack_params
-from arl2_jax.storage import plain_json, write_whole
+from arl2_jax.storage import write_whole
 from arl2_jax.training.partition import split_params
 from arl2_jax.weights.export import export_params
 

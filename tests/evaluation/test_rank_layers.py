@@ -255,7 +255,7 @@ def test_a_folder_of_another_ranking_is_refused(ranking, config):
     longer = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, steps=3))
     with pytest.raises(ConfigError) as error:
         rank_layers(longer, ranking[0], RankChoice())
-    assert_one_line(error, "stage1.steps=2", "--out")
+    assert_one_line(error, "stage1.steps=2", "train.workdir", "another folder")
 
 
 @pytest.mark.slow

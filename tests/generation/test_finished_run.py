@@ -13,10 +13,10 @@ import pytest
 
 from arl2_jax.config import Config, DataConfig, ModelConfig, SamplerConfig
 from arl2_jax.config import to_config_dict as as_dict
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import UserError
 from arl2_jax.generation import make_video as making
-from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.finished_run import write_from_run
+from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import param_shapes, without_delta
 from arl2_jax.weights.folder import save_params
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
 
 def write_generated(run, model, **options):
-    write_from_run(run, model, encoders=Encoders(), **options)
+    write_from_run(run, model, paths=ReleasePaths(), **options)
 
 
 def read_video(path):
@@ -98,7 +98,7 @@ def test_condition_comes_first_and_is_continued(run, tmp_path):
         ({"frames": 7}, "frames=7 must be whole blocks: 6 or 8"),
         ({"frames": 0}, "frames=0 must be whole blocks: 2"),
         ({"out": "."}, "it is a folder|Is a directory"),
-        ({"out": "file/video.mp4"}, "cannot write file/video.mp4"),
+        ({"out": "file/video.mp4"}, "out=file/video.mp4 cannot be written"),
         ({"model": "teacher", "leak": 0.1}, "leak=0.1 has no effect: no layer"),
         ({"leak": 1.0}, r"model.delta.leak=1.0 must be a share in \[0, 1\)"),
         ({"condition": "missing.mp4"}, "there is no video file missing.mp4"),
@@ -112,7 +112,7 @@ def test_errors_come_before_compilation(run, changes, message, tmp_path, monkeyp
     Path("file").write_text("no video")
     write_video("short.mp4", np.zeros((2, 12, 16, 3), np.uint8), 8.0)
     options = {"run": run, "model": "stage2", "prompt": "", "frames": 4, "out": "x.mp4"} | changes
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         write_generated(**options)
     assert "\n" not in str(caught.value)
 

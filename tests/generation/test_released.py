@@ -12,10 +12,10 @@ from tiny_release import MODEL, random_tree, write_release
 
 from arl2_jax.codecs import load_wan_codec
 from arl2_jax.config import SamplerConfig, to_config_dict
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import UserError
 from arl2_jax.generation import make_video as making
-from arl2_jax.generation.encoders import Encoders
 from arl2_jax.generation.generator import Generator
+from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.released import Picture, write_from_weights
 from arl2_jax.generation.rollout import rollout
 from arl2_jax.generation.video import write_video
@@ -34,7 +34,7 @@ def release(tmp_path_factory):
 
 def write(release, out, **options):
     fixed = dict(
-        prompt="a red sprite", frames=9, encoders=Encoders(), sampler=SAMPLER,
+        prompt="a red sprite", frames=9, paths=ReleasePaths(), sampler=SAMPLER,
         picture=Picture(16, 32), frames_per_block=1,
     )  # fmt: skip
     write_from_weights(release, out=out, **(fixed | options))
@@ -46,13 +46,13 @@ def read(path):
 
 
 def test_a_prompt_becomes_a_video(release, tmp_path):
-    write(release, tmp_path / "a.mp4", encoders=Encoders(cache=str(tmp_path / "cache")))
+    write(release, tmp_path / "a.mp4", paths=ReleasePaths(cache=str(tmp_path / "cache")))
     frames = read(tmp_path / "a.mp4")
     assert frames.shape == (9, 192, 384, 3)
     # The text, the cache and what was made are those of the parts, one by one.
-    encoders = Encoders().within(release)
+    encoder = ReleasePaths().within(release).open_text_encoder()
     params = load_params(f"{release}/transformer", MODEL)
-    [text] = encoders.encode(["a  red sprite"], MODEL.text_len, MODEL.text_dim)
+    [text] = encoder.encode(["a  red sprite"], MODEL.text_len, MODEL.text_dim)
     key = jax.random.key(0, impl="rbg")
     latents = rollout(params, MODEL, SAMPLER, text[None], key, blocks=3, shape=(2, 4, 4))
     pixels = np.asarray(load_wan_codec(release).decode(latents))[0]
@@ -132,8 +132,8 @@ def test_every_layout_gives_the_same_latents(tmp_path):
         ({"prompt": ""}, ["empty"]),
         ({"prompt": "corgi " * 1667}, ["1668", "8"]),
         ({"picture": Picture(17, 32)}, ["height=17", "16"]),
-        ({"encoders": Encoders(vae="nowhere")}, ["nowhere"]),
-        ({"encoders": Encoders(tokenizer="nowhere")}, ["nowhere", "tokenizer"]),
+        ({"paths": ReleasePaths(vae="nowhere")}, ["nowhere"]),
+        ({"paths": ReleasePaths(tokenizer="nowhere")}, ["nowhere", "tokenizer"]),
         ({"out": "file/a.mp4"}, ["file/a.mp4"]),
         ({"condition": "missing.mp4"}, ["missing.mp4"]),
     ],
@@ -142,7 +142,7 @@ def test_errors_come_before_compilation(release, changes, parts, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(making, "Generator", None)
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         write(release, **({"out": "a.mp4"} | changes))
     assert_one_line(error, *parts)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,4 @@
-"""Video files: what is written is what players read; and several videos in one picture."""
+"""Video files: what is written is what players read."""
 
 import av
 import numpy as np
@@ -8,8 +8,6 @@ from arl2_jax.generation import video
 from arl2_jax.generation.video import (
     VideoWriter,
     enlarge,
-    side_by_side,
-    timeline,
     write_video,
 )
 
@@ -104,51 +102,3 @@ def test_enlarging_repeats_pixels():
     assert large.shape == (1, 9, 15, 3)
     np.testing.assert_array_equal(large[:, 1::3, 1::3], frames)
     assert enlarge(frames, 4).shape == frames.shape
-
-
-def test_timeline_names_the_parts_that_exist():
-    def spans(*lengths):
-        return [(part.label, *part[2:]) for part in timeline(*lengths)]
-
-    assert spans(48, 4, 12) == [
-        ("given", 0, 4), ("generated", 4, 12), ("beyond training length", 12, 48),
-    ]  # fmt: skip
-    assert spans(12, 0, 12) == [("generated", 0, 12)]
-    assert spans(8, 8, 8) == [("given", 0, 8)]
-
-
-def places_of(picture, image):
-    """Top left corners at which an image lies in a picture."""
-    height, width = image.shape[:2]
-    starts = np.argwhere((picture == image[0, 0]).all(-1))
-    return [
-        (y, x) for y, x in starts if np.array_equal(picture[y : y + height, x : x + width], image)
-    ]
-
-
-def test_side_by_side_shows_every_video_and_where_training_ends():
-    videos = {name: make_frames(6, 8, 16, seed) for seed, name in enumerate("abcd")}
-    videos["d"] = videos["d"][:3]
-    shown = side_by_side(videos, given=2, trained=4, width=64)
-    assert shown.dtype == np.uint8 and len(shown) == 6
-    borders = []
-    for t, picture in enumerate(shown):
-        corners = [
-            places_of(picture, enlarge(v[t : t + 1], 64)[0]) for v in videos.values() if t < len(v)
-        ]
-        assert all(len(found) == 1 for found in corners) and len({c[0] for c in corners}) == len(
-            corners
-        )
-        y, x = corners[0][0]
-        borders.append(tuple(picture[y - 1, x]))
-    colors = [part.color for part in timeline(6, 2, 4)]
-    assert borders == [color for color in colors for _ in range(2)]
-    cursors = [np.flatnonzero((picture[-7] == video.TEXT).all(-1)).mean() for picture in shown]
-    assert (np.diff(cursors) > 0).all()
-
-
-def test_side_by_side_wants_one_size():
-    with pytest.raises(ValueError, match="one size"):
-        side_by_side({"a": make_frames(1, 8, 8), "b": make_frames(1, 8, 12)}, given=0, trained=1)
-    with pytest.raises(ValueError, match="one size"):
-        side_by_side({}, given=0, trained=1)

@@ -28,8 +28,8 @@ from arl2_jax.config import (
 )
 from arl2_jax.data import open_data
 from arl2_jax.data.latents import LatentFolder
-from arl2_jax.errors import ConfigError
-from arl2_jax.generation.encoders import Encoders
+from arl2_jax.errors import ConfigError, DataError, StorageError, UserError
+from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.released import Picture
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import layer_of
@@ -48,8 +48,8 @@ def release(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoders(release):
-    return Encoders().within(release)
+def paths(release):
+    return ReleasePaths().within(release)
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +65,23 @@ def clips(tmp_path_factory):
     return folder
 
 
-def store_videos(clips, out, encoders, **options):
+def store_videos(clips, out, paths, **options):
     fixed = dict(frames=FRAMES, picture=PICTURE, fps=16.0, text_len=MODEL.text_len) | STORED
-    return preparation.store_videos(clips, out, encoders, **(fixed | options))
+    return preparation.store_videos(clips, out, paths, **(fixed | options))
 
 
-def store_rollouts(prompts, out, release, encoders, **options):
+def store_rollouts(prompts, out, release, paths, **options):
     fixed = dict(
         weights=release, sampler=SAMPLER, frames=FRAMES, picture=PICTURE, frames_per_block=1
     )
     fixed |= STORED
-    return preparation.store_rollouts(prompts, out, encoders, **(fixed | options))
+    return preparation.store_rollouts(prompts, out, paths, **(fixed | options))
 
 
 @pytest.fixture(scope="module")
-def stored(clips, encoders, tmp_path_factory):
+def stored(clips, paths, tmp_path_factory):
     out = tmp_path_factory.mktemp("stored") / "latents"
-    assert store_videos(clips, out, encoders) == 7
+    assert store_videos(clips, out, paths) == 7
     return out
 
 
@@ -89,7 +89,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_videos_are_cut_encoded_and_captioned(stored, clips, encoders, release):
+def test_videos_are_cut_encoded_and_captioned(stored, clips, paths, release):
     folder = LatentFolder(stored)
     # 12 frames give two clips of 5, 27 give five; "b" comes first.
     assert len(folder) == 7 and folder.manifest.latent_shape == (2, 2, 4, MODEL.in_dim)
@@ -101,7 +101,7 @@ def test_videos_are_cut_encoded_and_captioned(stored, clips, encoders, release):
     wanted = codec.encode(pixels[None].astype(np.float32) / 127.5 - 1)[0]
     np.testing.assert_array_equal(folder[3]["latents"], wanted)
     for index, caption in ((1, "two blue sprites"), (6, "red sprite")):
-        [text] = encoders.encode([caption], MODEL.text_len)
+        [text] = paths.open_text_encoder().encode([caption], MODEL.text_len)
         np.testing.assert_array_equal(folder[index]["text"], text)
         assert not text[len(caption.split()) + 1 :].any()
 
@@ -111,15 +111,15 @@ def test_a_description_says_what_is_there(stored):
     assert "7 clips in 4 shards" in text and "2x2x4x4 float32, codec wan_vae" in text
 
 
-def test_a_description_of_a_damaged_folder_is_an_error(clips, encoders, tmp_path):
-    store_videos(clips, tmp_path / "out", encoders)
+def test_a_description_of_a_damaged_folder_is_an_error(clips, paths, tmp_path):
+    store_videos(clips, tmp_path / "out", paths)
     shard = tmp_path / "out" / "00001.array_record"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
-    with pytest.raises(ConfigError, match="faults") as error:
+    with pytest.raises(DataError, match="faults") as error:
         preparation.describe(tmp_path / "out")
-    assert "00001.array_record (data.path) is damaged: its SHA-256" in str(error.value)
+    assert "00001.array_record is damaged: its SHA-256" in str(error.value)
 
 
 class InterruptedHereError(Exception):
@@ -139,69 +139,67 @@ def interrupt(monkeypatch, module, name, after):
     monkeypatch.setattr(module, name, counted)
 
 
-def test_an_interrupted_folder_of_videos_is_continued(
-    stored, clips, encoders, tmp_path, monkeypatch
-):
+def test_an_interrupted_folder_of_videos_is_continued(stored, clips, paths, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, videos, "decode_frames", 5)
         with pytest.raises(InterruptedHereError):
-            store_videos(clips, tmp_path, encoders)
+            store_videos(clips, tmp_path, paths)
     assert set(files(tmp_path)) == {"unfinished.json", "00000.array_record", "00001.array_record"}
     with pytest.raises(ConfigError, match="begun with other") as error:
-        store_videos(clips, tmp_path, encoders, frames=3)
+        store_videos(clips, tmp_path, paths, frames=3)
     assert_one_line(error, tmp_path, "latent_shape")
-    assert store_videos(clips, tmp_path, encoders) == 7
+    assert store_videos(clips, tmp_path, paths) == 7
     assert files(tmp_path) == files(stored)
-    with pytest.raises(ConfigError, match="holds stored latents already") as error:
-        store_videos(clips, tmp_path, encoders)
+    with pytest.raises(StorageError, match="holds stored latents already") as error:
+        store_videos(clips, tmp_path, paths)
     assert_one_line(error, "--check")
 
 
-def test_other_encoders_do_not_continue(clips, encoders, tmp_path, monkeypatch):
+def test_other_encoders_do_not_continue(clips, paths, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, videos, "decode_frames", 3)
         with pytest.raises(InterruptedHereError):
-            store_videos(clips, tmp_path / "out", encoders)
-    other = Encoders().within(str(write_release(tmp_path / "other", seed=9)))
+            store_videos(clips, tmp_path / "out", paths)
+    other = ReleasePaths().within(str(write_release(tmp_path / "other", seed=9)))
     for changes, field in (
         ({"vae": other.vae}, "codec"),
         ({"text_encoder": other.text_encoder}, "source"),
     ):
         with pytest.raises(ConfigError, match=f"begun with other {field};") as error:
-            store_videos(clips, tmp_path / "out", encoders._replace(**changes))
+            store_videos(clips, tmp_path / "out", dataclasses.replace(paths, **changes))
         assert_one_line(error, "unfinished.json")
 
 
-def test_rollouts_depend_on_prompt_place_and_seed_alone(release, encoders, tmp_path, monkeypatch):
+def test_rollouts_depend_on_prompt_place_and_seed_alone(release, paths, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red sprite\n\n two blue sprites \none corgi on navy\n")
-    assert store_rollouts(prompts, tmp_path / "whole", release, encoders) == 3
+    assert store_rollouts(prompts, tmp_path / "whole", release, paths) == 3
     with monkeypatch.context() as patch:
         interrupt(patch, rollouts, "_roll_out", 2)
         with pytest.raises(InterruptedHereError):
-            store_rollouts(prompts, tmp_path / "parts", release, encoders)
-    store_rollouts(prompts, tmp_path / "parts", release, encoders)
+            store_rollouts(prompts, tmp_path / "parts", release, paths)
+    store_rollouts(prompts, tmp_path / "parts", release, paths)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     folder = LatentFolder(tmp_path / "whole")
-    [text] = encoders.encode(["two blue sprites"], MODEL.text_len)
+    [text] = paths.open_text_encoder().encode(["two blue sprites"], MODEL.text_len)
     np.testing.assert_array_equal(folder[1]["text"], text)
     assert np.abs(folder[0]["latents"] - folder[1]["latents"]).max() > 0.1
-    store_rollouts(prompts, tmp_path / "seed", release, encoders, seed=1)
+    store_rollouts(prompts, tmp_path / "seed", release, paths, seed=1)
     assert np.abs(LatentFolder(tmp_path / "seed")[1]["latents"] - folder[1]["latents"]).max() > 0.1
 
 
-def test_rollouts_are_guided_away_from_the_negative_prompt(release, encoders, tmp_path):
+def test_rollouts_are_guided_away_from_the_negative_prompt(release, paths, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red sprite\n")
     sampler, made = SamplerConfig(method="euler", steps=2, guidance=4.0), []
     for negative in ("", "two blue corgi"):
         out = tmp_path / f"out{len(negative)}"
         options = {"sampler": sampler, "negative_prompt": negative}
-        store_rollouts(tmp_path / "prompts.txt", out, release, encoders, **options)
+        store_rollouts(tmp_path / "prompts.txt", out, release, paths, **options)
         made.append(LatentFolder(out)[0]["latents"])
     assert np.abs(made[0] - made[1]).max() > 1e-2
 
 
-def test_what_cannot_be_stored_is_one_line(release, encoders, clips, tmp_path, monkeypatch):
+def test_what_cannot_be_stored_is_one_line(release, paths, clips, tmp_path, monkeypatch):
     good, long, none = (tmp_path / name for name in ("good.txt", "long.txt", "none.txt"))
     good.write_text("a red sprite\n")
     long.write_text("a red sprite\n" + "corgi " * 2000)
@@ -212,23 +210,23 @@ def test_what_cannot_be_stored_is_one_line(release, encoders, clips, tmp_path, m
         (tmp_path / "no.txt", {}, ["no.txt cannot be read"]),
         (none, {}, ["has no prompt"]),
         (long, {}, ["8"]),
-        (good, {"frames": 0}, ["latent_frames=0"]),
-        (good, {"weights": None}, ["--weights"]),
+        (good, {"frames": 0}, ["frames=0"]),
+        (good, {"weights": None}, ["weights is missing"]),
         (good, {"picture": Picture(20, 32)}, ["height=20", "16"]),
         (good, {"records_per_shard": 0}, ["records_per_shard=0"]),
     ):
-        with pytest.raises(ConfigError) as error:
-            store_rollouts(prompts, out, *(options.pop("weights", release), encoders), **options)
+        with pytest.raises(UserError) as error:
+            store_rollouts(prompts, out, *(options.pop("weights", release), paths), **options)
         assert_one_line(error, *parts)
     for options, parts in (
         ({"picture": Picture(16, 33)}, ["width=33"]),
         ({"frames": 100}, ["none of its 2 video files"]),
-        ({"out": None}, ["--out"]),
-        ({"encoders": encoders._replace(vae=None)}, ["--vae"]),
-        ({"encoders": encoders._replace(tokenizer=None)}, ["--tokenizer"]),
+        ({"out": None}, ["out is missing"]),
+        ({"paths": dataclasses.replace(paths, vae=None)}, ["vae is missing"]),
+        ({"paths": dataclasses.replace(paths, tokenizer=None)}, ["tokenizer is missing"]),
     ):
-        arguments = {"out": out, "encoders": encoders} | options
-        with pytest.raises(ConfigError) as error:
+        arguments = {"out": out, "paths": paths} | options
+        with pytest.raises(UserError) as error:
             store_videos(clips, **arguments)
         assert_one_line(error, *parts)
     assert not out.exists()
@@ -240,17 +238,17 @@ def test_a_text_encoder_of_another_width_is_one_line(release, tmp_path, monkeypa
     narrow = dataclasses.replace(MODEL, text_dim=16)
     other = str(write_release(tmp_path / "other", narrow))
     with pytest.raises(ConfigError, match="width 32") as error:
-        store_rollouts(tmp_path / "prompts.txt", tmp_path / "out", other, Encoders())
+        store_rollouts(tmp_path / "prompts.txt", tmp_path / "out", other, ReleasePaths())
     assert_one_line(error, "text_dim=16")
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_that_are_not_finite_are_not_stored(release, encoders, tmp_path, monkeypatch):
+def test_latents_that_are_not_finite_are_not_stored(release, paths, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red sprite\n")
     real = rollouts._roll_out
     monkeypatch.setattr(rollouts, "_roll_out", lambda *a: real(*a) * np.nan)
-    with pytest.raises(ConfigError, match="not finite") as error:
-        store_rollouts(tmp_path / "prompts.txt", tmp_path / "out", release, encoders)
+    with pytest.raises(DataError, match="not finite") as error:
+        store_rollouts(tmp_path / "prompts.txt", tmp_path / "out", release, paths)
     assert_one_line(error, "clip 0", "a red sprite")
     assert not list((tmp_path / "out").iterdir())
 
@@ -277,9 +275,7 @@ def test_a_run_trains_on_stored_latents(stored, release, tmp_path):
     """The report, its pictures too, is looked at where the commands themselves run."""
     config = make_config(stored, release, tmp_path / "run")
     converted = convert(config, *prepare(config))
-    untrained, trained = (
-        layer_of(x, 0) for x in (converted.untrained, converted.stage2)
-    )
+    untrained, trained = (layer_of(x, 0) for x in (converted.untrained, converted.stage2))
     moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), untrained, trained)
     assert np.isfinite(jax.tree.leaves(moved)).all()
     assert max(jax.tree.leaves(moved["delta"])) > 0 == max(jax.tree.leaves(moved["self_attn"]))
@@ -296,7 +292,7 @@ def test_latents_of_another_vae_or_shape_are_refused(stored, release, tmp_path):
         ({"codec": "space_to_depth", "codec_factor": 8, "vae": ""}, ["model.in_dim"]),
     ):
         data = dataclasses.replace(config.data, **changes)
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             open_data(dataclasses.replace(config, data=data))
         assert_one_line(error, *parts)
 

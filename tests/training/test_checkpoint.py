@@ -21,7 +21,7 @@ import optax
 import pytest
 from one_line import assert_one_line
 
-from arl2_jax.errors import StorageError
+from arl2_jax.errors import ConfigError, StorageError
 from arl2_jax.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[2]
@@ -286,10 +286,10 @@ def test_another_model_is_one_line(tmp_path, model, parts):
     fill(tmp_path, 5)
     with (
         open_folder(tmp_path, fingerprint={"model": model}) as checkpointer,
-        pytest.raises(StorageError) as error,
+        pytest.raises(ConfigError) as error,
     ):
         checkpointer.restore(small_state(0))
-    assert_one_line(error, tmp_path, "--config.train.workdir", *parts)
+    assert_one_line(error, tmp_path, "name another train.workdir", *parts)
     assert (tmp_path / "5").exists()
 
 
@@ -303,7 +303,7 @@ def test_another_model_is_one_line(tmp_path, model, parts):
 )
 def test_another_training_state_is_one_line(tmp_path, state, part):
     fill(tmp_path, 5)
-    with open_folder(tmp_path) as checkpointer, pytest.raises(StorageError) as error:
+    with open_folder(tmp_path) as checkpointer, pytest.raises(ConfigError) as error:
         checkpointer.restore(state)
     assert_one_line(error, tmp_path, part)
 

@@ -226,5 +226,5 @@ def test_settings_that_do_not_fit_are_refused(config):
             from_config_dict(changed)
         assert "\n" not in str(caught.value)
     tree["stage1"]["start"] = "closed"
-    with pytest.raises(ConfigError, match=r"stage1\.start='closed' must be one of random, least"):
+    with pytest.raises(ConfigError, match=r"stage1\.start=closed must be one of random, least"):
         from_config_dict(tree)

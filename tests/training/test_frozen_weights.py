@@ -12,7 +12,7 @@ from one_line import assert_one_line
 
 from arl2_jax import sharding
 from arl2_jax.config import Config, MeshConfig, to_config_dict
-from arl2_jax.errors import ConfigError, StorageError
+from arl2_jax.errors import WeightsError
 from arl2_jax.models import Params, without_delta
 from arl2_jax.training import loop, pipeline
 from arl2_jax.training.checkpoint import FROZEN, Checkpointer
@@ -168,7 +168,7 @@ def test_another_teacher_in_the_same_file_is_refused(run, finish, make_params, p
     with pytest.raises(StoppedError):
         finish(run, stopped)
     replace_teacher(run, make_params)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(WeightsError) as caught:
         finish(run, stopped)
     # A finished phase comes before the one that was stopped.
     place = f"{run.train.workdir}/{phases[0]}"
@@ -183,7 +183,7 @@ def test_finished_run_with_another_teacher_is_refused(run, finish, make_params):
     finish(run)
     finish(run)
     replace_teacher(run, make_params)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(WeightsError) as caught:
         finish(run)
     assert_one_line(caught, f"{run.train.workdir}/stage2", run.teacher.weights)
 
@@ -206,7 +206,7 @@ def test_checkpoint_that_names_no_frozen_weights_is_read_with_a_warning(tmp_path
     other = named | {FROZEN: "11ee"}
     with (
         Checkpointer(tmp_path, keep=2, fingerprint=other) as checkpointer,
-        pytest.raises(StorageError) as caught,
+        pytest.raises(WeightsError) as caught,
     ):
         checkpointer.restore(state)
     assert_one_line(caught, tmp_path / "2", "stage2", "00ff there and 11ee here", "another folder")

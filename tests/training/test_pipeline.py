@@ -21,7 +21,7 @@ from arl2_jax.config import (
     from_config_dict,
     to_config_dict,
 )
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import ConfigError, StorageError
 from arl2_jax.models import param_shapes, unstack_params, without_delta
 from arl2_jax.training import pipeline
 from arl2_jax.training.pipeline import control_config, convert, prepare
@@ -298,7 +298,7 @@ def test_disk_that_is_too_small_is_refused_before_anything_is_compiled(
     monkeypatch.setattr(pipeline, "_initial_params", lambda *a: reads.append(1) or initial(*a))
     for free in (0, needed - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(free))
-        with pytest.raises(ConfigError, match="GiB free") as caught:
+        with pytest.raises(StorageError, match="GiB free") as caught:
             prepare(run)
         assert_one_line(caught, tmp_path, "another folder")
         assert not reads and not (tmp_path / "config.json").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from one_line import assert_one_line
 
-from arl2_jax.errors import StorageError
+from arl2_jax.errors import StorageError, WeightsError
 from arl2_jax.weights.folder import load_params_folder, save_params
 
 
@@ -41,12 +41,12 @@ def test_an_interrupted_export_leaves_the_earlier_weights(tmp_path, monkeypatch)
 
 def test_weights_that_are_missing_or_damaged_are_one_line(tmp_path):
     folder = tmp_path / "weights"
-    with pytest.raises(StorageError, match=r"config\.json is missing") as error:
+    with pytest.raises(WeightsError, match=r"config\.json is missing") as error:
         load_params_folder(folder)
     assert_one_line(error, folder)
     save_params(folder, {"w": jnp.ones(300)}, {})
     for file in (folder / "params" / "d").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(StorageError, match="cannot be read") as error:
+    with pytest.raises(WeightsError, match="cannot be read") as error:
         load_params_folder(folder)
     assert_one_line(error, folder)

@@ -1,3 +1,0 @@
-from arl2_jax.errors import WeightsError
-
-__all__ = ["WeightsError"]
