@@ -131,7 +131,7 @@ def _twins(config: Config, seed: int, event: Reveal, pair: int) -> list[SpriteCl
     drawn = make_clip(sprites, config.data, seed)
     clips = []
     for identity in _identities(sprites, pair):
-        all_of = list(zip(drawn.colors, drawn.shapes, strict=True))
+        all_of = list(zip(drawn.colors.tolist(), drawn.shapes.tolist(), strict=True))
         all_of[event.sprite] = identity
         clips.append(make_clip(sprites, config.data, seed, all_of))
     return clips

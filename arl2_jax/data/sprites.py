@@ -227,7 +227,7 @@ def _draw(
     count, frames = len(shapes), np.arange(len(corners))[:, None]
     owner = np.full((len(corners), data.height, data.width), count, np.uint8)
     pixels = []
-    for sprite, shape in enumerate(shapes):
+    for sprite, shape in enumerate(shapes.tolist()):
         rows, columns = np.nonzero(_mask(shape, sprites.size))
         place = (frames, corners[:, sprite, :1] + rows, corners[:, sprite, 1:] + columns)
         owner[place] = sprite

@@ -96,7 +96,7 @@ def true_blocks(
 
 
 def read_rollout(
-    blocks: Iterable[Array],
+    blocks: Iterable[Array | np.ndarray],
     codec: Codec,
     lanes: Lanes,
     sprites: SpriteConfig,

@@ -17,6 +17,8 @@ from arl2_jax.evaluation.recall import NOTHING
 # The reading of a lane whose sprite is not wholly seen: a part does not always tell what it is.
 PARTLY = -2
 
+AnyArray = Array | np.ndarray
+
 
 class Lanes(NamedTuple):
     """What stays the same over a video of sprites that keep to their lanes.
@@ -29,10 +31,10 @@ class Lanes(NamedTuple):
       covered: columns behind an occluder.
     """
 
-    rows: Int[np.ndarray, "clips lanes"]
-    identities: Int[np.ndarray, "clips lanes"]
-    backgrounds: Int[np.ndarray, "clips"]
-    covered: Bool[np.ndarray, "clips width"]
+    rows: Int[AnyArray, "clips lanes"]
+    identities: Int[AnyArray, "clips lanes"]
+    backgrounds: Int[AnyArray, "clips"]
+    covered: Bool[AnyArray, "clips width"]
 
 
 def lanes_of(clips: Sequence[SpriteClip], sprites: SpriteConfig) -> Lanes:

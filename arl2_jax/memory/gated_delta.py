@@ -160,7 +160,7 @@ class GatedDelta(nnx.Module):
         return Writes(_unit(rotate(k, grid.rotation())), v, g, beta)
 
     def _read(
-        self, p: Projections, grid: TokenGrid, states: Float[Array, "b m h k v"], copies: int
+        self, p: Projections, grid: TokenGrid, states: Float[Array, "clips blocks h k v"], copies: int
     ):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
         q = _unit(rotate(self._memory_heads(p)[0], grid.rotation()))
@@ -179,7 +179,12 @@ class GatedDelta(nnx.Module):
         return read, jax.nn.sigmoid(self.gate_proj(p.x))[..., None]
 
     def _read_running(
-        self, p: Projections, grid: TokenGrid, q, states: Float[Array, "b m h k v"], copies: int
+        self,
+        p: Projections,
+        grid: TokenGrid,
+        q,
+        states: Float[Array, "clips blocks h k v"],
+        copies: int,
     ):
         """Reads of the running state: every copy of a block goes on from the block's state."""
         fold = lambda x: x.reshape(-1, x.shape[1] // states.shape[1], *x.shape[2:])

@@ -21,8 +21,8 @@ from pallas_kernels import merge_attention
 class CacheState(NamedTuple):
     """Keys (rotated) and values of the past in slots of fixed number, [B, capacity, H, D]."""
 
-    k: Float[Array, "*layers b capacity h d"]
-    v: Float[Array, "*layers b capacity h d"]
+    k: Float[Array, "*layers b _ h d"]
+    v: Float[Array, "*layers b _ h d"]
 
 
 class SoftmaxCache(nnx.Module):

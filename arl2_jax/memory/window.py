@@ -29,8 +29,8 @@ class WindowState(NamedTuple):
       k, v: of the last frames before the block, a ring of slots, [B, R N, H, D].
     """
 
-    sink_k: Slots
-    sink_v: Slots
+    sink_k: Float[Array, "*layers b sink h d"]
+    sink_v: Float[Array, "*layers b sink h d"]
     k: Slots
     v: Slots
 

@@ -74,8 +74,8 @@ class SelfAttention(AttentionProjections):
 class TextContext(NamedTuple):
     """Keys and values of the text for one layer, or stacked for many, [..., B, L, H, D]."""
 
-    k: Float[Array, "*layers b l h d"]
-    v: Float[Array, "*layers b l h d"]
+    k: Float[Array, "*layers texts l h d"]
+    v: Float[Array, "*layers texts l h d"]
 
 
 class CrossAttention(AttentionProjections):

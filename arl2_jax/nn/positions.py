@@ -37,7 +37,7 @@ class TokenGrid:
     columns: int = _static()
     head_dim: int = _static()
     axes: Literal["video", "sequence", "given"] = _static()
-    text: Float[Array, "b l h d"] | None = None
+    text: Float[Array, "texts l h d"] | None = None
     layer: Int[Array, ""] | None = None
 
     @property

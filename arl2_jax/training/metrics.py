@@ -4,7 +4,8 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, TextIO, runtime_checkable
+from io import TextIOBase
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from etils import epath
@@ -141,7 +142,7 @@ class ProgressBar:
         steps: int,
         *,
         start: int = 0,
-        file: TextIO | None = None,
+        file: TextIOBase | None = None,
         interval: float = 10.0,
     ):
         """Shows a bar.
@@ -153,7 +154,7 @@ class ProgressBar:
           file: where it goes; standard error by default.
           interval: seconds between lines on a pipe or in a file.
         """
-        stream: TextIO = file or sys.stderr
+        stream: TextIOBase = file or sys.stderr
         terminal = stream.isatty()
         bar = " |{bar}| " if terminal else " "
         self._bar = (tqdm if terminal else _Lines)(

@@ -221,7 +221,7 @@ def _by_place(x: Array) -> Array:
     return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
 
 
-def _columns(kernel: Float[Array, "c h"]) -> Float[Array, "h c one"]:
+def _columns(kernel: Float[Array, "c h"]) -> Float[Array, "h c 1"]:
     return kernel.T[:, :, None]
 
 
