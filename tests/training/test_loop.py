@@ -204,3 +204,27 @@ def test_phase_of_no_steps_changes_nothing(six_steps, make_params, tmp_path):
     mesh = sharding.make_mesh(six_steps.train.mesh, jax.devices()[:1])
     result = run_phase(none, "stage1", params, open_data(none), mesh, epath.Path(tmp_path))
     assert_equal(unstack_params(result.params), params)
+
+
+@pytest.mark.parametrize(
+    ("good", "told"), [(1, "step 2, no step is kept"), (3, "step 4, step 2 is the last good one")]
+)
+def test_what_diverges_is_not_kept(six_steps, make_params, tmp_path, monkeypatch, good, told):
+    """The steps after `good` see clips that are not finite; every second step is checkpointed."""
+    put, seen = sharding.put_batch, []
+
+    def spoil(batch, mesh):
+        seen.append(None)
+        factor = np.float32(np.nan if len(seen) > good else 1)
+        return put(batch | {"latents": batch["latents"] * factor}, mesh)
+
+    monkeypatch.setattr(loop.sharding, "put_batch", spoil)
+    mesh = sharding.make_mesh(six_steps.train.mesh, jax.devices()[:1])
+    arguments = ("stage1", make_params(six_steps.model), open_data(six_steps), mesh)
+    with pytest.raises(FloatingPointError) as error:
+        run_phase(six_steps, *arguments, epath.Path(tmp_path))
+    line = str(error.value)
+    assert line.startswith("stage1.learning_rate=0.001: the loss is nan at ") and told in line
+    assert "lower it" in line and "\n" not in line
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert kept == (["2"] if good == 3 else [])

@@ -131,6 +131,25 @@ def test_local_control_trains_what_acts_inside_the_block(converted):
     assert not {f"blocks/0/delta/{path}" for path in ("A_log", "dt_bias")} & moved
 
 
+def test_models_without_low_rank_updates_are_converted(config, tmp_path):
+    """Fit, both stages, and a control of which nothing has a gradient."""
+    run = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, lora_rank=0),
+        evaluation=dataclasses.replace(config.evaluation, controls=("zero",)),
+        train=dataclasses.replace(config.train, workdir=str(tmp_path)),
+    )
+    made = convert(run, *prepare(run))
+    fitted = flat(load_params_folder(tmp_path / "stage1" / "start")[0])
+    assert "blocks/0/delta/phi_q" in fitted
+    for before, after in ((made.untrained, made.stage1), (made.stage1, made.stage2)):
+        moved = changed(before, after)
+        assert "blocks/0/delta/phi_v" in moved and all("/delta/" in path for path in moved)
+    for model in (made.stage2, made.control):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
+        assert not any("lora" in path for path in flat(model))
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_saved_weights_load(converted, config, phase):
     model = config.model.teacher() if phase == "teacher" else config.model
