@@ -87,5 +87,5 @@ if __name__ == "__main__":
         one_of=["prompts", "videos", "check"],
         names=command_line.SAMPLER_NAMES
         | command_line.MODEL_NAMES
-        | {"frames": "latent_frames", "folder": "videos", "data.fps": "fps"},
+        | {"frames": "latent_frames", "data.path": "videos", "data.fps": "fps"},
     )

@@ -165,6 +165,11 @@ def test_fields_of_a_configuration_are_known():
             "error: --weights is missing: the teacher that makes the clips; name it",
         ),
         (
+            ["prepare_data.py", "--videos=nowhere", "--vae=x", "--out=y"],
+            "/x does not exist; name another file or folder",
+        ),
+        (["prepare_data.py", "--videos=nowhere", "--out=y"], "error: --vae is missing; name its"),
+        (
             ["export_weights.py", "--weights=x", "--out=launch"],
             "/x does not exist; name another file or folder",
         ),

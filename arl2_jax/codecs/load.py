@@ -23,7 +23,8 @@ def make_codec(config: Config) -> Codec | None:
       can then be trained on, but not decoded.
 
     Raises:
-      ConfigError: the codec does not fit the model, or its weights cannot be read.
+      ConfigError: the codec does not fit the model.
+      WeightsError: its weights cannot be read.
     """
     model, data = config.model, config.data
     if model.in_dim != model.out_dim:

@@ -36,6 +36,7 @@ class LatentWriter:
       ValueError: an unknown dtype.
       FileExistsError: the folder holds stored latents, or unfinished ones and `resume` is false.
       ConfigError: the unfinished latents are of other shapes or from another source.
+      DataError: a file of theirs is missing or damaged.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class LatentFolder:
       path: the folder.
 
     Raises:
-      ConfigError: a file is missing or damaged, or the folder has no clips.
+      DataError: a file is missing or damaged, or the folder has no clips.
     """
 
     def __init__(self, path: str | Path):
@@ -116,7 +116,7 @@ def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) ->
         if not path.is_file():
             faults.append(
                 DataError(
-                    f"{shard.name} is missing in data.path={folder}, but {MANIFEST} lists it",
+                    f"{path} is missing, but {MANIFEST} lists it",
                     remedy="copy it there again, or write the folder anew",
                 )
             )
