@@ -67,7 +67,13 @@ def matmul_by_parts(x: Float[Array, "b n i"], kernel: Float[Array, "i o"]) -> Ar
 @jax.custom_vjp
 def heads_matmul_by_parts(x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]) -> Array:
     """`heads_matmul`; gradients of the kernels are summed part by part, in float32."""
-    return jnp.einsum("bnhd,hde->bnhe", x, kernels)
+    return _each_head(x, kernels)
+
+
+def _each_head(x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]) -> Array:
+    # jnp.einsum would put the kernels first; then tokens come last, and have to be transposed.
+    by_head = jax.lax.dot_general(x, kernels, (((3,), (1,)), ((2,), (0,))))
+    return jnp.moveaxis(by_head, 0, 2)
 
 
 def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -77,7 +83,7 @@ def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array
 
 def _heads_matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernels = saved
-    back = jnp.einsum("bnhe,hde->bnhd", gradient, kernels)
+    back = _each_head(gradient, kernels.swapaxes(1, 2))
     return back, _sum_of_parts("bpnhd,bpnhe->bphde", x, gradient, kernels)
 
 

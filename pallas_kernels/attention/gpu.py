@@ -69,7 +69,8 @@ def attention(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> Array:
     """Attention by the kernel; where it is differentiated, by cuDNN in both directions."""
-    (out,) = _call(q, k, v, key_length, layer, save_lse=False)
+    # With the log-sum-exp, which costs nothing: calls with and without it are then one to XLA.
+    out, _ = _call(q, k, v, key_length, layer)
     return out[:, : q.shape[1]]
 
 
@@ -89,14 +90,14 @@ def attention_with_lse(
 ) -> tuple[Array, Array]:
     """Attention by the kernel and its log-sum-exp, float32 [B, Tq, H]; has no gradient."""
     queries = q.shape[1]
-    out, lse = _call(q, k, v, key_length, layer, save_lse=True)
+    out, lse = _call(q, k, v, key_length, layer)
     return out[:, :queries], lse[:, :, :queries].swapaxes(1, 2)
 
 
 def _call(
-    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None, save_lse: bool
-) -> list[Array]:
-    """Output and, if asked for, log-sum-exp of padded queries."""
+    q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of padded queries."""
     batch, keys = q.shape[0], k.shape[-3]
     first_row = jnp.zeros((), jnp.int32)
     if keys % _TILE_ROWS:
@@ -106,17 +107,19 @@ def _call(
         first_row = layer.astype(jnp.int32) * batch
     scalars = jnp.append(visible(key_length, batch, keys), first_row)
     q, k, v = (padded(x, _TILE_ROWS) for x in (q, k, v))
-    return _kernel(q, k, v, scalars, save_lse)
+    return _kernel(q, k, v, scalars)
 
 
-def _kernel(q: Array, k: Array, v: Array, scalars: Array, save_lse: bool) -> list[Array]:
+# Compiled apart, so that the kernel does not carry the place of its call: XLA makes one of two
+# calls on the same arrays, but for that.
+@jax.jit
+def _kernel(q: Array, k: Array, v: Array, scalars: Array) -> tuple[Array, Array]:
     """Calls the kernel; scalars, int32 [B + 1], are visible keys and the first row of k and v."""
     batch, queries, heads, dim = q.shape
     tiles = pl.cdiv(queries, _QUERIES)
 
-    def body(q_ref, k_ref, v_ref, scalars_ref, out_ref, *rest):
-        *lse_refs, shared = rest
-        tile, head, row = (lax.axis_index(name) for name in ("tile", "head", "row"))
+    def body(q_ref, k_ref, v_ref, scalars_ref, out_ref, lse_ref, shared):
+        row, head, tile = (lax.axis_index(name) for name in ("row", "head", "tile"))
         warpgroup = lax.axis_index("warpgroup")
         length, key_row = scalars_ref[row], scalars_ref[batch] + row
         key_tiles = jnp.maximum(lax.div(length + (_KEYS - 1), _KEYS), 1)
@@ -137,19 +140,20 @@ def _kernel(q: Array, k: Array, v: Array, scalars: Array, save_lse: bool) -> lis
             mine[...] = out.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[row, rows, head])
-            for lse_ref in lse_refs:
-                lse = highest * math.log(2) + jnp.log(total)
-                lse_ref[row, head, rows] = jnp.where(length > 0, lse, -jnp.inf)
+            lse = highest * math.log(2) + jnp.log(total)
+            lse_ref[row, head, rows] = jnp.where(length > 0, lse, -jnp.inf)
             plgpu.wait_smem_to_gmem(0)
 
-    results = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    if save_lse:
-        results.append(jax.ShapeDtypeStruct((batch, heads, tiles * _QUERIES), jnp.float32))
+    results = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, tiles * _QUERIES), jnp.float32),
+    )
     found: Any = plgpu.kernel(
         body,
         out_type=results,
-        grid=(tiles, heads, batch),
-        grid_names=("tile", "head", "row"),
+        # The last axis runs fastest: CTAs of one head run together and share its keys in the cache.
+        grid=(batch, heads, tiles),
+        grid_names=("row", "head", "tile"),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[_shared(dim, q.dtype)],

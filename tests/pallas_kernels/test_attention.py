@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -437,6 +438,21 @@ def test_the_hopper_kernel_reads_layers_in_place(queries, keys, dim, call):
     if call is gpu.attention_with_lse:
         assert f"tensor<2x3x{-(-queries // 128) * 128}xf32>" in signature
         assert [x.shape for x in traced.out_info] == [sizes[0], sizes[0][:3]]
+
+
+def test_two_calls_of_the_hopper_kernel_are_one_to_xla():
+    """Wherever they stand in a program: a layer and its teacher attend to the same block."""
+
+    def both(q, k, v, w):
+        out, lse = gpu.attention_with_lse(q, k, v, None)
+        loss = lambda w: jnp.sum((gpu.attention(q, k, v, None) * w).astype(jnp.float32))
+        return out, lse, jax.value_and_grad(loss)(w)
+
+    inputs = [jax.ShapeDtypeStruct((2, 128, 3, 64), jnp.bfloat16)] * 4
+    text = jax.jit(both).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    for part in ("kernel_hash", "module"):
+        first, second = re.findall(rf'{part} = "(.*?)"', text)
+        assert first == second and first
 
 
 def test_the_hopper_kernel_slices_layers_that_it_pads():
