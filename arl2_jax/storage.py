@@ -27,7 +27,7 @@ def check_writable(folder: epath.PathLike, size: int = 0, field: str = "folder")
     """
     path = absolute(folder)
     refuse = lambda problem: StorageError(
-        problem, field=field, value=path, remedy="free space there, or name another"
+        problem, field=field, value=path, remedy="free space there, or name another folder"
     )
     probe = path / f".write_probe_{jax.process_index()}"
     try:

@@ -30,7 +30,7 @@ from arl2_jax.config import (
     TrainConfig,
     to_config_dict,
 )
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import ConfigError, UserError
 from arl2_jax.evaluation.rank_choice import RankChoice, chosen_measures
 from arl2_jax.evaluation.rank_layers import rank_layers
 from arl2_jax.evaluation.ranking import MEASURES, hybrid_count, rank, ranking_table, ranks, spearman
@@ -341,7 +341,7 @@ def change(config, part, **changes):
 )
 def test_runs_that_cannot_be_ranked_are_refused(config, tmp_path, part, changes, told):
     run = change(config, part, **changes)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         rank_layers(run, tmp_path / "out", RankChoice(stage2_steps=2))
     assert_one_line(error, told)
 

@@ -17,7 +17,7 @@ from tiny_release import MODEL, random_tree
 
 from arl2_jax.config import GatedDeltaConfig, to_config_dict
 from arl2_jax.data import LatentWriter
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import ConfigError, UserError
 from arl2_jax.evaluation.inspect_memory import ClipChoice, inspect_memory, read_clips
 from arl2_jax.evaluation.retention import retention_of_models, retention_table
 from arl2_jax.evaluation.retention_plot import retention_picture, short
@@ -150,7 +150,7 @@ def test_weights_without_anything_to_measure_are_refused(saved, softmax, tmp_pat
         (str(tmp_path / "control"), None, "memory is closed"),
         (str(tmp_path / "nothing"), None, "nothing"),
     ):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             inspect_memory(weights, RANDOM, out, hybrid_layers=layers)
         assert_one_line(error, told)
     with pytest.raises(ConfigError) as error:

@@ -28,7 +28,7 @@ from arl2_jax.config import (
 )
 from arl2_jax.data import open_data
 from arl2_jax.data.latents import LatentFolder
-from arl2_jax.errors import ConfigError, DataError, StorageError, UserError
+from arl2_jax.errors import ConfigError, DataError, StorageError, UserError, WeightsError
 from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.released import Picture
 from arl2_jax.generation.video import write_video
@@ -152,7 +152,7 @@ def test_an_interrupted_folder_of_videos_is_continued(stored, clips, paths, tmp_
     assert files(tmp_path) == files(stored)
     with pytest.raises(StorageError, match="holds stored latents already") as error:
         store_videos(clips, tmp_path, paths)
-    assert_one_line(error, "--check")
+    assert_one_line(error, f"out={tmp_path}", "name another folder")
 
 
 def test_other_encoders_do_not_continue(clips, paths, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_text_encoder_of_another_width_is_one_line(release, tmp_path, monkeypa
     monkeypatch.setattr(rollouts, "Generator", None)
     narrow = dataclasses.replace(MODEL, text_dim=16)
     other = str(write_release(tmp_path / "other", narrow))
-    with pytest.raises(ConfigError, match="width 32") as error:
+    with pytest.raises(WeightsError, match="width 32") as error:
         store_rollouts(tmp_path / "prompts.txt", tmp_path / "out", other, ReleasePaths())
     assert_one_line(error, "text_dim=16")
     assert not (tmp_path / "out").exists()
