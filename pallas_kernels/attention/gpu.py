@@ -69,8 +69,9 @@ def attention(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> Array:
     """Attention by the kernel; where it is differentiated, by cuDNN in both directions."""
-    # With the log-sum-exp, which costs nothing: calls with and without it are then one to XLA.
-    out, _ = _call(q, k, v, key_length, layer)
+    # The log-sum-exp costs nothing. Held on to, it makes this the same program as the form that
+    # returns it, and two calls on the same arrays one.
+    out, _ = lax.optimization_barrier(_call(q, k, v, key_length, layer))
     return out[:, : q.shape[1]]
 
 
@@ -110,8 +111,8 @@ def _call(
     return _kernel(q, k, v, scalars)
 
 
-# Compiled apart, so that the kernel does not carry the place of its call: XLA makes one of two
-# calls on the same arrays, but for that.
+# Lowered once in a program: kernels that are lowered twice have two names, and XLA does not see
+# that two calls on the same arrays are one.
 @jax.jit
 def _kernel(q: Array, k: Array, v: Array, scalars: Array) -> tuple[Array, Array]:
     """Calls the kernel; scalars, int32 [B + 1], are visible keys and the first row of k and v."""

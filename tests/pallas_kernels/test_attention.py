@@ -4,7 +4,6 @@ import functools
 import importlib
 import itertools
 import logging
-import re
 
 import jax
 import jax.numpy as jnp
@@ -450,9 +449,8 @@ def test_two_calls_of_the_hopper_kernel_are_one_to_xla():
 
     inputs = [jax.ShapeDtypeStruct((2, 128, 3, 64), jnp.bfloat16)] * 4
     text = jax.jit(both).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
-    for part in ("kernel_hash", "module"):
-        first, second = re.findall(rf'{part} = "(.*?)"', text)
-        assert first == second and first
+    assert text.count("call @_kernel(") == 2
+    assert len([line for line in text.splitlines() if "@mosaic_gpu" in line]) == 1
 
 
 def test_the_hopper_kernel_slices_layers_that_it_pads():
