@@ -1,11 +1,7 @@
 """What a run has achieved: numbers, curves, pictures and videos, in one folder."""
 
 import contextlib
-import functools
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from arl2_jax import models
-from arl2_jax.config import Config, ModelConfig, to_config_dict
+from arl2_jax.config import Config, to_config_dict
 from arl2_jax.data import ClipData
 from arl2_jax.evaluation.continuation import (
     Continuations,
@@ -38,12 +33,10 @@ from arl2_jax.evaluation.plots import curves, lag_curves
 from arl2_jax.evaluation.recall import RecallTest, recall_test
 from arl2_jax.evaluation.recall_sheet import recall_sheet
 from arl2_jax.evaluation.retention import retention_of_models
+from arl2_jax.evaluation.run_facts import run_facts
 from arl2_jax.json_trees import plain_json
-from arl2_jax.models import Params
 from arl2_jax.storage import write_whole
 from arl2_jax.training.pipeline import Converted, control_name
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "arl2_jax")
 
 
 def write_report(
@@ -89,7 +82,7 @@ def write_report(
     retention, picture = retained.result()
     if picture is not None and jax.process_index() == 0:
         write_whole(folder / "report" / "retention.png", picture)
-    report = gap.result() | scores | {"retention": retention or None} | _facts(config, converted)
+    report = gap.result() | scores | {"retention": retention or None} | run_facts(config, converted)
     report |= {"seconds_report": time.perf_counter() - began, "config": to_config_dict(config)}
     report = plain_json(report)
     if jax.process_index() == 0:
@@ -144,46 +137,3 @@ def _write_pictures(
     if sheet:
         write_whole(folder / "report" / "contact_sheet.png", continuation_sheet(continued))
     write_continuations(continued, folder / "report", config.data.fps)
-
-
-def _facts(config: Config, converted: Converted) -> dict[str, Any]:
-    """Sizes, times and surroundings of the run."""
-    teacher = _count(models.teacher_params(converted.untrained, config.model))
-    frames = [config.data.frames, config.data.frames * config.evaluation.rollout_length]
-    student = config.model if config.model.converted_layers else None
-    devices = jax.devices()
-    return {
-        "parameters": {"teacher": teacher, "added": _count(converted.untrained) - teacher},
-        "memory_bytes": {
-            "frames": frames,
-            "teacher": [_memory_bytes(config, config.model.teacher(), n) for n in frames],
-            "student": student and [_memory_bytes(config, student, n) for n in frames],
-        },
-        "seconds": converted.seconds,
-        "compile_seconds": converted.compile_seconds,
-        "device": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "cpu_count": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
-    }
-
-
-def _count(params: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _memory_bytes(config: Config, cfg: ModelConfig, frames: int) -> int:
-    """Bytes of the memories of one video of so many latent frames."""
-    size = {"batch": 1, "frames": frames, "tokens_per_frame": config.tokens_per_frame}
-    memory = jax.eval_shape(functools.partial(models.init_memory, cfg, **size))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
