@@ -14,13 +14,14 @@ from arl2_jax.models import (
     apply_clip,
     base_of,
     cast_params,
+    run_name,
+    runs_of,
     stack_params,
     stacked_runs,
     stem_of,
     without_delta,
 )
 from arl2_jax.models.embeddings import Stem
-from arl2_jax.models.params import run_name
 from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem, noisy_half
 
 
@@ -125,17 +126,34 @@ class LayerDistillation(NamedTuple):
     """Errors of the converted layers' attention and their gradients.
 
     Attributes:
-      errors: per converted layer, relative to the teacher's mean square; layer index -> scalar.
       gradients: of every layer's own error by its additions, stacked as they are:
         {"blocks": {"0-21": {"delta": ...}}}.
-      diagnostics: per run of equal layers, as in `apply_clip`.
+      diagnostics: per run of equal layers, as in `apply_clip`; of converted layers also "error",
+        relative to the teacher's mean square.
       teacher_flow: what `teacher_flow` returns; the clip has gone through the teacher's layers.
     """
 
-    errors: dict[str, Array]
     gradients: Params
     diagnostics: tuple[dict[str, Array], ...]
     teacher_flow: Float[Array, "b t rows columns channels"]
+
+    @property
+    def errors(self) -> dict[str, Array]:
+        """Error of each converted layer; layer index -> scalar."""
+        runs = runs_of(self.gradients)
+        return {
+            str(i): values[i - start]
+            for (start, stop), values in zip(runs, self._by_run(), strict=True)
+            for i in range(start, stop)
+        }
+
+    @property
+    def mean_error(self) -> Array:
+        """Mean error of the converted layers."""
+        return jnp.mean(jnp.concatenate(self._by_run()))
+
+    def _by_run(self) -> list[Array]:
+        return [logged["error"] for logged in self.diagnostics if "error" in logged]
 
 
 def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
@@ -149,7 +167,7 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
     stem = make_stem(cfg, cast_params(stem_of(params), cfg))
     tokens = embed_noised(stem, cfg, clip)
     blocks = clip.clean.shape[1] // cfg.frames_per_block
-    x, errors, gradients, diagnostics = tokens.x, {}, {}, []
+    x, gradients, diagnostics = tokens.x, {}, []
     for start, stop, weights in stacked_runs(params):
         converted = start in cfg.converted_layers
 
@@ -177,12 +195,11 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
             diagnostics.append({})
             continue
         (values, logged), gradient = per_layer
-        diagnostics.append(logged)
-        errors |= {str(i): values[i - start] for i in range(start, stop)}
+        diagnostics.append(logged | {"error": values})
         gradients[run_name(start, stop)] = {ADDED: gradient}
     flow = stem.predict_flow(noisy_half(x), tokens.time, *clip.clean.shape[2:4])
     flow = jax.lax.stop_gradient(flow)
-    return LayerDistillation(errors, {"blocks": gradients}, tuple(diagnostics), flow)
+    return LayerDistillation({"blocks": gradients}, tuple(diagnostics), flow)
 
 
 def relative_error(x: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Array:

@@ -8,6 +8,7 @@ from io import TextIOBase
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -21,8 +22,9 @@ Metrics = Mapping[str, Any]
 class MetricWriter(Protocol):
     """Takes the metrics of a logged step.
 
-    Values are numbers or scalar jax arrays. They are read when `write` is called and not before,
-    so a loop that calls `write` every so many steps lets the device run ahead in between.
+    Values are numbers or scalar jax arrays. An array over layers, "layers_4-6/error", is written as
+    one number a layer, "layer_04/error" and so on. Values are read when `write` is called and not
+    before, so a loop that calls `write` every so many steps lets the device run ahead in between.
     """
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -203,7 +205,15 @@ class _Lines(tqdm):
 
 
 def _floats(metrics: Metrics) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    found: dict[str, float] = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        if np.ndim(value) == 0:
+            found[name] = float(value)
+            continue
+        layers, _, rest = name.partition("/")
+        first = int(layers.removeprefix("layers_").partition("-")[0])
+        found |= {f"layer_{first + i:02d}/{rest}": float(x) for i, x in enumerate(value)}
+    return found
 
 
 def _lines_up_to(path: epath.Path, step: int | None) -> list[str]:

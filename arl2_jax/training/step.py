@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from arl2_jax.config import Config
 from arl2_jax.generation.rollout import rollout
 from arl2_jax.memory.initial import value_scale
-from arl2_jax.models import Params
+from arl2_jax.models import Params, run_name
 from arl2_jax.training import losses
 from arl2_jax.training.losses import NoisedClip
 from arl2_jax.training.optimizer import learning_rate, make_optimizer
@@ -115,7 +115,8 @@ def _teacher_gradients(config: Config, trained: Params, frozen: Params, clip: No
 
 def _stage1_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
     result = losses.distil_layers(merge_params(trained, frozen), config.model, clip)
-    return _like(trained, result.gradients), _layer_metrics(config, result)
+    metrics = {"loss": result.mean_error} | _by_run(config, result.diagnostics)
+    return _like(trained, result.gradients), metrics
 
 
 def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
@@ -130,11 +131,11 @@ def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: Noi
         return losses.distillation(merge_params(trained, frozen), config.model, clip, target)
 
     (value, diagnostics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-    metrics = {"loss": value} | _per_layer(config, diagnostics)
+    metrics = {"loss": value} | _by_run(config, diagnostics)
     if local is not None:
         add = lambda g, own: g + weight * own
         grads = jax.tree.map(add, grads, _like(trained, local.gradients))
-        metrics["layer_error"] = _mean(local.errors)
+        metrics["layer_error"] = local.mean_error
     return grads, metrics
 
 
@@ -156,22 +157,12 @@ def _like(trained: Params, gradients: Params) -> Params:
     return pick(trained, gradients)
 
 
-def _mean(errors: dict[str, Array]) -> Array:
-    return jnp.mean(jnp.stack(list(errors.values())))
-
-
-def _layer_metrics(config: Config, result: losses.LayerDistillation) -> Metrics:
-    errors = {f"layer_{int(i):02d}/error": value for i, value in result.errors.items()}
-    return {"loss": _mean(result.errors)} | errors | _per_layer(config, result.diagnostics)
-
-
-def _per_layer(config: Config, diagnostics: tuple[dict[str, Array], ...]) -> Metrics:
-    """Diagnostics of scanned runs as one scalar per layer."""
+def _by_run(config: Config, diagnostics: tuple[dict[str, Array], ...]) -> Metrics:
+    """Diagnostics of scanned runs, arrays over their layers, as writers of metrics know them."""
     return {
-        f"layer_{start + j:02d}/{name}": values[j]
-        for (start, _), logged in zip(config.model.layer_runs(), diagnostics, strict=True)
+        f"layers_{run_name(*run)}/{name}": values
+        for run, logged in zip(config.model.layer_runs(), diagnostics, strict=True)
         for name, values in logged.items()
-        for j in range(values.shape[0])
     }
 
 

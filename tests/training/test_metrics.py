@@ -46,6 +46,17 @@ def test_json_lines_hold_one_object_per_logged_step(tmp_path):
     assert records(path)[1:] == [{"step": 20, "loss": None, "norm": None}]
 
 
+def test_arrays_over_layers_are_one_number_a_layer(tmp_path):
+    metrics = {"loss": 1.0, "layers_9-10/error": jnp.array([0.5, 0.25]), "layers_0-0/a.b": [2.0]}
+    found = {"loss": 1.0, "layer_09/error": 0.5, "layer_10/error": 0.25, "layer_00/a.b": 2.0}
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    writer = MultiWriter(JsonLinesWriter(path), TensorBoardWriter(folder))
+    writer.write(1, metrics)
+    writer.close()
+    assert records(path) == [{"step": 1, **found}]
+    assert {tag: value for _, tag, value in events(folder)[0]} == found
+
+
 def test_a_resumed_run_leaves_no_step_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for resume_step, steps in ((None, (10, 20, 30, 40)), (20, (30, 40, 50)), (50, (60,))):

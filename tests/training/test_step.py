@@ -11,7 +11,7 @@ import pytest
 
 from arl2_jax import sharding
 from arl2_jax.config import MeshConfig
-from arl2_jax.models import stack_params, without_delta
+from arl2_jax.models import init_stacked, stack_params, without_delta
 from arl2_jax.training.loop import phase_model
 from arl2_jax.training.losses import NoisedClip
 from arl2_jax.training.partition import TRAINED, split_params
@@ -224,3 +224,24 @@ def test_own_past_is_a_generated_one(config, start, batch):
     for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert optax.tree.norm(optax.tree.sub(after.params, state.params)) > 0
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_program_does_not_grow_with_depth(config, phase):
+    """Of 8 and of 30 layers, as lowered: loops over layers, and arrays stacked in the state."""
+
+    def size(layers):
+        hybrid = tuple(range(layers // 2))
+        model = dataclasses.replace(config.model, num_layers=layers, hybrid_layers=hybrid)
+        run = dataclasses.replace(config, model=model)
+        state, frozen = jax.eval_shape(functools.partial(begin, run), jax.random.key(0))
+        return len(
+            jax.jit(make_step(run, phase)).lower(state, frozen, make_batch(run, 4)).as_text()
+        )
+
+    def begin(run, key):
+        params = init_stacked(phase_model(run, phase), key)
+        trained, frozen = split_params(params, TRAINED[phase])
+        return init_state(run, phase, trained, key), frozen
+
+    assert size(30) < 1.02 * size(8)  # numbers in it have more digits
