@@ -82,7 +82,7 @@ def survival(transition: Float[Array, "b blocks h k k"], lag: int) -> Float[Arra
 
 def weights_at_end(
     writes: Writes, blocks: int, settings: GatedDeltaConfig = _PUBLISHED
-) -> Float[Array, "b blocks n h"]:
+) -> Float[Array, "b blocks _ h"]:
     """Weight of each token in the state at the end of its clip.
 
     That state is linear in the values, S = sum_t c_t v_t^T with c_t = beta_t A_(t+1..end) k_t,

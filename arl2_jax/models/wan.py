@@ -217,7 +217,7 @@ class Clip(NamedTuple):
       time: time embedding of the noisy copy, [B, T, C].
     """
 
-    x: Float[Array, "_ n c"]
+    x: Float[Array, "both n c"]
     conditions: Conditions
     text: Float[Array, "b l c"]
     time: Float[Array, "b t c"]

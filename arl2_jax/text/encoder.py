@@ -71,7 +71,7 @@ class TextEncoder:
         text_dim: int | None = None,
         *,
         allow_empty: bool = False,
-    ) -> Float[np.ndarray, "n text_len dim"]:
+    ) -> Float[np.ndarray, "b l text_dim"]:
         """Encode prompts; arguments and errors as of `check` and `encode_prompts`."""
         self._check_width(text_dim)
         return encode_prompts(

@@ -43,19 +43,19 @@ class Readings(NamedTuple):
     """What a layer reads with and from, for a batch of clips and their copies.
 
     Attributes:
-      q: queries before P_q, [B, n, H, D].
-      states: before each block, of values before P_v, [clips, blocks, H, D, D].
-      x: input of the layer's attention, [B, n, C].
-      target: what the memory is to add before Wo, [B, n, H, D].
-      weights: of the squared error of each copy, [B].
+      q: queries before P_q, [2 B, n, H, D].
+      states: before each block, of values before P_v, [B, blocks, H, D, D].
+      x: input of the layer's attention, [2 B, n, C].
+      target: what the memory is to add before Wo, [2 B, n, H, D].
+      weights: of the squared error of each copy, [2 B].
       rope: rotary positions; None for none.
     """
 
-    q: Float[Array, "b n h d"]
-    states: Float[Array, "clips blocks h k v"]
-    x: Float[Array, "b n c"]
-    target: Float[Array, "b n h d"]
-    weights: Float[Array, "b"]
+    q: Float[Array, "both n h d"]
+    states: Float[Array, "b blocks h k v"]
+    x: Float[Array, "both n c"]
+    target: Float[Array, "both n h d"]
+    weights: Float[Array, "both"]
     rope: Rope | None
 
 
@@ -245,7 +245,7 @@ def take_step(readout: Readout, step: Readout, before: float, along: Iterable[fl
 
 def _residual(
     readout: Readout, readings: Readings, output: Float[Array, "c c"], taps: Readout | None = None
-) -> Float[Array, "b n c"]:
+) -> Float[Array, "both n c"]:
     """Weighted difference after Wo; taps are added to what each matrix puts out."""
     features, _ = _gated_reads(readout, readings, taps)
     added = jnp.einsum("bnhd,hde->bnhe", features, readout.phi_v)

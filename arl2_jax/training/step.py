@@ -74,7 +74,7 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
         decay = jnp.minimum(settings.ema_decay, (1 + state.step) / (10 + state.step))
         ema = cast(Params, optax.incremental_update(params, state.ema, 1 - decay))
         metrics |= {
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state, ema, key), metrics

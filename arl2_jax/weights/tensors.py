@@ -219,7 +219,7 @@ def _in_file(file: Path, start: int, mapped: np.ndarray) -> StoredTensor:
     row_size = math.prod(mapped.shape[1:])
 
     def read_slice(index: Index) -> np.ndarray:
-        block = mapped[index]
+        block = np.asarray(mapped[index])  # of a scalar, too
         if block.shape[1:] != mapped.shape[1:] or not block.ndim:
             return block
         # Whole rows are read: twice as fast as the faults of mapped pages, and it holds no pages.
