@@ -14,10 +14,6 @@ PAGES = [("docs/memories.md", ""), ("README.md", "Memories")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def test_examples_are_found():
-    assert {path.stem for path in EXAMPLES} >= {"linen_model", "nnx_model", "plain_jax"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_learns(path, tmp_path):

@@ -3,6 +3,7 @@ import itertools
 import json
 import threading
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -24,12 +25,6 @@ def keys(batch):
     return [clip.tobytes() for clip in batch["latents"]]
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
-
-
 def test_batches_hold_encoded_clips():
     data = open_data(make_config())
     batch = next(data.train_batches(5, seed=1))
@@ -43,7 +38,7 @@ def test_same_seed_same_batches_and_no_clip_twice():
     data = open_data(make_config())
     first = list(itertools.islice(data.train_batches(4, seed=3), 5))
     for a, b in zip(first, data.train_batches(4, seed=3), strict=False):
-        assert_equal(a, b)
+        chex.assert_trees_all_equal(a, b)
     assert len({key for batch in first for key in keys(batch)}) == 20
     assert keys(next(data.train_batches(4, seed=4))) != keys(first[0])
     next(data.train_batches(4, seed=-1))
@@ -60,9 +55,9 @@ def test_resumes_bit_exactly(workers):
     resumed = data.train_batches(3, seed=0)
     resumed.set_state(state)
     for batch in expected:
-        assert_equal(next(resumed), batch)
+        chex.assert_trees_all_equal(next(resumed), batch)
     batches.set_state(state)
-    assert_equal(next(batches), expected[0])
+    chex.assert_trees_all_equal(next(batches), expected[0])
     for iterator in (batches, resumed):
         iterator.close()
 
@@ -70,7 +65,7 @@ def test_resumes_bit_exactly(workers):
 def test_workers_give_the_same_batches():
     plain, shared = (open_data(make_config(workers=w)).train_batches(3, 0) for w in (0, 2))
     for _ in range(4):
-        assert_equal(next(plain), next(shared))
+        chex.assert_trees_all_equal(next(plain), next(shared))
     shared.close()
 
 
@@ -93,7 +88,7 @@ def test_processes_share_out_the_batch(monkeypatch):
 def test_held_out_clips_are_fixed_and_never_trained_on():
     data = open_data(make_config())
     held = data.held_out(6)
-    assert_equal(held, open_data(make_config(workers=1)).held_out(6))
+    chex.assert_trees_all_equal(held, open_data(make_config(workers=1)).held_out(6))
     np.testing.assert_array_equal(data.held_out(2)["latents"], held["latents"][:2])
     clip = make_clip(make_sprites(), make_data(), HELD_OUT_SEED + 3)
     np.testing.assert_allclose(

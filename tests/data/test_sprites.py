@@ -180,8 +180,8 @@ def test_a_twin_differs_in_the_given_identity_alone(sprites):
         identity = [(int(c), int(s)) for c, s in zip(clip.colors, clip.shapes, strict=True)]
         same = make_clip(sprites, DATA, seed, identity)
         np.testing.assert_array_equal(same.video, clip.video)
-        color = (clip.colors[0] + 1) % sprites.colors
-        twin = make_clip(sprites, DATA, seed, [(color, clip.shapes[0]), *identity[1:]])
+        color = (identity[0][0] + 1) % sprites.colors
+        twin = make_clip(sprites, DATA, seed, [(color, identity[0][1]), *identity[1:]])
         changed = (twin.video != clip.video).any(-1)
         own = (clip.video == list(COLORS.values())[clip.colors[0]]).all(-1)
         assert not (changed & ~own).any()

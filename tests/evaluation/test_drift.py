@@ -68,7 +68,9 @@ def test_a_sprite_that_changes_is_seen_where_it_does(rollout):
     given, clips = rollout
     changed, k = list(clips), 20
     first = clips[0]
-    identity = [((c + 1) % 6, s) for c, s in zip(first.colors, first.shapes, strict=True)]
+    identity = [
+        ((c + 1) % 6, s) for c, s in zip(first.colors.tolist(), first.shapes.tolist(), strict=True)
+    ]
     other = true_clip(CONFIG, 0, (GIVEN + BLOCKS) * F, identity)
     np.testing.assert_array_equal(other.positions, first.positions)
     video = np.concatenate([first.video[: (GIVEN + k) * F], other.video[(GIVEN + k) * F :]])

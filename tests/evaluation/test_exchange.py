@@ -50,7 +50,7 @@ def planted(carrier, seen=None):
         if seen is not None:
             drawn_from = np.asarray(jax.random.key_data(keys)).tobytes()
             seen.append((np.asarray(clips), int(block), drawn_from))
-        own = clips[:, block * F :][:, :F]
+        own = jnp.asarray(clips[:, block * F :][:, :F])
         ground = np.broadcast_to(clips[:, :1, :1, :1], own.shape)
         for_exchange = {
             "none": own,
@@ -153,7 +153,7 @@ def test_shares_are_means_over_noises_and_intervals_count_clips(held_out):
 
     def draw(*args, **options):
         made = np.array(planted("states")(*args, **options))
-        made[:, 0] = swap_twins(made[:, 0], axis=1)
+        made[:, 0] = swap_twins(jnp.asarray(made[:, 0]), axis=1)
         return made
 
     made = drawn(held_out, draw)
@@ -179,7 +179,7 @@ def test_flips_are_found_in_the_layer_that_carries(held_out):
     """Layer 1 alone carries identity, and of three noises one forgets it in any case."""
 
     def draw(params, cfg, sampler, text, keys, clips, block, *, exchanges):
-        own = clips[:, block * F :][:, :F]
+        own = jnp.asarray(clips[:, block * F :][:, :F])
         made = np.stack([swap_twins(own) if x == wanted[2] else own for x in exchanges])
         made = np.array(np.broadcast_to(made[:, None], (len(made), len(keys), *own.shape)))
         made[:, 0] = clips[:, :1, :1, :1]

@@ -62,8 +62,9 @@ def test_true_videos_hold_what_is_asked(monkeypatch):
                     yield i, seen[i - late]
 
         monkeypatch.setattr("arl2_jax.evaluation.long_recall.draw_along", draw)
+        model = Model({}, config.model)
         parts, key = [Stretch(1, 12), Stretch(40, 60)], jax.random.key(0)
-        return long_recall(config, make_codec(config), None, key, videos=4, stretches=parts)
+        return long_recall(config, make_codec(config), model, key, videos=4, stretches=parts)
 
     now, before = recall(0), recall(1)
     assert [part["recall"] for part in now] == [1, 1]

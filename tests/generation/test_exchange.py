@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +90,7 @@ def test_reading_the_own_memory_is_the_default_bit_for_bit(params, cfg, clip):
     now |= dict(memory=memory, position=jnp.int32(2))
     default = apply(params, cfg, block, level, clip.text, **now)
     given = apply(params, cfg, block, level, clip.text, **now, read=memory)
-    jax.tree.map(np.testing.assert_array_equal, default, given)
+    chex.assert_trees_all_equal(default, given)
 
 
 def test_what_is_read_is_not_what_is_written(params, cfg, clip, apply):

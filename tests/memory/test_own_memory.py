@@ -219,9 +219,7 @@ def test_without_a_clip_form_it_cannot_be_trained(config, tmp_path):
     run = dataclasses.replace(
         config, model=model, train=dataclasses.replace(config.train, workdir=str(tmp_path / "x"))
     )
-    with pytest.raises(
-        arl2.ConfigError, match=r"kind=counting in layers \[1\], which has no form"
-    ):
+    with pytest.raises(arl2.ConfigError, match=r"kind=counting in layers \[1\], which has no form"):
         prepare(run)
     assert not (tmp_path / "x").exists()
 

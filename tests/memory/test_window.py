@@ -109,8 +109,8 @@ def test_positions_matter_by_their_differences_alone(error):
     f, sink, window = 2, 3, 5
     cfg, memory = make_window(sink, window)
     p = make_projections(cfg, 2 * f, ROWS, COLUMNS, batch=1)
-    first, second = (p._replace(q=x, k=y, v=z) for x, y, z in zip(
-        *(jnp.split(x, 2, axis=1) for x in (p.q, p.k, p.v)), strict=True))  # fmt: skip
+    halves = {name: jnp.split(x, 2, axis=1) for name, x in p._asdict().items() if x.ndim > 1}
+    first, second = (p._replace(**{name: x[i] for name, x in halves.items()}) for i in (0, 1))
 
     @jax.jit
     def attend(t):

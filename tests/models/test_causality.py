@@ -1,5 +1,6 @@
 """What a block may depend on: itself, the text, and clean blocks before it; nothing else."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +73,7 @@ def test_denoising_leaves_the_memory_and_writing_changes_it(params, cfg, clip, a
     flow, written = apply(*arguments, memory=memory, position=jnp.int32(0), write=True)
     again, kept = apply(*arguments, memory=written, position=jnp.int32(2))
     assert len(written) == 2  # one state per run of equal layers
-    for before, after in zip(jax.tree.leaves(written), jax.tree.leaves(kept), strict=True):
-        np.testing.assert_array_equal(after, before)
+    chex.assert_trees_all_equal(kept, written)
     for before, after in zip(jax.tree.leaves(memory), jax.tree.leaves(written), strict=True):
         assert all(np.any(a != b) for a, b in zip(after, before, strict=True))  # in every layer
     assert np.abs(again - flow).max() > 0.01

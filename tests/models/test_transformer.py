@@ -2,9 +2,9 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -49,13 +49,13 @@ def test_both_forms_are_those_of_the_functions(model, cfg, params, clip, apply_c
 
 
 def test_parameters_go_in_and_come_out(model, params):
-    jax.tree.map(np.testing.assert_array_equal, model.to_params(), params)
+    chex.assert_trees_all_equal(model.to_params(), params)
 
 
 def test_fresh_module_has_the_parameters_of_the_config(cfg):
     made = jax.eval_shape(lambda: WanTransformer(cfg, rngs=nnx.Rngs(0)).to_params())
     shapes = models.param_shapes(cfg)
-    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, shapes)
+    chex.assert_trees_all_equal_shapes(made, shapes)
 
 
 def test_a_layer_takes_another_memory(cfg, params, clip, block_by_block, error):

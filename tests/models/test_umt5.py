@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def test_layouts_are_two_names_of_one_model(params):
     translate = lambda name: TRANSFORMERS.to_source(WAN.to_path(name)[0])[0]
     tensors = {translate(name): x for name, x in draw(wan_shapes(CFG)).items()}
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    jax.tree.map(np.testing.assert_array_equal, as_params(tensors, CFG), params)
+    chex.assert_trees_all_equal(as_params(tensors, CFG), params)
 
 
 def bucket(after: int, num_buckets: int, max_distance: int) -> int:

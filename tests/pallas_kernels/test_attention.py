@@ -5,6 +5,7 @@ import importlib
 import itertools
 import logging
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -382,7 +383,7 @@ def test_layers_of_kernels(name, return_lse, keys):
     for layer in range(3):
         k, v = (jnp.full((3, *x.shape), np.nan, x.dtype).at[layer].set(x) for x in kv)
         found = jax.jit(lambda i, q, k, v: call(q, k, v, layer=i))(layer, q, k, v)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ON_DEVICES)

@@ -22,6 +22,7 @@ from recurrence_cases import (
     undamped,
 )
 
+from arl2_jax.config import ModelConfig
 from pallas_kernels import gated_delta_states
 from pallas_kernels.gated_delta import api, xla
 from pallas_kernels.gated_delta.shapes import SHAPES
@@ -220,10 +221,15 @@ def test_sharding_over_batch_and_heads_moves_nothing():
     assert_close(compiled(placed, cotangent), oracle(inputs, 65), TOLERANCES["float32"])
 
 
-def test_the_first_named_shapes_hold_whole_blocks():
-    assert SHAPES["wan1p3b_clip"].blocks == 7
-    for shape in SHAPES.values():
-        assert shape.time % shape.block_size == 0
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("wan")])
+def test_named_shapes_are_those_of_the_models(name):
+    """480 x 832 pixels are 30 x 52 tokens a frame; a clip has 21 latent frames."""
+    shape, size = SHAPES[name], name.split("_")[0]
+    cfg = getattr(ModelConfig, size)()
+    frames = 1 if "framewise" in name else cfg.frames_per_block
+    assert (shape.heads, shape.key_dim, shape.value_dim) == (cfg.num_heads, *[cfg.head_dim] * 2)
+    assert shape.block_size == frames * 30 * 52
+    assert shape.blocks == (21 // frames if name.endswith("clip") else 1)
 
 
 INVALID = {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -118,21 +119,14 @@ def resumed(train, folders, first_session):
     return train(folders[1])
 
 
-def assert_equal(found, wanted):
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
-    ):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-
-
 def test_resumed_is_uninterrupted(whole, resumed):
     assert list(whole.saved) == [2, 4, 6] and list(resumed.saved) == [4, 6]
     assert resumed.logged == [3, 4, 5, 6]
     for step in (4, 6):
         (state, position), (wanted, wanted_position) = resumed.saved[step], whole.saved[step]
         assert position == wanted_position
-        assert_equal(state, wanted)
-    assert_equal(resumed.result.params, whole.result.params)
+        chex.assert_trees_all_equal(state, wanted)
+    chex.assert_trees_all_equal(resumed.result.params, whole.result.params)
 
 
 def test_log_of_a_resumed_phase_has_every_step_once(whole, resumed, folders):
@@ -167,7 +161,7 @@ def test_nothing_is_compiled_between_steps(whole):
 def test_finished_phase_takes_no_step(train, whole, folders):
     again = train(folders[0])
     assert again.logged == [] and again.saved == {}
-    assert_equal(again.result.params, whole.result.params)
+    chex.assert_trees_all_equal(again.result.params, whole.result.params)
     assert again.result.seconds == whole.result.seconds  # read, not measured
 
 
@@ -193,9 +187,9 @@ def test_short_clips_come_first_and_resume_anywhere(six_steps, train, tmp_path):
         assert list(train(folder, stop_at=stop, config=config).saved) == saved
     last = train(folder, config=config)
     assert last.logged == [7, 8] and last.shapes == [(4, 4)] * 2
-    assert_equal(last.saved[8][0], whole.saved[8][0])
+    chex.assert_trees_all_equal(last.saved[8][0], whole.saved[8][0])
     assert last.saved[8][1] == whole.saved[8][1]
-    assert_equal(last.result.params, whole.result.params)
+    chex.assert_trees_all_equal(last.result.params, whole.result.params)
 
 
 def test_phase_of_no_steps_changes_nothing(six_steps, make_params, tmp_path):
@@ -203,7 +197,7 @@ def test_phase_of_no_steps_changes_nothing(six_steps, make_params, tmp_path):
     params = make_params(six_steps.model)
     mesh = sharding.make_mesh(six_steps.train.mesh, jax.devices()[:1])
     result = run_phase(none, "stage1", params, open_data(none), mesh, epath.Path(tmp_path))
-    assert_equal(unstack_params(result.params), params)
+    chex.assert_trees_all_equal(unstack_params(result.params), params)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,8 +196,7 @@ def test_stage2_runs_the_teacher_once(config, make_params):
         merge_params(trained, frozen), run.model, clip
     )
     found, wanted = jax.jit(once)(trained, clip), jax.jit(twice)(trained, clip)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)  # sums with both signs
+    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-6)  # sums with both signs
     count = lambda f: products(jax.make_jaxpr(f)(trained, clip).jaxpr)
     assert count(once) == count(twice) - count(teacher)
 

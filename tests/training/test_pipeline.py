@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import traverse_util
 from one_line import assert_one_line
 
@@ -289,11 +290,11 @@ def test_space_for_what_is_still_to_be_written(config, tmp_path, keep, there, ch
     run, weights = weights_only(config, tmp_path, keep=keep)
     for step in range(there):
         (tmp_path / "teacher" / "checkpoints" / str(step)).mkdir(parents=True)
-    found = pipeline.bytes_to_write(run, tmp_path)
+    found = pipeline.bytes_to_write(run, epath.Path(tmp_path))
     assert 0 <= found - (4 * checkpoints + 1) * weights <= COUNTERS * checkpoints
     (tmp_path / "teacher" / "summary.json").parent.mkdir(exist_ok=True)
     (tmp_path / "teacher" / "summary.json").write_text("{}")
-    assert pipeline.bytes_to_write(run, tmp_path) == 0
+    assert pipeline.bytes_to_write(run, epath.Path(tmp_path)) == 0
 
 
 def test_space_of_every_phase_is_counted(converted, config, tmp_path):
@@ -312,7 +313,7 @@ def test_disk_that_is_too_small_is_refused_before_anything_is_compiled(
     config, tmp_path, monkeypatch
 ):
     run, _ = weights_only(config, tmp_path)
-    needed, reads = pipeline.bytes_to_write(run, tmp_path), []
+    needed, reads = pipeline.bytes_to_write(run, epath.Path(tmp_path)), []
     initial = pipeline._initial_params
     monkeypatch.setattr(pipeline, "_initial_params", lambda *a: reads.append(1) or initial(*a))
     for free in (0, needed - 1):

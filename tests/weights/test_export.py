@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +26,6 @@ def flat(tree):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def assert_equal(found, wanted):
-    found, wanted = flat(found), flat(wanted)
-    assert found.keys() == wanted.keys()
-    for path, value in wanted.items():
-        assert found[path].dtype == value.dtype, path
-        np.testing.assert_array_equal(found[path], value, path)
-
-
 def files_of(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
@@ -46,7 +39,9 @@ def test_a_converted_model_comes_back(tmp_path, cfg, params, dtype, shard_size):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert ((tmp_path / "out" / SINGLE).exists()) == (shard_size == 5e9)
     assert model_config(tmp_path / "out", dtype=dtype) == cfg
-    assert_equal(load_params(tmp_path / "out", cfg, precision="compute"), params)
+    chex.assert_trees_all_equal(
+        load_params(tmp_path / "out", cfg, precision="compute"), params, strict=True
+    )
 
 
 def test_the_names_are_those_of_the_published_file(tmp_path, cfg, params):
@@ -58,7 +53,7 @@ def test_the_names_are_those_of_the_published_file(tmp_path, cfg, params):
         f"model.{name}": tuple(shape) for name, (shape, *_) in kinds.items()
     }
     bare = {name.removeprefix("model."): x for name, x in tensors.items()}
-    assert_equal(from_original(bare, cfg), params)
+    chex.assert_trees_all_equal(from_original(bare, cfg), params, strict=True)
 
 
 def test_what_published_files_cannot_hold_is_refused_or_written(tmp_path, cfg, make_params):
@@ -74,12 +69,13 @@ def test_what_published_files_cannot_hold_is_refused_or_written(tmp_path, cfg, m
     names = load_file(tmp_path / "out" / SINGLE)
     assert "model.blocks.0.self_attn.b_proj.bias" in names
     assert model_config(tmp_path / "out") == cfg
-    assert_equal(load_params(tmp_path / "out", cfg), params)
+    chex.assert_trees_all_equal(load_params(tmp_path / "out", cfg), params, strict=True)
     published = dataclasses.replace(cfg, delta=dataclasses.replace(delta, beta_max=2.0))
     with pytest.raises(WeightsError, match=r"another model: beta_max"):
         load_params(tmp_path / "out", published)
     leaking = dataclasses.replace(cfg, delta=dataclasses.replace(delta, leak=0.1))
-    assert_equal(load_params(tmp_path / "out", leaking), params)  # may be chosen for any weights
+    # It may be chosen for any weights.
+    chex.assert_trees_all_equal(load_params(tmp_path / "out", leaking), params, strict=True)
     with pytest.raises(WeightsError, match=r"delta\.leak=0\.1"):
         export_params(tmp_path / "leaking", params, leaking)
     (tmp_path / "out" / "config.json").unlink()  # the tensors alone tell how the memory began
@@ -93,7 +89,9 @@ def test_a_teacher_comes_back_from_every_layout(tmp_path, cfg, params, layout, d
     teacher = dataclasses.replace(cfg.teacher(), dtype=dtype)
     own = cast_params(without_delta(params), teacher)
     export_params(tmp_path / "out", own, teacher, layout, shard_size=30_000)
-    assert_equal(load_params(tmp_path / "out", teacher, precision="compute"), own)
+    chex.assert_trees_all_equal(
+        load_params(tmp_path / "out", teacher, precision="compute"), own, strict=True
+    )
     found = model_config(tmp_path / "out", dtype=dtype)
     told = {"diffusers": ("text_len", "frames_per_block", "lora_rank", "lora_alpha")}
     told["wan"] = told["diffusers"][1:]  # what config.json of that program has no field for
@@ -104,7 +102,9 @@ def test_a_teacher_comes_back_from_every_layout(tmp_path, cfg, params, layout, d
 def test_diffusers_names(tmp_path, cfg, params):
     export_params(tmp_path / "out", without_delta(params), cfg.teacher(), "diffusers")
     tensors = load_file(tmp_path / "out" / SINGLE)
-    assert_equal(from_diffusers(tensors, cfg.teacher()), without_delta(params))
+    chex.assert_trees_all_equal(
+        from_diffusers(tensors, cfg.teacher()), without_delta(params), strict=True
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_attention_heads"] * config["attention_head_dim"] == cfg.dim
 
@@ -177,7 +177,7 @@ def test_what_is_there_stays(tmp_path, cfg, params, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / SINGLE).read_bytes() == before
     export_params(tmp_path / "out", other, cfg, overwrite=True)
-    assert_equal(load_params(tmp_path / "out", cfg), other)
+    chex.assert_trees_all_equal(load_params(tmp_path / "out", cfg), other, strict=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from one_line import assert_one_line
 from safetensors.numpy import save_file
 from wan_names import original_tensors
@@ -48,14 +48,6 @@ def write(file, tensors, **config):
 def random_tree(shapes, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: np.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
-
-
-def assert_same(found, wanted):
-    found, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (found, wanted))
-    assert found.keys() == wanted.keys()
-    for path, value in wanted.items():
-        assert found[path].dtype == value.dtype, path
-        np.testing.assert_array_equal(found[path], value, path)
 
 
 def test_a_model_from_shapes_alone(tmp_path):
@@ -117,10 +109,10 @@ def test_the_text_encoder(tmp_path, layout):
     )  # fmt: skip
     found = umt5_config(folder, text_len=TEXT.text_len, dtype="float32")
     assert found == TEXT
-    assert_same(load_text_encoder(folder, found), params)
+    chex.assert_trees_all_equal(load_text_encoder(folder, found), params, strict=True)
     half = dataclasses.replace(found, dtype="bfloat16")
     wanted = jax.tree.map(lambda x, s: x.astype(s.dtype), params, umt5_shapes(half))
-    assert_same(load_text_encoder(folder, half), wanted)
+    chex.assert_trees_all_equal(load_text_encoder(folder, half), wanted, strict=True)
     with pytest.raises(WeightsError, match="missing"):
         load_text_encoder(folder, dataclasses.replace(found, num_layers=3))
 
@@ -136,7 +128,7 @@ def test_the_vae(tmp_path, number):
         latents_std=VAE.latents_std,
     )  # fmt: skip
     assert vae_config(folder, dtype="float32") == VAE
-    assert_same(load_vae(folder, VAE), params)
+    chex.assert_trees_all_equal(load_vae(folder, VAE), params, strict=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"base_dim": 16}))
     with pytest.raises(WeightsError) as error:
@@ -208,7 +200,7 @@ def test_additions_are_those_of_a_fresh_model(tmp_path):
     key = jax.random.key(4)
     fresh = init_params(CFG, key)["blocks"]["1"]["delta"]
     loaded = load_params(folder, CFG, key)["blocks"]["1"]["delta"]
-    assert_same(loaded, jax.device_get(fresh))
+    chex.assert_trees_all_equal(loaded, jax.device_get(fresh), strict=True)
     half = load_params(
         folder, dataclasses.replace(CFG, dtype="bfloat16"), key, precision="compute"
     )["blocks"]["1"]

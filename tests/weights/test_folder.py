@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +22,8 @@ def test_weights_come_back_with_their_config(tmp_path):
     found, config = load_params_folder(tmp_path / "weights")
     assert config == {"dim": 128, "hybrid_layers": [0, 2]}
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-    assert jax.tree.structure(found) == jax.tree.structure(params)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
-        assert type(a) is np.ndarray and a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(found))
+    chex.assert_trees_all_equal(found, params, strict=True)
 
 
 def test_an_interrupted_export_leaves_the_earlier_weights(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def stored_in_memory(tensors, log=None):
 
     def tensor(name, array):
         def read_slice(index):
-            block = array[index]
+            block = np.asarray(array[index])
             if log is not None:
                 log.setdefault(name, []).append(block.nbytes)
             return block

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -181,7 +182,7 @@ def test_saved_weights_come_back(tmp_path):
     params = saved(tmp_path / "hybrid", HYBRID)
     found = load_params(tmp_path / "hybrid", HYBRID)
     assert_tree(found, HYBRID)
-    jax.tree.map(np.testing.assert_array_equal, found, params)
+    chex.assert_trees_all_equal(found, params)
 
 
 def test_a_saved_teacher_starts_a_hybrid(tmp_path):
