@@ -160,7 +160,11 @@ class GatedDelta(nnx.Module):
         return Writes(_unit(rotate(k, grid.rotation())), v, g, beta)
 
     def _read(
-        self, p: Projections, grid: TokenGrid, states: Float[Array, "clips blocks h k v"], copies: int
+        self,
+        p: Projections,
+        grid: TokenGrid,
+        states: Float[Array, "clips blocks h k v"],
+        copies: int,
     ):
         """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
         q = _unit(rotate(self._memory_heads(p)[0], grid.rotation()))
