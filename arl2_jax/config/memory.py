@@ -29,6 +29,10 @@ class MemorySettings:
     def check(self, model: "ModelConfig") -> None:
         """Raise ConfigError if the memory does not suit a model."""
 
+    def next_phase(self) -> "tuple[int, MemorySpec] | None":
+        """Return the latent frame at which another memory takes over, and that memory, or None."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig(MemorySettings):

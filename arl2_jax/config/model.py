@@ -183,6 +183,19 @@ class ModelConfig:
                 spec.settings.check(self)
             except ConfigError as error:
                 raise error.within(f"model.memories[{i}].settings.") from None
+            self._check_next_phase(i)
+
+    def _check_next_phase(self, index: int) -> None:
+        spec = self.memories[index]
+        frame, _ = spec.settings.next_phase() or (self.frames_per_block, None)
+        require(
+            frame > 0 and frame % self.frames_per_block == 0,
+            f"model.memories[{index}].settings",
+            None,
+            f"ends the first phase of kind={spec.kind} at latent frame {frame}, which is no "
+            f"positive multiple of model.frames_per_block={self.frames_per_block}",
+            "choose another",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -206,6 +219,27 @@ class ModelConfig:
             if not spec.layers:
                 return spec
         return MemorySpec("softmax_cache")
+
+    def phases(self) -> "tuple[tuple[int, ModelConfig], ...]":
+        """Models by which a video is generated, each with the latent frame at which it begins.
+
+        The first is (0, this model). There are more if a memory has a second phase
+        (`MemorySettings.next_phase`); they differ in `memories` alone.
+        """
+        found = [(0, self)]
+        while ends := [e for spec in found[-1][1].memories if (e := spec.settings.next_phase())]:
+            begun, model = found[-1]
+            first = min(frame for frame, _ in ends)
+            require(
+                first > begun,
+                "model.memories",
+                None,
+                f"has a phase that begins at latent frame {begun} and ends at {first}",
+                "let it end later",
+            )
+            memories = (_memory_at(spec, first) for spec in model.memories)
+            found.append((first, dataclasses.replace(model, memories=tuple(memories))))
+        return tuple(found)
 
     @property
     def converted_layers(self) -> tuple[int, ...]:
@@ -271,6 +305,12 @@ def _check_rank(field: str, rank: int) -> None:
         rank,
         "must not be negative, where 0 makes a model without low-rank updates",
     )
+
+
+def _memory_at(spec: MemorySpec, frame: int) -> MemorySpec:
+    """The memory of the same layers from a latent frame on."""
+    end, following = spec.settings.next_phase() or (None, spec)
+    return dataclasses.replace(following, layers=spec.layers) if end == frame else spec
 
 
 def _memory_spec(index: int, spec: Any) -> MemorySpec:

@@ -1,5 +1,6 @@
 """Videos as a stream of frame blocks: of any length, from one compiled program."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -13,6 +14,7 @@ from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.generation.rollout import (
     RolloutContext,
     RolloutState,
+    enter_phase,
     generate_block,
     start,
     write_block,
@@ -77,8 +79,15 @@ class Generator:
             static_argnames="frames",
         )
         # Memories are updated in place; the key is not, for it may be the caller's.
-        self._next = jax.jit(self._make_block, donate_argnames="memory")
-        self._remember = jax.jit(self._write_block, donate_argnames="memory")
+        program = functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+        self._next, self._remember = program(self._make_block), program(self._write_block)
+        self._enter = jax.jit(
+            lambda context, memory, position, key, before, after, frames: enter_phase(
+                context, before, after, RolloutState(memory, position, key),
+                frames=frames, tokens_per_frame=tokens,
+            ),
+            static_argnames=("before", "after", "frames"),
+        )  # fmt: skip
 
     def stream(
         self,
@@ -165,30 +174,38 @@ class Generator:
         self, text, null_text, key, past, frames: int | None, room: int | None
     ) -> Iterator[Array]:
         context, state = self._start(self._params, text, null_text, key, frames=room)
-        f, position = self._shape[0], 0
-        while past is not None and position < past.shape[1]:
-            state = self._remember(context, *state, block=past[:, position : position + f])
-            position += f
-        end = None if frames is None else position + frames
-        while end is None or position < end:
+        f, position, cfg = self._shape[0], 0, self.cfg
+        known = 0 if past is None else past.shape[1]
+        phases = dict(self.cfg.phases())
+        while frames is None or position < known + frames:
+            if position and position in phases:
+                state = self._enter(
+                    context, *state, before=cfg, after=phases[position], frames=room
+                )
+                cfg = phases[position]
+            if position < known:
+                block = past[:, position : position + f]
+                state = self._remember(context, *state, cfg=cfg, block=block)
+                position += f
+                continue
             if room is not None and position + f > room:
                 raise ValueError(
                     f"capacity={room} latent frames are spent and the softmax caches have no room "
                     "for another block; raise it"
                 )
-            state, block = self._next(context, *state)
+            state, block = self._next(context, *state, cfg=cfg)
             position += f
             yield block
 
-    def _make_block(self, context: RolloutContext, memory, position, key):
+    def _make_block(self, context: RolloutContext, memory, position, key, cfg: ModelConfig):
         state = RolloutState(memory, position, key)
         batch = context.text[0].k.shape[1] // (2 if self.sampler.guidance > 1 else 1)
         shape = (batch, *self._shape)
-        return generate_block(context, self.cfg, self.sampler, state, shape)
+        return generate_block(context, cfg, self.sampler, state, shape)
 
-    def _write_block(self, context: RolloutContext, memory, position, key, block):
+    def _write_block(self, context: RolloutContext, memory, position, key, cfg: ModelConfig, block):
         state = RolloutState(memory, position, key)
-        return write_block(context, self.cfg, self.sampler, state, block)
+        return write_block(context, cfg, self.sampler, state, block)
 
     def _check_past(self, past, batch: int) -> int:
         """Latent frames of the past."""

@@ -45,7 +45,7 @@ def start(
     tokens_per_frame,
     null_text=None,
 ) -> tuple[RolloutContext, RolloutState]:
-    """Prepares a rollout.
+    """Prepares a rollout, whose state is that of the model's first phase.
 
     Args:
       params, cfg: the model.
@@ -71,6 +71,33 @@ def start(
         runs=models.runs_of(params),
     )
     return context, RolloutState(memory, jnp.int32(0), key)
+
+
+def enter_phase(
+    context: RolloutContext,
+    before: ModelConfig,
+    after: ModelConfig,
+    state: RolloutState,
+    *,
+    frames: int | None,
+    tokens_per_frame: int,
+) -> RolloutState:
+    """Goes on from one phase of generation to the next, see `ModelConfig.phases`.
+
+    Args:
+      context, state: the rollout, at the latent frame at which the phase begins.
+      before, after: models of both phases.
+      frames, tokens_per_frame: as in `start`.
+    """
+    memory = models.hand_over(
+        before,
+        after,
+        state.memory,
+        frames=frames,
+        tokens_per_frame=tokens_per_frame,
+        runs=models.runs_of(context.params),
+    )
+    return state._replace(memory=memory)
 
 
 def write_block(
@@ -197,17 +224,33 @@ def rollout(
     Returns:
       The generated blocks alone, [B, blocks * f, rows, columns, channels] float32.
     """
-    f = cfg.frames_per_block
-    past_frames = 0 if past is None else past.shape[1]
+    f, past_frames = cfg.frames_per_block, 0 if past is None else past.shape[1]
+    frames = past_frames + blocks * f
     tokens = shape[0] * shape[1] // (cfg.patch_size[1] * cfg.patch_size[2])
-    context, state = start(
-        params, cfg, sampler, text, key, frames=past_frames + blocks * f, tokens_per_frame=tokens
-    )
-    if past is not None:
-        clean = rearrange(past, "b (m f) ... -> m b f ...", f=f)
-        remember = lambda state, block: (write_block(context, cfg, sampler, state, block), None)
-        state, _ = jax.lax.scan(remember, state, clean)
-    block_shape = (text.shape[0], f, *shape)
-    generate = lambda state, _: generate_block(context, cfg, sampler, state, block_shape)
-    _, video = jax.lax.scan(generate, state, length=blocks)
-    return rearrange(video, "m b f ... -> b (m f) ...")
+    room = dict(frames=frames, tokens_per_frame=tokens)
+    context, state = start(params, cfg, sampler, text, key, **room)
+    phases = [phase for phase in cfg.phases() if phase[0] < frames]
+    ends, before, made = [*(first for first, _ in phases[1:]), frames], cfg, []
+    for (first, model), end in zip(phases, ends, strict=True):
+        if first:
+            state = enter_phase(context, before, model, state, **room)
+        known = min(max(first, past_frames), end)
+        if past is not None and first < known:
+            state = _remember(context, model, sampler, state, past[:, first:known])
+        block_shape = (text.shape[0], f, *shape)
+        generate = functools.partial(_generate_next, context, model, sampler, block_shape)
+        state, video = jax.lax.scan(generate, state, length=(end - known) // f)
+        made.append(rearrange(video, "m b f ... -> b (m f) ..."))
+        before = model
+    return jnp.concatenate(made, axis=1)
+
+
+def _remember(context: RolloutContext, cfg, sampler, state: RolloutState, past) -> RolloutState:
+    """Writes whole blocks, one after the other."""
+    blocks = rearrange(past, "b (m f) ... -> m b f ...", f=cfg.frames_per_block)
+    step = lambda state, block: (write_block(context, cfg, sampler, state, block), None)
+    return jax.lax.scan(step, state, blocks)[0]
+
+
+def _generate_next(context: RolloutContext, cfg, sampler, shape, state: RolloutState, _):
+    return generate_block(context, cfg, sampler, state, shape)

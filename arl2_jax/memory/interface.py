@@ -6,12 +6,20 @@ in and comes out; a memory object holds parameters at most.
 
 A memory is made as `Memory(settings, cfg, rngs=rngs)`: the settings of its kind, what the layer
 knows of the model (`AttentionConfig`), and a source of initial parameters. `Memory` is what
-generation needs; `TrainableMemory` adds the form for training. Two methods are optional, and found
+generation needs; `TrainableMemory` adds the form for training. Some methods are optional, and found
 by their name:
 
     after_block(states, grid)     one decision over all layers that share a kind: the states of
                                   their runs, each with a leading layer axis, before and after it
     measure(p, grid, blocks)      how much of the past it keeps, see `memory.retention`
+
+A memory whose settings name a second phase (`MemorySettings.next_phase`) has
+
+    hand_over(states, room)       the states with which the memory of the second phase begins, from
+                                  those of all layers that share the specification: a list of their
+                                  runs, each with a leading layer axis
+
+The memory of the second phase has the same parameters.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable

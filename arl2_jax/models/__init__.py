@@ -4,6 +4,7 @@ from arl2_jax.models.layer import ADDED, Params, is_added, is_ffn_update
 from arl2_jax.models.memories import (
     check_trainable,
     gathers,
+    hand_over,
     init_memory,
     unbounded_layers,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "compute_shapes",
     "encode_text",
     "gathers",
+    "hand_over",
     "init_memory",
     "init_params",
     "init_stacked",
