@@ -166,7 +166,7 @@ def test_no_pass_copies_a_cache():
     context, state = generator._start(generator._params, make_text(1), None, make_key(0), frames=50)
     k, _ = state.memory[-1]
     assert k.shape == (2, 1, 50 * 6, 2, 16)
-    text = generator._next.lower(context, *state).compile().as_text()
+    text = generator._next.lower(context, *state, cfg=cfg).compile().as_text()
     shape = re.escape(f"f32[{','.join(map(str, k.shape))}]")
     makers = set(re.findall(rf"= {shape}\S* ([\w-]+)\(", text))
     assert makers & {"dynamic-update-slice", "fusion"}

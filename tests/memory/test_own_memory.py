@@ -200,7 +200,7 @@ def test_what_it_gathers_decides_and_sees(cfg, make_params):
     generator = arl2.Generator(counting, params, SAMPLER, latent_shape=(4, 6, 4))
     context, state = generator._start(generator._params, text, None, jax.random.key(0), frames=None)
     for _ in range(3):
-        state, _ = generator._next(context, *state)
+        state, _ = generator._next(context, *state, cfg=counting)
     first, _, last = state.memory
     assert {len(first["passes"]), len(last["passes"])} == {1, 3}
     for run, texts in ((first, context.text[0]), (last, context.text[2])):
