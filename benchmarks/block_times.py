@@ -67,7 +67,7 @@ def time_case(hybrid: int, memories: tuple, room: int | None) -> dict:
     )
     cache = max((x for x in jax.tree.leaves(state.memory)), key=lambda x: x.size)
     start = time.perf_counter()
-    program = generator._next.lower(context, *state).compile()
+    program = generator._next.lower(context, *state, cfg=cfg).compile()
     compile_seconds = time.perf_counter() - start
     found = {
         "cache": f"{cache.dtype}{list(cache.shape)}",
@@ -82,7 +82,7 @@ def time_case(hybrid: int, memories: tuple, room: int | None) -> dict:
         for _ in range(_REPEAT.value + 1):
             state = state._replace(position=jnp.int32(position))
             start = time.perf_counter()
-            state, block = jax.block_until_ready(generator._next(context, *state))
+            state, block = jax.block_until_ready(generator._next(context, *state, cfg=cfg))
             seconds.append(time.perf_counter() - start)
         assert bool(jnp.isfinite(block).all())
         found["seconds"][str(position)] = {

@@ -30,6 +30,8 @@ _COMMIT = flags.DEFINE_string("commit", "", "Commit of what is timed.")
 _REPEAT = flags.DEFINE_integer("repeat", 8, "Timed steps.")
 _SMALL = flags.DEFINE_bool("small", False, "Tiny sizes.")
 
+_CASES = flags.DEFINE_list("cases", ["stage1", "stage2", "stage2_no_layer_loss"], "Of CASES.")
+
 CASES = {
     "stage1": ("stage1", 0.0),
     "stage2": ("stage2", 0.1),
@@ -92,8 +94,8 @@ def time_step(phase: str, layer_loss: float) -> dict:
 def main(_):
     """Times the cases one after the other."""
     device, cases = jax.devices()[0], {}
-    for name, case in CASES.items():
-        cases[name] = time_step(*case)
+    for name in _CASES.value:
+        cases[name] = time_step(*CASES[name])
         jax.clear_caches()
         print(name, json.dumps(cases[name]), flush=True)
     result = {
