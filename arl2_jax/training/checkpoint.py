@@ -3,9 +3,8 @@
 A checkpoint is one folder per step with two items: `state`, the arrays of the training state under
 their tree paths, and `meta`, a JSON file with the position of the data and the fingerprint of the
 model. Orbax writes into a temporary folder and renames it when complete, so a run that is killed
-leaves either a whole checkpoint or one that is ignored and swept away by the next run. A list of
-the files' sizes is part of it: a checkpoint that was damaged later is known as such before arrays
-are read from it.
+leaves either a whole checkpoint or one that the next run ignores and removes. A checkpoint also
+lists the sizes of its files, so that later damage is found before any array is read.
 """
 
 import base64
@@ -44,18 +43,18 @@ class Checkpointer:
 
     A state is any pytree of jax arrays (typed PRNG keys included), numpy arrays and Python numbers;
     only the paths of its leaves are stored, so a NamedTuple may become a dataclass with the same
-    field names. Every process of a multi-host run makes the same calls; the data position of the
-    first process is the one that is stored.
+    field names. Every process of a multi-host run makes the same calls; the first process's data
+    position is stored.
     """
 
     def __init__(self, folder: epath.PathLike, *, keep: int, fingerprint: Mapping[str, Any]):
-        """Opens (and creates) a folder and sweeps up what an interrupted run left there.
+        """Open or create a folder, and remove what an interrupted run left there.
 
         Args:
           folder: local or remote (gs://) folder, used by one run at a time.
-          keep: number of newest checkpoints that stay on disk.
-          fingerprint: facts of the model, as JSON; `restore` insists that they agree. Checkpoints
-            from before `FROZEN` was one of them are read with a warning.
+          keep: number of newest checkpoints to keep on disk.
+          fingerprint: facts of the model, as JSON; `restore` requires that they agree. Older
+            checkpoints, which lack `FROZEN`, are read with a warning.
 
         Raises:
           StorageError: if the folder cannot be written.
@@ -70,14 +69,14 @@ class Checkpointer:
         self._manager = self._open()
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data_state: Any) -> None:
-        """Starts to save; returns once the arrays are copied to the host.
+        """Start to save; return once the arrays are copied to the host.
 
         Args:
-          step: number of finished optimizer steps; one that is already on disk is not written anew.
+          step: number of finished optimizer steps; a step already on disk is not written again.
           state: pytree of arrays and numbers; its buffers may be donated after the call.
           data_state: position of the data iterator, as JSON or bytes.
 
@@ -101,7 +100,7 @@ class Checkpointer:
         )
 
     def wait(self) -> None:
-        """Returns when the save in progress, if any, is complete on disk.
+        """Return when the save in progress, if any, is complete on disk.
 
         Raises:
           StorageError: if it has failed; earlier checkpoints are untouched.
@@ -109,7 +108,7 @@ class Checkpointer:
         self._write(self._manager.wait_until_finished)
 
     def restore(self, abstract_state: T) -> tuple[T, Any]:
-        """Reads the newest readable checkpoint.
+        """Read the newest readable checkpoint.
 
         Args:
           abstract_state: the state's tree with leaves that have shape, dtype and, for jax arrays,
@@ -121,7 +120,7 @@ class Checkpointer:
 
         Raises:
           ConfigError: if the checkpoint is of another model.
-          WeightsError: if it was trained beside other frozen weights.
+          WeightsError: if it was trained with other frozen weights.
           StorageError: if none can be read.
         """
         wanted = _flatten(abstract_state)
@@ -135,7 +134,7 @@ class Checkpointer:
                 arrays, data_state = self._read(step, wanted, args)
             except UserError:
                 raise
-            except Exception as error:  # whatever a damaged file makes the reader raise
+            except Exception as error:  # a damaged file may raise anything
                 damaged[step] = reason(error)
                 continue
             if damaged:
@@ -154,7 +153,7 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Waits for the save in progress and lets go of the folder."""
+        """Wait for the save in progress and release the folder."""
         try:
             self.wait()
         finally:
@@ -170,7 +169,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(self._keep),
             cleanup_tmp_directories=True,
-            # Renamed first and removed later, so that no step is ever seen half deleted.
+            # Renames first and deletes later, so that no half-deleted step is visible.
             todelete_subdir=_DELETED,
             lightweight_initialize=True,
             async_options=ocp.AsyncOptions(
@@ -246,7 +245,7 @@ class Checkpointer:
             )
 
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
-        """Moves unreadable steps out of the way, so that training can write them anew."""
+        """Rename unreadable steps, so that training can write them again."""
         newest = max(damaged)
         logging.warning(
             f"checkpoint {self._folder}/{newest} cannot be read ({damaged[newest]}): resuming from "
@@ -262,7 +261,7 @@ class Checkpointer:
         self._manager.reload()
 
     def _record_sizes(self) -> None:
-        """Called when all files are written and the folder still has its temporary name."""
+        """Write the sizes of all files; Orbax calls this before it renames the folder."""
         if jax.process_index() == 0:
             unfinished = list(self._folder.glob(f"{self._saving}{_UNFINISHED}"))
             folder = unfinished[0] if unfinished else self._folder / str(self._saving)
@@ -271,7 +270,7 @@ class Checkpointer:
             (folder / _SIZES).write_text(json.dumps(sizes))
 
     def _check_sizes(self, step: int) -> None:
-        """Raises OSError if a file was lost or cut off."""
+        """Raise OSError if a file is missing or truncated."""
         folder = self._folder / str(step)
         for name, size in json.loads((folder / _SIZES).read_text()).items():
             found = (folder / name).stat().length
@@ -279,10 +278,10 @@ class Checkpointer:
                 raise OSError(f"{name} has {found} bytes instead of {size}")
 
     def _sweep(self) -> None:
-        """Removes unfinished checkpoints and those that keep-N has put aside."""
+        """Remove unfinished checkpoints and those that keep-N has marked for deletion."""
         if jax.process_index() == 0:
             for path in [*self._folder.glob(f"*{_UNFINISHED}"), self._folder / _DELETED]:
-                # Threads of a failed save may still be writing; the next sweep takes the rest.
+                # Threads of a failed save may still be writing; the next sweep removes the rest.
                 with contextlib.suppress(OSError):
                     path.rmtree(missing_ok=True)
 

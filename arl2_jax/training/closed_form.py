@@ -1,4 +1,4 @@
-"""Least squares for what reads a layer's memory, with the state held fixed.
+"""Least squares for the parameters that read a layer's memory, with the state fixed.
 
 Stage 1 minimises, layer by layer and at the teacher's own input, the squared error after Wo of
 
@@ -9,9 +9,9 @@ with y = (qm S) / sqrt(D) read from a state of values that P_v has not touched (
 values), qm = l2norm(rope(q P_q)) and g = sigmoid(x Wg). Both sides are zero in a clip's first
 block.
 
-In P_v the error is quadratic, and F^T F and F^T R of the features F = [g_1 y_1, ..., g_H y_H] hold
-all of it: two C x C matrices for any number of tokens (`value_sums`, `solve_values`). With
-P_q and Wg it is a nonlinear least-squares problem without the recurrence: `newton_step` does one
+In P_v the error is quadratic, so F^T F and F^T R of the features F = [g_1 y_1, ..., g_H y_H]
+determine it: two C x C matrices for any number of tokens (`value_sums`, `solve_values`). With P_q
+and Wg it is a nonlinear least-squares problem without the recurrence: `newton_step` takes one
 Gauss-Newton step on all three by conjugate gradients, preconditioned by Kronecker factors of the
 curvature (K-FAC, arXiv 1503.05671).
 """
@@ -28,8 +28,8 @@ from jaxtyping import Array, Float
 from arl2_jax.nn.rope import Rope, rotate
 from arl2_jax.sharding import lay_out
 
-# Distance from the present value and least curvature, relative to the mean diagonal of a normal
-# matrix or factor: against directions that few tokens show.
+# Weight of the distance from the present value, and least curvature, relative to the mean diagonal
+# of a normal matrix or factor: regularizes directions that few tokens cover.
 RIDGE = 1e-2
 # Share of the preconditioner that is added to the curvature (Levenberg and Marquardt).
 DAMPING = 0.5
@@ -40,13 +40,13 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Readings(NamedTuple):
-    """What a layer reads with and from, for a batch of clips and their copies.
+    """Queries and states that a layer reads with, for a batch of clips and their copies.
 
     Attributes:
       q: queries before P_q, [2 B, n, H, D].
       states: before each block, of values before P_v, [B, blocks, H, D, D].
       x: input of the layer's attention, [2 B, n, C].
-      target: what the memory is to add before Wo, [2 B, n, H, D].
+      target: what the memory should add before Wo, [2 B, n, H, D].
       weights: of the squared error of each copy, [2 B].
       rope: rotary positions; None for none.
     """
@@ -60,7 +60,7 @@ class Readings(NamedTuple):
 
 
 class Readout(NamedTuple):
-    """P_q and P_v, [H, D, D], and the columns of Wg, [H, C, 1]; or what belongs to each."""
+    """P_q and P_v, [H, D, D], and the columns of Wg, [H, C, 1]; or one value for each of them."""
 
     phi_q: Any
     phi_v: Any
@@ -68,7 +68,7 @@ class Readout(NamedTuple):
 
 
 class ValueSums(NamedTuple):
-    """What the error is as a function of P_v, sums over tokens of weighted products.
+    """Sums over tokens of weighted products, which give the error as a function of P_v.
 
     Attributes:
       gram: F^T F of the gated reads before P_v, [C, C] float32.
@@ -87,12 +87,12 @@ class Factors(NamedTuple):
 
 
 def value_sums(readout: Readout, readings: Readings) -> ValueSums:
-    """Sum over a batch what `solve_values` needs."""
+    """Compute the sums over a batch that `solve_values` needs."""
     features = _gated_reads(readout, readings)[0]
     flat = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], -1)
     features, target = flat(features), flat(readings.target)
     weighted = features * readings.weights[:, None, None]
-    product = lambda x: _everywhere(jnp.einsum("bnc,bnd->cd", weighted, x, precision=_EXACT))
+    product = lambda x: _replicated(jnp.einsum("bnc,bnd->cd", weighted, x, precision=_EXACT))
     return ValueSums(product(features), product(target))
 
 
@@ -103,11 +103,11 @@ def solve_values(
 
         sum |sum_h F_h P_h Wo_h - R Wo|^2 + sum_h ridge_h |P_h - start_h|^2
 
-    by conjugate gradients on its normal equations, preconditioned by each head's own part of them.
-    They begin at `start` and lower the sum in every step, so that the error never rises.
+    by conjugate gradients on its normal equations, preconditioned by each head's diagonal block.
+    They start at `start` and lower the sum in every step, so the error never rises.
 
     Args:
-      sums: as `value_sums` makes them.
+      sums: as `value_sums` returns them.
       output: Wo, [C, C].
       start: present P_v.
       ridge: relative to the mean diagonal of the head's own normal matrix.
@@ -136,14 +136,14 @@ def solve_values(
 
 
 def squared_error(readout: Readout, readings: Readings, output: Float[Array, "c c"]) -> Array:
-    """Weighted sum of the squared error after Wo over a batch."""
-    return _everywhere(jnp.sum(jnp.square(_residual(readout, readings, output))))
+    """Compute the weighted sum of the squared error after Wo over a batch."""
+    return _replicated(jnp.sum(jnp.square(_residual(readout, readings, output))))
 
 
 def errors_along(
     readout: Readout, readings: Readings, output: Float[Array, "c c"], step: Readout
 ) -> Float[Array, "steps"]:
-    """Squared errors after whole and shortened steps, those of `_STEP_LENGTHS`."""
+    """Compute the squared errors after steps scaled by each of `_STEP_LENGTHS`."""
     moved = lambda t: jax.tree.map(lambda a, b: a + t * b, readout, step)
     return jnp.stack([squared_error(moved(t), readings, output) for t in _STEP_LENGTHS])
 
@@ -151,13 +151,14 @@ def errors_along(
 def curvature(
     readout: Readout, readings: Readings, output: Float[Array, "c c"], key: Array
 ) -> tuple[Readout, Readout]:
-    """Half the gradient of `squared_error` over a batch, and Kronecker factors of its curvature.
+    """Compute half the gradient of `squared_error` and Kronecker factors of its curvature.
 
-    The factors come from the gradients of a random linear function of the residual at what each
-    matrix puts out: of the gate's logits, of q P_q and of the read times P_v.
+    The factors come from the gradients of a random linear function of the residual with respect
+    to each matrix's output: the gate's logits, q P_q and the read times P_v.
 
     Args:
-      key: of the random function.
+      readout, readings, output: the layer, its batch, and Wo.
+      key: random key of that function.
 
     Returns:
       (gradient, factors), each a `Readout`.
@@ -182,9 +183,9 @@ def curvature(
         weigh = "bnh,bnc,bnd->hcd" if i.ndim == 3 else "bnh,bnhc,bnhd->hcd"
         weighted = jnp.einsum(weigh, size, i, i, precision=_EXACT)
         outputs = jnp.einsum("bnhd,bnhe->hde", o, o, precision=_EXACT)
-        return Factors(_everywhere(weighted), _everywhere(outputs))
+        return Factors(_replicated(weighted), _replicated(outputs))
 
-    return jax.tree.map(_everywhere, gradient), jax.tree.map(factors, inputs, probed)
+    return jax.tree.map(_replicated, gradient), jax.tree.map(factors, inputs, probed)
 
 
 _PRODUCT = {3: "bnc,bnho->hco", 4: "bnhc,bnho->hco"}
@@ -196,7 +197,7 @@ def curvature_times(
     """Multiply a direction by the Gauss-Newton matrix of a batch, J^T J."""
     function = lambda readout: _residual(readout, readings, output)
     _, push = jax.linearize(function, readout)
-    return jax.tree.map(_everywhere, jax.linear_transpose(push, readout)(push(direction))[0])
+    return jax.tree.map(_replicated, jax.linear_transpose(push, readout)(push(direction))[0])
 
 
 def newton_step(
@@ -209,7 +210,7 @@ def newton_step(
     Args:
       gradient: half the gradient of the squared error.
       factors: `Factors` of every matrix, sums over all batches.
-      multiply: a direction -> J^T J times it, summed over all batches.
+      multiply: maps a direction to J^T J times it, summed over all batches.
     """
     leaf = lambda x: isinstance(x, Factors)
     damped = jax.tree.map(_scaled, factors, is_leaf=leaf)
@@ -231,13 +232,13 @@ def newton_step(
 
 
 def take_step(readout: Readout, step: Readout, before: float, along: Iterable[float]):
-    """Go as far as lowers the error most, or stay: (readout, its error).
+    """Take the step length with the least error, or no step: (readout, its error).
 
     P_q keeps the norm of the identity.
     """
     best, length = min(zip((before, *along), (0.0, *_STEP_LENGTHS), strict=True))
     readout = _plus(readout, length, step)
-    # Queries have unit length, so that the size of P_q is free; an optimizer's steps are not.
+    # Queries have unit length, so the scale of P_q is free; an optimizer's steps depend on it.
     norm = jnp.linalg.norm(readout.phi_q, axis=(1, 2), keepdims=True)
     phi_q = readout.phi_q * (readout.phi_q.shape[-1] ** 0.5 / norm)
     return readout._replace(phi_q=phi_q), best
@@ -246,7 +247,7 @@ def take_step(readout: Readout, step: Readout, before: float, along: Iterable[fl
 def _residual(
     readout: Readout, readings: Readings, output: Float[Array, "c c"], taps: Readout | None = None
 ) -> Float[Array, "both n c"]:
-    """Weighted difference after Wo; taps are added to what each matrix puts out."""
+    """Compute the weighted difference after Wo; taps are added to each matrix's output."""
     features, _ = _gated_reads(readout, readings, taps)
     added = jnp.einsum("bnhd,hde->bnhe", features, readout.phi_v)
     if taps is not None:
@@ -257,7 +258,7 @@ def _residual(
 
 
 def _gated_reads(readout: Readout, readings: Readings, taps: Readout | None = None):
-    """Gated reads before P_v, [B, n, H, D] float32, and the gate's logits [B, n, H, 1]."""
+    """Compute gated reads before P_v, [B, n, H, D] float32, and gate logits [B, n, H, 1]."""
     z = jnp.einsum("bnhd,hde->bnhe", readings.q.astype(jnp.float32), readout.phi_q)
     logits = jnp.einsum("bnc,hco->bnho", readings.x.astype(jnp.float32), readout.gate)
     if taps is not None:
@@ -271,7 +272,7 @@ def _gated_reads(readout: Readout, readings: Readings, taps: Readout | None = No
 
 
 def _scaled(factors: Factors) -> Factors:
-    """Damped factors whose Kronecker product has the size of the curvature."""
+    """Return damped factors whose Kronecker product has the scale of the curvature."""
     inputs, outputs = _damped(factors, RIDGE)
     trace = _mean_diagonal(factors.outputs) * factors.outputs.shape[-1]
     return Factors(inputs, outputs / trace)
@@ -283,18 +284,18 @@ def _damped(factors: Factors, ridge: float) -> Factors:
 
 
 def _inverse_of(factors: Factors) -> Callable[[Array], Array]:
-    """Multiplication by the inverse of the Kronecker product of positive factors."""
+    """Return a function that multiplies by the inverse of the factors' Kronecker product."""
     left, right = map(jnp.linalg.inv, factors)
     return lambda x: jnp.matmul(jnp.matmul(left, x, precision=_EXACT), right, precision=_EXACT)
 
 
 def _mean_diagonal(x: Float[Array, "h d d"]) -> Float[Array, "h 1 1"]:
-    """At least a number that can be divided by, for heads through which nothing passes."""
+    """Return the mean diagonal, bounded away from zero for heads whose inputs are zero."""
     return jnp.trace(x, axis1=1, axis2=2)[:, None, None] / x.shape[-1] + 1e-20
 
 
-def _everywhere(x: Array) -> Array:
-    """Small sums, whole on every device."""
+def _replicated(x: Array) -> Array:
+    """Replicate small sums on every device."""
     return lay_out(x, PartitionSpec())
 
 

@@ -23,20 +23,20 @@ from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.training.step import TrainState, init_state, make_step
 from arl2_jax.weights import checksum
 
-# Short clips come in an order of their own.
+# Short clips have a separate shuffle.
 _SHORT_SEED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseResult:
-    """What a phase hands on.
+    """Result of a phase.
 
     Attributes:
       params: all parameters after the phase, stacked; trained ones are float32, and averaged if the
-        phase averages, the others as they are computed with.
-      teacher: checksum of the teacher's weights among those that it did not train.
-      seconds: wall time of its steps over all its sessions, compilation apart.
-      compile_seconds: wall time that the steps of the last session waited for compilation.
+        phase averages, the others in their compute dtype.
+      teacher: checksum of the teacher's weights among those that the phase did not train.
+      seconds: wall time of its steps over all its sessions, without compilation.
+      compile_seconds: wall time that the last session's steps waited for compilation.
     """
 
     params: Params
@@ -55,13 +55,13 @@ def run_phase(
     *,
     title: str | None = None,
 ) -> PhaseResult:
-    """Trains one phase from its newest checkpoint, or from the start.
+    """Train one phase from its newest checkpoint, or from the start.
 
     Args:
       config: the run.
       phase: "teacher", "stage1" or "stage2".
-      params: all parameters at the start of the phase, in either form. Those that the phase leaves
-        are cast to the compute dtype; ones that are already cast and laid out are not copied.
+      params: all parameters at the start of the phase, in either form. Those that the phase does
+        not train are cast to the compute dtype; ones already cast and sharded are not copied.
       data: clips to train on.
       mesh: devices.
       folder: where checkpoints and logs of this phase are kept.
@@ -79,7 +79,7 @@ def run_phase(
     trained, frozen = split_params(params, TRAINED[phase])
     del params
     state = jax.eval_shape(lambda p: init_state(config, phase, p, key), trained)
-    layout = sharding.tree_shardings(state, mesh)
+    shardings = sharding.tree_shardings(state, mesh)
     frozen = sharding.put(frozen, sharding.tree_shardings(frozen, mesh))
     teacher = teacher_checksum(frozen)
     fingerprint = {
@@ -92,13 +92,13 @@ def run_phase(
     ) as checkpointer:
         position = {"data": None, "seconds": 0.0}
         if checkpointer.latest_step() is None:
-            start = jax.jit(lambda p: init_state(config, phase, p, key), out_shardings=layout)
+            start = jax.jit(lambda p: init_state(config, phase, p, key), out_shardings=shardings)
             state = start(trained)
         else:
-            state, position = checkpointer.restore(_abstract(state, layout))
+            state, position = checkpointer.restore(_abstract(state, shardings))
             logging.info("%s resumes after step %d", title, int(state.step))
         del trained
-        session = _Session(config, phase, title, state, frozen, mesh, layout)
+        session = _Session(config, phase, title, state, frozen, mesh, shardings)
         writers = _open_writers(folder, title, session.settings.steps, session.step)
         try:
             session.run(_parts(config, phase, data), writers, checkpointer, position)
@@ -109,20 +109,20 @@ def run_phase(
     return PhaseResult(params, teacher, session.seconds, session.compile_seconds)
 
 
-def _abstract(state: TrainState, layout: TrainState) -> TrainState:
-    """Shapes, types and places of a state."""
+def _abstract(state: TrainState, shardings: TrainState) -> TrainState:
+    """Return the shapes, dtypes and shardings of a state."""
     struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
-    return jax.tree.map(struct, state, layout)
+    return jax.tree.map(struct, state, shardings)
 
 
 class _Part(NamedTuple):
     """Steps of a phase on clips of one length.
 
     Attributes:
-      config: the run whose clips these are.
+      config: the run, with the shapes of these clips.
       data: the clips.
-      seed: of their order.
-      start, end: numbers of its first step and of that behind its last.
+      seed: seed of their order.
+      start, end: its first step, and the one after its last.
     """
 
     config: Config
@@ -145,12 +145,12 @@ def _parts(config: Config, phase: str, data: ClipData) -> list[_Part]:
 class _Session:
     """The steps of one process lifetime."""
 
-    def __init__(self, config, phase, title, state: TrainState, frozen, mesh, layout):
+    def __init__(self, config, phase, title, state: TrainState, frozen, mesh, shardings):
         self.config, self.phase, self.title = config, phase, title
-        self.mesh, self.layout = mesh, layout
+        self.mesh, self.shardings = mesh, shardings
         self.settings = getattr(config, phase)
         self.state, self.frozen = state, frozen
-        self.abstract_state = _abstract(state, layout)
+        self.abstract_state = _abstract(state, shardings)
         self.step = self.saved = int(state.step)
         self.seconds = self.compile_seconds = 0.0
         share = config.stage2.self_rollout if phase == "stage2" else 0.0
@@ -166,17 +166,17 @@ class _Session:
         """Step to the end of the phase; the last step is logged and checkpointed.
 
         Args:
-          parts: of the phase, in order.
+          parts: parts of the phase, in order.
           writers, checkpointer: where logs and checkpoints go.
-          position: "seconds" of earlier sessions, and "data", where their last step left the clips
-            of its part.
+          position: "seconds" of earlier sessions, and "data", the data iterator's state after
+            their last step.
         """
         self.seconds = position["seconds"]
-        # Later programs are compiled beside the steps of earlier ones.
+        # Later programs compile while earlier ones run.
         with ThreadPoolExecutor(1) as pool:
             programs = {
-                (part.start, own_past): pool.submit(self._compile, part, own_past)
-                for part, own_past in self._kinds(parts)
+                (part.start, self_rollout): pool.submit(self._compile, part, self_rollout)
+                for part, self_rollout in self._kinds(parts)
             }
             try:
                 for part in parts:
@@ -186,7 +186,7 @@ class _Session:
                 pool.shutdown(cancel_futures=True)
 
     def _kinds(self, parts: Sequence[_Part]) -> list[tuple[_Part, bool]]:
-        """The programs still needed: of which part, and whether on the model's own past."""
+        """Return the programs still needed, as (part, whether its steps are self-rollouts)."""
         found = []
         for part in parts:
             first = max(self.step, part.start)
@@ -231,7 +231,7 @@ class _Session:
                 self.saved = self.step
 
     def _check_finite(self, metrics) -> None:
-        """Nothing that has diverged is checkpointed; the checkpoint before it stays."""
+        """Raise FloatingPointError if the loss diverged; the last checkpoint stays."""
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             kept = f"step {self.saved} is the last good one" if self.saved else "no step is kept"
@@ -240,13 +240,13 @@ class _Session:
                 f"step {self.step}, {kept}; lower it and start again in another train.workdir"
             )
 
-    def _compile(self, part: _Part, own_past: bool):
-        """The step, compiled ahead of time: another shape later on would be an error."""
-        began, everywhere = time.perf_counter(), NamedSharding(self.mesh, PartitionSpec())
+    def _compile(self, part: _Part, self_rollout: bool):
+        """Compile the step ahead of time: another shape later on is an error."""
+        began, replicated = time.perf_counter(), NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(
-            make_step(part.config, self.phase, self_rollout=own_past),
+            make_step(part.config, self.phase, self_rollout=self_rollout),
             donate_argnums=0,
-            out_shardings=(self.layout, everywhere),
+            out_shardings=(self.shardings, replicated),
         )
         model, data = part.config.model, part.config.data
         size = getattr(part.config, self.phase).batch_size
@@ -255,7 +255,7 @@ class _Session:
             "text": (size, model.text_len, model.text_dim),
         }
         batch = sharding.abstract_batch(shapes, self.mesh)
-        # Where kernels look for the devices that they are to share out their work to.
+        # Kernels are sharded over this mesh.
         with jax.set_mesh(self.mesh):
             program = step.lower(self.abstract_state, self.frozen, batch).compile()
         logging.info("%s: compiled in %.1f s", self.title, time.perf_counter() - began)
@@ -281,17 +281,17 @@ def phase_model(config: Config, phase: str) -> ModelConfig:
 def teacher_checksum(params: Params) -> str:
     """Return a checksum of the teacher's weights among some parameters.
 
-    Additions do not count: those that a phase leaves alone still have their initial values, which
-    the seed determines, but not to the last bit on every kind of device.
+    Additions do not count: those that a phase does not train keep their initial values, which the
+    seed determines, but not bit for bit on every kind of device.
     """
     return checksum(split_params(params, is_added)[1])
 
 
 def data_seed(config: Config, phase: str) -> int:
-    """Every phase sees clips in an order of its own; the control sees those of its phase."""
+    """Return the seed of a phase's clip order; a control shares that of its phase."""
     return config.train.seed * len(TRAINED) + list(TRAINED).index(phase)
 
 
 def read_json(path: epath.Path) -> Any:
-    """A JSON file's content, or None if there is no such file."""
+    """Return the content of a JSON file, or None if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None

@@ -1,4 +1,4 @@
-"""What each phase minimises, as functions of parameters and a noised clip."""
+"""Losses of each phase, as functions of parameters and a noised clip."""
 
 from typing import NamedTuple
 
@@ -34,9 +34,9 @@ class NoisedClip(NamedTuple):
       eps: the noise in it.
       s: noise levels, [B, T].
       text: text embeddings, [B, L, text_dim].
-      noised_context: the latents as they are written to the memories, at noise level context_s;
-        None if they are written clean.
-      context_s: noise levels of what is written, [B, T]; None if they are 0.
+      noised_context: the latents written to the memories, at noise level context_s; None if they
+        are written clean.
+      context_s: noise levels of the written latents, [B, T]; None if they are 0.
     """
 
     clean: Float[Array, "b t rows columns channels"]
@@ -49,17 +49,17 @@ class NoisedClip(NamedTuple):
 
     @property
     def timestep(self) -> Float[Array, "b t"]:
-        """Noise levels as the network reads them, in 0..1000."""
+        """Return noise levels as the network reads them, in 0..1000."""
         return 1000 * self.s
 
     @property
     def context(self) -> Float[Array, "b t rows columns channels"]:
-        """Latents that are the blocks' past: what is written to the memories."""
+        """Return the latents written to the memories, the blocks' past."""
         return self.clean if self.noised_context is None else self.noised_context
 
     @property
     def context_timestep(self) -> Float[Array, "b t"] | None:
-        """Noise levels of `context` as the network reads them; None if they are 0."""
+        """Return the noise levels of `context` as the network reads them; None if they are 0."""
         return None if self.context_s is None else 1000 * self.context_s
 
 
@@ -71,7 +71,7 @@ def noise_clip(key: Array, cfg: ModelConfig, latents, text, sampler: SamplerConf
       cfg: model, for the frames of a block.
       latents: clean latents [B, T, rows, columns, channels].
       text: text embeddings.
-      sampler: names the shift of the levels, and the level of what is remembered.
+      sampler: gives the shift of the levels, and the level at which the past is written.
     """
     level_key, noise_key = jax.random.split(key)
     blocks = latents.shape[1] // cfg.frames_per_block
@@ -88,7 +88,7 @@ def noise_clip(key: Array, cfg: ModelConfig, latents, text, sampler: SamplerConf
 
 
 def predict(params: Params, cfg: ModelConfig, clip: NoisedClip):
-    """The flow of all noisy blocks, and the layers' diagnostics."""
+    """Predict the flow of all noisy blocks: (flow, diagnostics of the layers)."""
     return apply_clip(
         params, cfg, clip.context, clip.noisy, clip.timestep, clip.text, clip.context_timestep
     )
@@ -102,15 +102,15 @@ def embed_noised(stem: Stem, cfg: ModelConfig, clip: NoisedClip) -> Clip:
 
 
 def flow_matching(params: Params, cfg: ModelConfig, clip: NoisedClip):
-    """Mean squared error of the flow against eps - x0: (loss, diagnostics)."""
+    """Compute the mean squared error of the flow against eps - x0: (loss, diagnostics)."""
     flow, diagnostics = predict(params, cfg, clip)
     return jnp.mean(jnp.square(flow - (clip.eps - clip.clean))), diagnostics
 
 
 def distillation(params: Params, cfg: ModelConfig, clip: NoisedClip, teacher_flow):
-    """Mean squared errors of the student's flow and x0 against the teacher's: (loss, diagnostics).
+    """Compute the mean squared errors of flow and x0 against the teacher: (loss, diagnostics).
 
-    At the same noisy input the errors differ by the noise level alone: dx0 = -s dv.
+    At the same noisy input the two errors differ only by the noise level: dx0 = -s dv.
     """
     flow, diagnostics = predict(params, cfg, clip)
     error = jnp.square(flow - teacher_flow)
@@ -118,7 +118,7 @@ def distillation(params: Params, cfg: ModelConfig, clip: NoisedClip, teacher_flo
 
 
 def teacher_flow(params: Params, cfg: ModelConfig, clip: NoisedClip):
-    """The flow that the softmax model, whose weights a hybrid contains, predicts."""
+    """Predict the flow of the softmax model whose weights a hybrid contains."""
     return jax.lax.stop_gradient(predict(without_delta(params), cfg.teacher(), clip)[0])
 
 
@@ -126,11 +126,11 @@ class LayerDistillation(NamedTuple):
     """Errors of the converted layers' attention and their gradients.
 
     Attributes:
-      gradients: of every layer's own error by its additions, stacked as they are:
+      gradients: of every layer's error with respect to its additions, stacked like them:
         {"blocks": {"0-21": {"delta": ...}}}.
       diagnostics: per run of equal layers, as in `apply_clip`; of converted layers also "error",
         relative to the teacher's mean square.
-      teacher_flow: what `teacher_flow` returns; the clip has gone through the teacher's layers.
+      teacher_flow: what `teacher_flow` returns; the scan has run all of the teacher's layers.
     """
 
     gradients: Params
@@ -139,7 +139,7 @@ class LayerDistillation(NamedTuple):
 
     @property
     def errors(self) -> dict[str, Array]:
-        """Error of each converted layer; layer index -> scalar."""
+        """Return the error of each converted layer; layer index -> scalar."""
         runs = runs_of(self.gradients)
         return {
             str(i): values[i - start]
@@ -149,7 +149,7 @@ class LayerDistillation(NamedTuple):
 
     @property
     def mean_error(self) -> Array:
-        """Mean error of the converted layers."""
+        """Return the mean error of the converted layers."""
         return jnp.mean(jnp.concatenate(self._by_run()))
 
     def _by_run(self) -> list[Array]:
@@ -157,11 +157,11 @@ class LayerDistillation(NamedTuple):
 
 
 def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
-    """Stage 1: every converted layer imitates the softmax attention it replaces (ARL2, section 3).
+    """Distil the softmax attention of each converted layer (stage 1; ARL2, section 3).
 
-    Each layer is given the teacher's own input, so that errors do not add up, and is compared
-    after Wo. The gradient is taken inside the scan over layers: however deep the model, the
-    activations of one layer are alive.
+    Each layer gets the teacher's own input, so that errors do not accumulate, and is compared
+    after Wo. The gradient is taken inside the scan over layers, so only one layer's activations
+    are alive at a time, however deep the model.
     """
     teacher, params = cfg.teacher(), stack_params(params, cfg)
     stem = make_stem(cfg, cast_params(stem_of(params), cfg))
@@ -203,9 +203,10 @@ def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDi
 
 
 def relative_error(x: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Array:
-    """Mean square of x - target over the mean square of target, per clip and then averaged.
+    """Compute the mean square of x - target relative to that of target.
 
-    Per clip, so that the mean over micro-batches is the mean over the batch.
+    The ratio is taken per clip and then averaged, so that the mean over micro-batches is the mean
+    over the batch.
     """
     x, target = x.astype(jnp.float32), target.astype(jnp.float32)
     mean = lambda y: jnp.mean(jnp.square(y), axis=tuple(range(1, y.ndim)))

@@ -1,4 +1,4 @@
-"""Where training metrics go: TensorBoard, a JSON lines file, and a progress bar."""
+"""Writers of training metrics: TensorBoard, a JSON lines file, and a progress bar."""
 
 import json
 import math
@@ -20,28 +20,28 @@ Metrics = Mapping[str, Any]
 
 @runtime_checkable
 class MetricWriter(Protocol):
-    """Takes the metrics of a logged step.
+    """Writer of the metrics of logged steps.
 
     Values are numbers or scalar jax arrays. An array over layers, "layers_4-6/error", is written as
-    one number a layer, "layer_04/error" and so on. Values are read when `write` is called and not
-    before, so a loop that calls `write` every so many steps lets the device run ahead in between.
+    one number a layer, "layer_04/error" and so on. Values are fetched only when `write` is called,
+    so the device runs ahead between the logged steps.
     """
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Records the metrics of a step."""
+        """Record the metrics of a step."""
         ...
 
     def flush(self) -> None:
-        """Makes everything that was written visible to readers."""
+        """Make all written metrics visible to readers."""
         ...
 
     def close(self) -> None:
-        """Flushes and lets go of files."""
+        """Flush and close files."""
         ...
 
 
 class MultiWriter:
-    """Hands every record to several writers; device values are fetched once, together."""
+    """Several writers in one; device values are fetched once, together."""
 
     def __init__(self, *writers: MetricWriter):
         self._writers = writers
@@ -68,15 +68,15 @@ class TensorBoardWriter:
     """Scalars for TensorBoard."""
 
     def __init__(self, folder: epath.PathLike, *, resume_step: int | None = None):
-        """Opens a folder of event files.
+        """Open a folder of event files.
 
         Args:
           folder: where the event files go.
-          resume_step: last step of the earlier run that counts; TensorBoard hides what that run
-            wrote past it. None hides all of it.
+          resume_step: last step to keep of the earlier run; TensorBoard hides the later ones. None
+            hides them all.
         """
         purge = 0 if resume_step is None else resume_step + 1
-        # Files are named after the second they were made in: the suffix keeps them apart.
+        # File names have a resolution of one second; the suffix makes them unique.
         suffix = f".{purge:09d}"
         self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix)
 
@@ -98,17 +98,17 @@ class JsonLinesWriter:
     """One JSON object a line: {"step": 10, "loss": 0.5}; values that are not finite are null."""
 
     def __init__(self, path: epath.PathLike, *, resume_step: int | None = None):
-        """Opens a file and drops what an earlier run wrote past the step it is resumed from.
+        """Open a file and drop the records of an earlier run after `resume_step`.
 
         Args:
           path: local or remote file.
-          resume_step: last step of the earlier run that counts. None starts the file anew.
+          resume_step: last step to keep of the earlier run. None keeps none.
         """
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = _lines_up_to(self._path, resume_step)
         write_whole(self._path, "".join(lines).encode())
-        # Object stores cannot append: there the whole file is written anew at every flush.
+        # Object stores cannot append: there every flush rewrites the whole file.
         remote = is_remote(self._path)
         self._lines = lines if remote else None
         self._file = None if remote else self._path.open("a")
@@ -136,7 +136,7 @@ class JsonLinesWriter:
 
 
 class ProgressBar:
-    """Phase, step, loss, steps per second and time left; plain lines where there is no terminal."""
+    """Phase, step, loss, steps per second and time left; plain lines without a terminal."""
 
     def __init__(
         self,
@@ -147,14 +147,14 @@ class ProgressBar:
         file: TextIOBase | None = None,
         interval: float = 10.0,
     ):
-        """Shows a bar.
+        """Show a bar.
 
         Args:
           phase: its title.
           steps: last step of the phase.
           start: step the phase is resumed from.
-          file: where it goes; standard error by default.
-          interval: seconds between lines on a pipe or in a file.
+          file: output stream; standard error by default.
+          interval: seconds between lines if `file` is no terminal.
         """
         stream: TextIOBase = file or sys.stderr
         terminal = stream.isatty()
@@ -189,7 +189,7 @@ class ProgressBar:
 
 
 class _Lines(tqdm):
-    """A bar that prints its text as a line of its own, at most every `mininterval` seconds."""
+    """A bar that prints its text as a new line, at most every `mininterval` seconds."""
 
     _printed: int | None = None
 
@@ -217,7 +217,7 @@ def _floats(metrics: Metrics) -> dict[str, float]:
 
 
 def _lines_up_to(path: epath.Path, step: int | None) -> list[str]:
-    """The records of a file up to a step; a line that was cut off in writing is not a record."""
+    """Return the records of a file up to a step, without truncated lines."""
     if step is None or not path.exists():
         return []
     kept = []

@@ -1,4 +1,4 @@
-"""AdamW or Muon with a learning rate per parameter pattern, and decay where it belongs."""
+"""AdamW or Muon, with learning rates per parameter pattern and selective weight decay."""
 
 import re
 from typing import Any
@@ -11,19 +11,19 @@ from arl2_jax.config import PhaseConfig
 from arl2_jax.errors import ConfigError
 from arl2_jax.parameters import ParameterFacts, declare, facts_of
 
-declare({r"muon/\w+/ns_coeffs": ParameterFacts(axes=(None,))})  # in the state of Muon
+declare({r"muon/\w+/ns_coeffs": ParameterFacts(axes=(None,))})  # in Muon's state
 # Root mean square of an AdamW update in practice. An orthogonal update scaled to it can share the
 # learning rate and the decay of AdamW (arXiv 2502.16982, section 2.2).
 ADAM_RMS = 0.2
 
 
 def path_name(path) -> str:
-    """A parameter's path as text: blocks/0/self_attn/q/kernel."""
+    """Return a parameter's path as text: blocks/0/self_attn/q/kernel."""
     return "/".join(str(getattr(entry, "key", entry)) for entry in path)
 
 
 def learning_rate(phase: PhaseConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to the final fraction of the peak."""
+    """Return a schedule: linear warm-up, then a cosine down to a fraction of the peak."""
     decay = max(phase.steps - phase.warmup, 1)
     peak = phase.learning_rate
     cosine = optax.cosine_decay_schedule(peak, decay, phase.final_learning_rate)
@@ -32,10 +32,10 @@ def learning_rate(phase: PhaseConfig) -> optax.Schedule:
 
 
 def learning_rate_factors(phase: PhaseConfig, params: Any) -> Any:
-    """Factor of every parameter: that of the first pattern found in its path, or 1.
+    """Return the factor of every parameter: that of the first pattern in its path, or 1.
 
     Raises:
-      ConfigError: a pattern that finds no parameter of the phase.
+      ConfigError: a pattern applies to no parameter of the phase.
     """
     patterns = [(re.compile(p), factor) for p, factor in phase.learning_rates]
     used = set()
@@ -62,11 +62,11 @@ def learning_rate_factors(phase: PhaseConfig, params: Any) -> Any:
 def make_optimizer(
     phase: PhaseConfig, params: Any, *, value_scale: float = 1.0
 ) -> optax.GradientTransformation:
-    """Gradient clipping, AdamW or Muon, and the learning rates of a phase.
+    """Build the optimizer of a phase: clipping, AdamW or Muon, decay and learning rates.
 
     Muon (kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-    orthogonal matrix; everything that is no matrix of a layer stays with AdamW. Weight decay pulls
-    the memory's projections P towards where they start, and all else towards zero.
+    orthogonal matrix; all parameters other than the layers' matrices use AdamW. Weight decay pulls
+    the memory's projections P towards their initial values, and all else towards zero.
 
     Args:
       phase: the phase.
@@ -85,7 +85,7 @@ def make_optimizer(
 
 
 def _add_decay(rate: float, value_scale: float):
-    """Updates plus rate times the distance of each decayed parameter from where decay ends."""
+    """Return a transform that adds decay towards zero, or towards a projection's start."""
 
     def add(path, update, param):
         name = path_name(path)
@@ -100,7 +100,7 @@ def _add_decay(rate: float, value_scale: float):
 
 
 def _precondition(phase: PhaseConfig, params: Any) -> optax.GradientTransformation:
-    """Gradients -> directions of about unit size."""
+    """Return the transform of gradients to directions of about unit scale."""
     adam = optax.scale_by_adam(b1=0.9, b2=phase.b2)
     if phase.optimizer == "adamw":
         return adam

@@ -1,4 +1,4 @@
-"""Splitting a parameter tree by path into what a phase trains and what it leaves."""
+"""Split a parameter tree by path into the leaves that a phase trains and the others."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from arl2_jax.parameters import facts_of
 
 Choice = Callable[[str], bool]
 
-# What each phase trains: everything, or what conversion adds without and with low-rank updates.
+# What each phase trains: everything, the additions without low-rank updates, or all additions.
 TRAINED: dict[str, Choice] = {
     "teacher": lambda path: True,
     "stage1": lambda path: is_added(path) and not facts_of(path).low_rank,
@@ -34,9 +34,9 @@ def split_params(params: Params, chosen: Choice) -> tuple[Params, Params]:
 
 
 def merge_params(one: Params, other: Params) -> Params:
-    """Return one nested dict with the leaves of both; undoes `split_params`.
+    """Return one nested dict with the leaves of both; the inverse of `split_params`.
 
-    Of a leaf that both have, that of the other is taken.
+    Where both have a leaf, that of `other` is taken.
     """
     flat = traverse_util.flatten_dict(one, sep="/") | traverse_util.flatten_dict(other, sep="/")
     return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,4 +1,4 @@
-"""The whole run: phases in order, the controls, and what the report needs of them."""
+"""The whole run: its phases in order, then the controls."""
 
 import dataclasses
 import json
@@ -31,8 +31,8 @@ _CONFIG, _SUMMARY = "config.json", "summary.json"
 # clips that are not held out are trained on.
 RESUMABLE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.mesh",
                     "train.workdir", "evaluation")  # fmt: skip
-# May differ unless a phase has to go on in the middle of its clips: their order is the same, but
-# the position in a checkpoint is that of as many workers.
+# May differ unless a phase resumes in the middle of its clips: their order is the same, but the
+# position in a checkpoint depends on the number of workers.
 _BETWEEN_PHASES = ("data.workers",)
 
 
@@ -40,15 +40,16 @@ _BETWEEN_PHASES = ("data.workers",)
 class Converted:
     """The models of a finished run, each a complete parameter tree, stacked.
 
-    They have the arrays of the teacher's weights in common: a model takes no more memory than what
-    conversion adds to it.
+    They share the arrays of the teacher's weights: each further model takes only the memory of
+    what conversion adds.
 
     Attributes:
       untrained: the hybrid before conversion; its softmax weights are the teacher's.
       stage1, stage2: the hybrid after each stage; None if the run leaves the stage out.
       control: the hybrid with its memory gate at zero, trained like the student; or None.
-      control_local: the same with what is trained acting on the softmax inside the block; or None.
-      seconds, compile_seconds: wall time per phase, compilation apart.
+      control_local: the same, with the trained projections on the softmax inside the block; or
+        None.
+      seconds, compile_seconds: wall time per phase, without compilation and of compilation.
     """
 
     untrained: Params
@@ -61,10 +62,10 @@ class Converted:
 
 
 def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
-    """Checks everything that can be checked before compiling: folder, data, weights, mesh.
+    """Check everything that can be checked before compiling: folder, data, weights, mesh.
 
     Returns:
-      The run's folder, its clips, and the parameters it starts from, stacked and laid out on the
+      The run's folder, its clips, and the parameters it starts from, stacked and sharded over the
       mesh. The teacher's are float32 if the run trains them, and cast to the compute dtype if not.
 
     Raises:
@@ -92,7 +93,7 @@ def prepare(config: Config) -> tuple[epath.Path, ClipData, Params]:
 
 
 def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) -> Converted:
-    """Runs the phases that are not yet finished in `folder`.
+    """Run the phases that are not yet finished in `folder`.
 
     Args:
       config: the run.
@@ -153,10 +154,10 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
 
 
 def control_config(config: Config, memory_gate: str) -> Config:
-    """The run of a control without memory: the student's stage 2, from the untrained hybrid.
+    """Return the run of a control without memory: stage 2 from the untrained hybrid.
 
-    A closed gate leaves stage 1 nothing to learn: all its gradients are zero. The local control is
-    trained by the same recipe, for stage2.control_share of its steps.
+    With a closed gate all gradients of stage 1 are zero, so it is left out. The local control is
+    trained in the same way. Both take stage2.control_share of the steps.
     """
     steps = math.ceil(config.stage2.control_share * config.stage2.steps)
     return dataclasses.replace(
@@ -168,21 +169,21 @@ def control_config(config: Config, memory_gate: str) -> Config:
 
 
 def control_name(memory_gate: str) -> str:
-    """Name of a control, in `Converted` and of its folder, by its model.memory_gate."""
+    """Return a control's name, in `Converted` and of its folder, by its model.memory_gate."""
     return "control" if memory_gate == "zero" else f"control_{memory_gate}"
 
 
 def _controls(config: Config) -> dict[str, Config]:
-    """The controls of a run, by name."""
+    """Return the controls of a run, by name."""
     gates = config.evaluation.controls if "stage2" in config.phases else ()
     return {control_name(gate): control_config(config, gate) for gate in gates}
 
 
 def bytes_to_write(config: Config, folder: epath.Path) -> int:
-    """Bytes on disk that the phases not yet finished in `folder` still need.
+    """Return the bytes on disk that the phases not yet finished in `folder` still need.
 
-    Each leaves `train.keep` checkpoints and its weights; while one trains, a further checkpoint is
-    written before the oldest goes.
+    Each leaves `train.keep` checkpoints and its weights; during training one more checkpoint is
+    written before the oldest is deleted.
     """
     phases = [(name, name, config) for name in config.phases]
     phases += [(title, "stage2", closed) for title, closed in _controls(config).items()]
@@ -200,7 +201,7 @@ def bytes_to_write(config: Config, folder: epath.Path) -> int:
 
 
 def _phase_bytes(config: Config, phase: str) -> tuple[int, int]:
-    """Bytes of one checkpoint of a phase, and of the weights that it leaves."""
+    """Return the bytes of one checkpoint of a phase, and of the weights that it leaves."""
     shapes = models.param_shapes(phase_model(config, phase))
     start = lambda p: init_state(config, phase, p, jax.random.key(0))
     state = jax.eval_shape(start, split_params(shapes, TRAINED[phase])[0])
@@ -211,7 +212,7 @@ def _phase_bytes(config: Config, phase: str) -> tuple[int, int]:
 
 
 def _checkpoints(folder: epath.Path, phases: str) -> list[epath.Path]:
-    """Finished checkpoints of the phases whose folder matches the pattern."""
+    """Return the finished checkpoints of the phases whose folder matches the pattern."""
     return [p for p in folder.glob(f"{phases}/checkpoints/*") if p.name.isdigit()]
 
 
@@ -234,7 +235,7 @@ def _random_params(model: ModelConfig, key: jax.Array, trains_teacher: bool) -> 
     params = models.init_stacked(model, key)
     if trains_teacher:
         return params
-    # The head starts at zero, and a teacher that stays so has nothing to teach.
+    # The head starts at zero, and such a teacher would predict zeros.
     head = params["head"]["linear"]
     xavier = jax.nn.initializers.xavier_uniform()
     head["kernel"] = xavier(jax.random.fold_in(key, 1), head["kernel"].shape)
@@ -242,7 +243,7 @@ def _random_params(model: ModelConfig, key: jax.Array, trains_teacher: bool) -> 
 
 
 def _teacher_start(config: Config, params: Params, mesh: jax.sharding.Mesh) -> Params:
-    """The teacher's parameters among those of the model, in the teacher's own stacks."""
+    """Return the teacher's parameters among those of the model, stacked as the teacher's."""
     teacher = models.teacher_params(params, config.model)
     return sharding.jit_on(mesh, lambda p: _restack(p, config.model.teacher()))(teacher)
 
@@ -250,7 +251,7 @@ def _teacher_start(config: Config, params: Params, mesh: jax.sharding.Mesh) -> P
 def _with_teacher(
     config: Config, params: Params, teacher: Params, mesh: jax.sharding.Mesh
 ) -> Params:
-    """The model's parameters with those of a trained teacher, as conversion holds them."""
+    """Return the model's parameters with those of a trained teacher, cast to compute."""
     make = lambda p: models.cast_backbone(_restack(p, config.model), config.model)
     return merge_params(params, sharding.jit_on(mesh, make)(teacher))
 
@@ -262,21 +263,21 @@ def _restack(params: Params, cfg: ModelConfig) -> Params:
 def _read_trained(
     config: Config, phase: str, folder: epath.Path, mesh: jax.sharding.Mesh
 ) -> Params:
-    """What a finished phase has trained, from its weights; stacked, on the mesh."""
+    """Read the parameters that a finished phase trained; stacked, on the mesh."""
     shapes, _ = saved_shapes(folder)
     wanted = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in shapes.items()
         if phase == "teacher" or models.is_added(path)
     }
-    layout = sharding.tree_shardings(wanted, mesh)
-    params, _ = load_params_folder(folder, shardings=layout, paths=wanted)
+    shardings = sharding.tree_shardings(wanted, mesh)
+    params, _ = load_params_folder(folder, shardings=shardings, paths=wanted)
     cfg = phase_model(config, phase)
     return sharding.jit_on(mesh, lambda params: models.stack_params(params, cfg))(params)
 
 
 def _check_same_run(folder: epath.Path, config: Config) -> None:
-    """Refuses a folder of another run: its finished phases would be taken for this one's."""
+    """Reject another run's folder: its finished phases would be taken for this run's."""
     theirs = read_json(folder / _CONFIG)
     if theirs is None:
         return
@@ -295,7 +296,7 @@ def _check_same_run(folder: epath.Path, config: Config) -> None:
 
 
 def _is_amid_phase(folder: epath.Path) -> bool:
-    """Whether a phase in this folder has checkpoints and is not finished."""
+    """Tell whether a phase in this folder has checkpoints and is not finished."""
     # A ranking of layers trains a phase for each of them, one folder deeper.
     found = _checkpoints(folder, "*") + _checkpoints(folder, "*/*")
     return any(not (step.parents[1] / _SUMMARY).exists() for step in found)
@@ -304,12 +305,12 @@ def _is_amid_phase(folder: epath.Path) -> bool:
 def _check_same_teacher(
     config: Config, place: epath.Path, there: str | None, start: Params
 ) -> None:
-    """Refuse a finished phase whose frozen weights are not those that it would start with now.
+    """Reject a finished phase whose frozen weights differ from those it would start with now.
 
     Args:
       config: the run.
       place: folder of the phase.
-      there: checksum of the frozen weights in its summary; None in one of before it was kept.
+      there: checksum of the frozen weights in its summary; None in older summaries.
       start: parameters that the phase would start with.
     """
     here = teacher_checksum(start)
@@ -327,7 +328,7 @@ def _check_same_teacher(
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {"a.b": value}."""
+    """Flatten a nested dict to {"a.b": value}."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -338,6 +339,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _write_json(path: epath.Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     if jax.process_index() == 0:
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""How much of the past the hybrid layers of a model keep, and a warning where that is nothing."""
+"""How much of the past a model's hybrid layers keep, with a warning for layers that keep none."""
 
 import contextlib
 import functools
@@ -33,17 +33,17 @@ Measures = dict[str, Any]
 def retention(
     params: Params, cfg: ModelConfig, clips: Mapping[str, Any], *, context_noise: float = 0.0
 ) -> Measures:
-    """Measure what every layer with such a measure keeps, at its activations on clips.
+    """Measure how much each layer keeps, at its activations on clips.
 
-    Clips go through the network one by one and layer by layer, as they do when they are
-    remembered. Two compilations serve all layers, one for each kind.
+    Layers whose memory has no such measure are left out. Clips go through the network one by one
+    and layer by layer, as in the writing pass. Layers of a kind share one compilation.
 
     Args:
-      params, cfg: the model; on a mesh, devices share out the work as in training.
+      params, cfg: the model; on a mesh, the work is sharded as in training.
       clips: "latents" [N, T, rows, columns, channels], T a multiple of cfg.frames_per_block, and
         "text" [N, L, text_dim].
-      context_noise: noise level at which clips are remembered, see `SamplerConfig`. Every call
-        draws the same noise, so that models can be compared.
+      context_noise: noise level at which clips are written, see `SamplerConfig`. Every call draws
+        the same noise, so that models can be compared.
 
     Returns:
       Lists of numbers, ready for JSON: "layers", their indices; "tokens_per_block"; "head_dim";
@@ -65,7 +65,7 @@ def retention(
     layout = jax.tree.leaves(params)[0].sharding if _on_devices(params) else None
     mesh = layout.mesh if isinstance(layout, NamedSharding) else None
     written = _as_written(clips, context_noise)
-    # Kernels look here for the devices that they are to share out their work to.
+    # Kernels are sharded over this mesh.
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
         found = _by_layer(params, cfg, written, context_noise, mesh)
     tables = {name: [[float(x) for x in row[name]] for row in found] for name in found[0]}
@@ -75,14 +75,14 @@ def retention(
 
 
 def measured_layers(cfg: ModelConfig) -> tuple[int, ...]:
-    """Indices of the layers whose memory can be measured; none where it is closed."""
+    """Return the indices of the layers whose memory can be measured; none where it is closed."""
     if cfg.memory_gate == "zero":
         return ()
     return tuple(i for i in range(cfg.num_layers) if hasattr(memory_of(cfg, i), "measure"))
 
 
 def _as_written(clips: Mapping[str, Any], level: float) -> Mapping[str, Any]:
-    """The clips, noised to a level; as they are at 0."""
+    """Return the clips noised to a level; unchanged at 0."""
     if level == 0:
         return clips
     latents = np.asarray(clips["latents"])
@@ -94,9 +94,9 @@ def _as_written(clips: Mapping[str, Any], level: float) -> Mapping[str, Any]:
 def _by_layer(
     params: Params, cfg: ModelConfig, clips: Mapping[str, Any], level: float, mesh: Any
 ) -> list[dict[str, Float[np.ndarray, "h"]]]:
-    """Measures of each hybrid layer, means over the clips, which are at a noise level."""
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    put = lambda x: jnp.asarray(x) if everywhere is None else jax.device_put(x, everywhere)
+    """Return the measures of each hybrid layer, means over clips at a noise level."""
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    put = lambda x: jnp.asarray(x) if replicated is None else jax.device_put(x, replicated)
     stem = stem_of(params)
     blocks = clips["latents"].shape[1] // cfg.frames_per_block
     latents, text = (np.asarray(clips[name]) for name in ("latents", "text"))
@@ -106,7 +106,7 @@ def _by_layer(
     ]
     found = []
     for layer in range(max(measured_layers(cfg)) + 1):
-        # On their way to a device, weights in host memory stay there for one layer alone.
+        # Weights in host memory are moved to the device one layer at a time.
         weights = jax.tree.map(jnp.asarray, layer_of(params, layer))
         spec, each = cfg.memory_of(layer), []
         for i, clip in enumerate(passing):
@@ -122,20 +122,20 @@ def _by_layer(
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _embed(stem: Params, cfg: ModelConfig, latents, text, level: float = 0.0) -> Clip:
-    """The copy of clips that is remembered, embedded."""
+    """Embed the copy of clips that is written to the memories."""
     timestep = 1000 * jnp.full(latents.shape[:2], level, jnp.float32)
     module = make_stem(cfg, cast_params(stem, cfg))
     both = embed_clip(module, cfg, latents, latents, timestep, text, timestep)
     clean = lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 0]
     modulation = clean(both.conditions.modulation)
     return both._replace(
-        x=_lay_out(clean(both.x)), conditions=Conditions(modulation, both.conditions.grid)
+        x=_shard_tokens(clean(both.x)), conditions=Conditions(modulation, both.conditions.grid)
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _apply(weights: Params, cfg: ModelConfig, spec: MemorySpec, blocks: int, clip: Clip):
-    """A layer on clean clips: (tokens, measures of its memory, [B, H] each, if it has any)."""
+    """Apply a layer to clean clips: (tokens, measures of its memory, [B, H] each, if any)."""
     layer = make_layer(cfg, spec, cast_params(weights, cfg))
     h, grid = layer.attention_input(clip.x, clip.conditions), clip.conditions.grid
     p, measure = layer.self_attn.project(h), getattr(layer.memory, "measure", None)
@@ -144,11 +144,11 @@ def _apply(weights: Params, cfg: ModelConfig, spec: MemorySpec, blocks: int, cli
     context = layer.cross_attn.encode(clip.text)
     x = layer.finish(clip.x, layer.self_attn.output(attended), clip.conditions, context)
     # Small and needed by every process.
-    return _lay_out(x), {name: lay_out(y, PartitionSpec()) for name, y in measures.items()}
+    return _shard_tokens(x), {name: lay_out(y, PartitionSpec()) for name, y in measures.items()}
 
 
-def _lay_out(x: Array) -> Array:
-    """Tokens laid out alike before every layer, so that nothing is compiled twice."""
+def _shard_tokens(x: Array) -> Array:
+    """Shard tokens alike before every layer, so that nothing is compiled twice."""
     return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
 
 
@@ -157,9 +157,9 @@ def _on_devices(params: Params) -> bool:
 
 
 def forgotten(measures: Measures) -> str | None:
-    """Tell in one line which layers forget a block, and the remedy; None if none does.
+    """Return one line that names the layers that forget a block, and the remedy, or None.
 
-    A layer does if the median of "retention" over its heads is below 0.01.
+    A layer forgets if the median of "retention" over its heads is below 0.01.
     """
     shares = dict(zip(measures["layers"], measures.get("retention", ()), strict=True))
     lost = {layer: max(row) for layer, row in shares.items() if np.median(row) < FORGOTTEN}
@@ -167,7 +167,7 @@ def forgotten(measures: Measures) -> str | None:
         return None
     which = "layer" if len(lost) == 1 else "layers"
     return (
-        f"hybrid {which} {in_ranges(list(lost))} forget what stands in the state within one block "
+        f"hybrid {which} {in_ranges(list(lost))} forget the content of the state within one block "
         f"of {measures['tokens_per_block']} tokens: the median head keeps less than "
         f"{FORGOTTEN:.0%} of it, the best {max(lost.values()):.1e}; convert with "
         "model.memory_init=by_block"
@@ -175,7 +175,7 @@ def forgotten(measures: Measures) -> str | None:
 
 
 def in_ranges(numbers: list[int]) -> str:
-    """Rising numbers as ranges, such as "0-3,5"."""
+    """Return rising numbers as ranges, such as "0-3,5"."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:
@@ -194,16 +194,15 @@ def warn_if_forgotten(measures: Measures) -> None:
 def record_retention(
     config: Config, params: Params, data: ClipData, folder: epath.Path, *, warn: bool = False
 ) -> None:
-    """Measure a run's model on one held-out clip and keep that in `folder/retention.json`.
+    """Measure a run's model on one held-out clip and write `folder/retention.json`.
 
-    Nothing is done where the file is there, where no layer has a memory to measure, or where none
-    is converted.
+    Do nothing if the file exists, if no layer has a memory to measure, or if none is converted.
 
     Args:
       config: the run.
       params: all parameters of its model.
       data: its clips.
-      folder: of the run, or of one of its phases.
+      folder: folder of the run, or of one of its phases.
       warn: whether to warn of layers that forget a block.
     """
     path = folder / "retention.json"

@@ -1,4 +1,4 @@
-"""Start of stage 1 by least squares: a few clips of the teacher, layer by layer."""
+"""Start of stage 1 by least squares, on a few clips and layer by layer."""
 
 import contextlib
 import dataclasses
@@ -57,8 +57,8 @@ def least_squares_start(
 ) -> tuple[Params, dict[str, LayerStart]]:
     """Fit P_q, P_v and the gate of every hybrid layer to the teacher's attention.
 
-    Clips go through the teacher once, layer by layer. Of the layer at hand, what its memory reads
-    with and from is kept for all clips. The error of stage 1 on these clips never rises.
+    Clips go through the teacher once, layer by layer. Only the current layer's queries and states
+    are kept, for all clips. The error of stage 1 on these clips never rises.
 
     Args:
       params: all parameters, in either form; on a mesh, the work is sharded as in training.
@@ -76,7 +76,7 @@ def least_squares_start(
 
 
 def _fit(params: Params, cfg: ModelConfig, clips: list[NoisedClip], key: Array):
-    """The fitted parameters alone, every layer by itself, and the errors."""
+    """Return only the fitted parameters, unstacked, and the errors."""
     layout = jax.tree.leaves(params)[0].sharding
     mesh: Any = layout.mesh if isinstance(layout, NamedSharding) else None
     # Kernels are sharded over this mesh.
@@ -111,23 +111,23 @@ def _fit_layer(
     clips: list[Clip],
     key: Array,
 ) -> tuple[Params, LayerStart]:
-    """The fitted parameters of a layer's additions, and the errors."""
+    """Return the fitted parameters among a layer's additions, and the errors."""
     readings = [_readings(weights, cfg, spec, blocks, clip) for clip in clips]
     added = weights[ADDED]
     first = Readout(added["phi_q"], added["phi_v"], _columns(added["gate_proj"]["kernel"]))
     output = weights["self_attn"]["o"]["kernel"].astype(jnp.float32)
     readout, errors = fit_readout(first, readings, output, key)
-    return _placed_like(_as_params(readout), added), errors
+    return _put_like(_as_params(readout), added), errors
 
 
 def fit_readout(
     readout: Readout, batches: list[Readings], output: Float[Array, "c c"], key: Array
 ) -> tuple[Readout, LayerStart]:
-    """Fit one layer's readout by turns of `solve_values` and `newton_step`.
+    """Fit one layer's readout by alternating `solve_values` and `newton_step`.
 
     Args:
       readout: present values.
-      batches: what the layer reads with and from.
+      batches: queries and states of the layer.
       output: Wo.
       key: random key of the curvature's estimate.
     """
@@ -137,7 +137,7 @@ def fit_readout(
         sums = total(_value_sums, readout)
         solved = readout._replace(phi_v=_solve_values(sums, output, readout.phi_v))
         lower = float(total(_squared_error, solved, output))
-        # Not lower only where rounding is all that is left.
+        # It is not lower only if rounding is all that is left.
         if lower < error:
             readout, error = solved, lower
         if turn == ROUNDS:
@@ -153,9 +153,9 @@ def fit_readout(
 
 
 def _total(function: Callable, batches: list[Readings], readout: Readout, *rest: Any) -> Any:
-    """Sum of a function's results over batches, one after the other.
+    """Sum a function's results over batches, one after the other.
 
-    Waiting bounds what is alive, and devices of a mesh never have two programs to meet in.
+    Waiting bounds memory, and the devices of a mesh never run two programs with collectives.
     """
     results = (jax.block_until_ready(function(readout, r, *rest)) for r in batches)
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), results)
@@ -172,23 +172,23 @@ _errors_along = jax.jit(closed_form.errors_along)
 @functools.partial(jax.jit, static_argnums=1)
 def _embed(stem: Params, cfg: ModelConfig, clip: NoisedClip) -> Clip:
     embedded = embed_noised(make_stem(cfg, cast_params(stem, cfg)), cfg, clip)
-    return embedded._replace(x=_by_place(embedded.x))
+    return embedded._replace(x=_shard_tokens(embedded.x))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _teacher_layer(base: Params, cfg: ModelConfig, blocks: int, clip: Clip) -> Clip:
-    """Clips behind a layer of the teacher, `cfg`."""
+    """Apply a layer of the teacher, `cfg`, to clips."""
     layer = make_layer(cfg, 0, cast_params(base, cfg))
     context = layer.cross_attn.encode(clip.text)
     x, _ = layer.clip(clip.x, clip.conditions, context, blocks, copies=2)
-    return clip._replace(x=_by_place(x))
+    return clip._replace(x=_shard_tokens(x))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _readings(
     weights: Params, cfg: ModelConfig, spec: MemorySpec, blocks: int, clip: Clip
 ) -> Readings:
-    """What a hybrid layer reads with and from at the teacher's input."""
+    """Compute the queries and states of a hybrid layer at the teacher's input."""
     weights = cast_params(weights, cfg)
     added = weights[ADDED]
     identity = jnp.broadcast_to(jnp.eye(cfg.head_dim), added["phi_v"].shape)
@@ -216,8 +216,8 @@ def _readings(
     )
 
 
-def _by_place(x: Array) -> Array:
-    """Tokens laid out alike before every layer, so that nothing is compiled twice."""
+def _shard_tokens(x: Array) -> Array:
+    """Shard tokens alike before every layer, so that nothing is compiled twice."""
     return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
 
 
@@ -230,8 +230,8 @@ def _as_params(readout: Readout) -> Params:
     return {"phi_q": readout.phi_q, "phi_v": readout.phi_v, "gate_proj": {"kernel": kernel}}
 
 
-def _placed_like(new: Params, old: Params) -> Params:
-    """Parameters in the types and places of those that they replace."""
+def _put_like(new: Params, old: Params) -> Params:
+    """Return parameters with the dtypes and shardings of those that they replace."""
     place = lambda x, y: jax.device_put(x.astype(y.dtype), y.sharding)
     return jax.tree.map(place, new, {name: old[name] for name in new})
 
@@ -239,15 +239,15 @@ def _placed_like(new: Params, old: Params) -> Params:
 def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, folder: epath.Path):
     """Return the parameters with which stage 1 begins, by `stage1.start`.
 
-    A fit is kept in `folder/start`, with its errors in `start.json`, and read again from there, so
-    that a run that goes on begins where it began.
+    A fit is kept in `folder/start`, with its errors in `folder/start.json`, and read from there by
+    a resumed run, so that it starts from the same parameters.
 
     Args:
       config: the run.
-      params: all parameters, stacked and laid out on the mesh.
+      params: all parameters, stacked and sharded over the mesh.
       data: clips to train on.
       mesh: devices.
-      folder: of the phase.
+      folder: folder of the phase.
     """
     if config.stage1.start == "random" or config.model.memory_gate == "zero":
         return params
@@ -256,7 +256,7 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
         logging.info("stage1 begins with the fit in %s", place)
         return merge_params(params, _stacked_on(mesh, load_params_folder(place)[0], config))
     began = time.perf_counter()
-    # Phases have the numbers below.
+    # The numbers below are those of the phases.
     own = jax.random.fold_in(jax.random.key(config.train.seed), len(TRAINED))
     noise_key, fit_key = jax.random.split(own)
     clips = _noised_clips(config, data, mesh, noise_key)
@@ -278,7 +278,7 @@ def _stacked_on(mesh: Mesh, fitted: Params, config: Config) -> Params:
 
 
 def _noised_clips(config: Config, data: ClipData, mesh: Mesh, key: Array) -> list[NoisedClip]:
-    """The first clips of stage 1, in its micro-batches, noised by a key of their own."""
+    """Return the first clips of stage 1 as noised micro-batches."""
     size = config.stage1.batch_size // config.stage1.accumulation
     batches = data.train_batches(size, data_seed(config, "stage1"))
     # The noise does not depend on the memories.

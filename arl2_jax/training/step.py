@@ -21,7 +21,7 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """What a phase changes, and what a checkpoint holds.
+    """State of a phase, as checkpoints store it.
 
     Attributes:
       step: finished optimizer steps, int32.
@@ -39,14 +39,14 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, phase: str, trained: Params, key: Array) -> TrainState:
-    """State before the first step of a phase; a step may donate it, so it shares no buffer."""
+    """Return the state before the first step; it shares no buffer, so a step may donate it."""
     optimizer = _optimizer(config, phase, trained)
     copy = lambda: jax.tree.map(jnp.copy, trained)
     return TrainState(jnp.int32(0), copy(), optimizer.init(trained), copy(), key)
 
 
 def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Callable:
-    """The step of a phase: (state, frozen, batch) -> (state, metrics), to be jitted.
+    """Return the step of a phase: (state, frozen, batch) -> (state, metrics), to be jitted.
 
     Args:
       config: the run.
@@ -63,14 +63,14 @@ def make_step(config: Config, phase: str, *, self_rollout: bool = False) -> Call
             kept = jax.random.uniform(text_key, text.shape[:1]) >= config.teacher.text_dropout
             text = text * kept[:, None, None]
         if self_rollout:
-            latents = _own_video(config, merge_params(state.params, frozen), text, rollout_key)
+            latents = _self_rollout(config, merge_params(state.params, frozen), text, rollout_key)
         clip = losses.noise_clip(noise_key, config.model, latents, text, config.sampler)
         one = lambda micro: gradients(config, state.params, frozen, micro)
         grads, metrics = accumulate(one, clip, settings.accumulation)
         optimizer = _optimizer(config, phase, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
-        # Early steps are forgotten faster, so that the average does not remember the start.
+        # EMA warm-up: a lower decay at first, so that the average forgets the initial values.
         decay = jnp.minimum(settings.ema_decay, (1 + state.step) / (10 + state.step))
         ema = cast(Params, optax.incremental_update(params, state.ema, 1 - decay))
         metrics |= {
@@ -88,9 +88,9 @@ def _optimizer(config: Config, phase: str, trained: Params):
 
 
 def accumulate(gradients: Callable, clip: NoisedClip, parts: int):
-    """Mean of gradients and metrics over micro-batches, in float32.
+    """Return the mean of gradients and metrics over micro-batches, in float32.
 
-    A micro-batch takes every parts-th clip, so that each device keeps the clips it has.
+    A micro-batch takes every parts-th clip, so that no clip moves to another device.
     """
     if parts == 1:
         return gradients(clip)
@@ -116,7 +116,7 @@ def _teacher_gradients(config: Config, trained: Params, frozen: Params, clip: No
 def _stage1_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
     result = losses.distil_layers(merge_params(trained, frozen), config.model, clip)
     metrics = {"loss": result.mean_error} | _by_run(config, result.diagnostics)
-    return _like(trained, result.gradients), metrics
+    return select_trained(trained, result.gradients), metrics
 
 
 def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
@@ -134,7 +134,7 @@ def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: Noi
     metrics = {"loss": value} | _by_run(config, diagnostics)
     if local is not None:
         add = lambda g, own: g + weight * own
-        grads = jax.tree.map(add, grads, _like(trained, local.gradients))
+        grads = jax.tree.map(add, grads, select_trained(trained, local.gradients))
         metrics["layer_error"] = local.mean_error
     return grads, metrics
 
@@ -146,8 +146,8 @@ _GRADIENTS = {
 }
 
 
-def _like(trained: Params, gradients: Params) -> Params:
-    """Those gradients of the layers' additions that belong to trained parameters."""
+def select_trained(trained: Params, gradients: Params) -> Params:
+    """Return those gradients of the layers' additions whose parameters are trained."""
 
     def pick(wanted, found):
         if not isinstance(wanted, dict):
@@ -158,7 +158,7 @@ def _like(trained: Params, gradients: Params) -> Params:
 
 
 def _by_run(config: Config, diagnostics: tuple[dict[str, Array], ...]) -> Metrics:
-    """Diagnostics of scanned runs, arrays over their layers, as writers of metrics know them."""
+    """Return the diagnostics of scanned runs, arrays over layers, under the names of metrics."""
     return {
         f"layers_{run_name(*run)}/{name}": values
         for run, logged in zip(config.model.layer_runs(), diagnostics, strict=True)
@@ -166,8 +166,8 @@ def _by_run(config: Config, diagnostics: tuple[dict[str, Array], ...]) -> Metric
     }
 
 
-def _own_video(config: Config, params: Params, text, key: Array):
-    """A clip that the student generates from nothing."""
+def _self_rollout(config: Config, params: Params, text, key: Array):
+    """Generate a clip with the student, without a past."""
     video = rollout(
         params,
         config.model,

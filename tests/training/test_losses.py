@@ -14,7 +14,7 @@ from arl2_jax.config import SamplerConfig
 from arl2_jax.models import wan
 from arl2_jax.training import losses
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
-from arl2_jax.training.step import _like, _stage2_gradients
+from arl2_jax.training.step import _stage2_gradients, select_trained
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_stage2_runs_the_teacher_once(config, make_params):
         loss = lambda t: losses.distillation(merge_params(t, frozen), run.model, clip, target)[0]
         local = losses.distil_layers(params, run.model, clip).gradients
         add = lambda g, own: g + 0.5 * own
-        return jax.tree.map(add, jax.grad(loss)(trained), _like(trained, local))
+        return jax.tree.map(add, jax.grad(loss)(trained), select_trained(trained, local))
 
     once = lambda trained, clip: _stage2_gradients(run, trained, frozen, clip)[0]
     teacher = lambda trained, clip: losses.teacher_flow(
