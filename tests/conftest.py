@@ -1,18 +1,19 @@
 """Eight CPU devices, and a very small model that the tests share with its compiled functions."""
 
 import gc
-import importlib.metadata
 import os
 
-# Before jax is imported. The tests compile much and compute little, so they do without most
-# optimisations: compilation, which is nearly all of their time, takes a tenth.
-quick = ["--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jax").startswith("0.10."):  # newer ones do not know the flag
-    quick.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(
-    [*quick, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-)
+# Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jaxtyping
+
+# Before the packages are imported: calls are checked against annotations, in the rooms whose
+# annotations state shapes.
+CHECKED = (
+    "codecs", "diffusion", "evaluation", "generation", "memory", "models", "nn", "text", "training",
+)  # fmt: skip
+jaxtyping.install_import_hook([f"arl2_jax.{name}" for name in CHECKED], "contracts.checked")
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,23 @@ from arl2_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
+
+# The tests compile much and compute little, so they do without most optimisations: compilation,
+# which is nearly all of their time, takes a tenth.
+QUICK = ["--xla_backend_optimization_level=0"]
+if jax.__version__.startswith("0.10."):  # newer ones do not know the flag
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full-optimisation", action="store_true", help="compile as users do")
+
+
+def pytest_configure(config):
+    """Set XLA's flags, which it reads when the first program is compiled."""
+    flags = [] if config.getoption("full_optimisation") else QUICK
+    devices = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", ""), devices])
 
 
 class Clip(NamedTuple):
@@ -96,6 +114,12 @@ def unload_programs():
     if maps.exists() and len(maps.read_bytes().splitlines()) > int(limit.read_text()) // 4:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Let calls with misfit arguments pass the annotations, up to the errors that users see."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from arl2_jax import sharding
 from arl2_jax.config import ModelConfig, SamplerConfig
@@ -177,14 +177,14 @@ def _at_level(clip: NoisedClip, level) -> NoisedClip:
 
 
 @jax.jit
-def _loss_sum(flow, clip: NoisedClip, new: int) -> Array:
+def _loss_sum(flow, clip: NoisedClip, new: int | Int[Array, ""]) -> Array:
     """Sum over the first `new` clips."""
     each = jnp.mean(jnp.square(flow - (clip.eps - clip.clean)), axis=(1, 2, 3, 4))
     return jnp.sum(each, where=jnp.arange(len(each)) < new)
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _error_sums(flow, target, clip: NoisedClip, new: int, first: int) -> Array:
+def _error_sums(flow, target, clip: NoisedClip, new: int | Int[Array, ""], first: int) -> Array:
     """Sums of |x0 - x0_teacher|^2 and |x0_teacher|^2 of `new` clips from frame `first` on."""
     s = per_frame(clip.s)
     pair = jnp.stack([s * (target - flow), clip.noisy - s * target])[:, :, first:]

@@ -104,7 +104,7 @@ def test_swaps_are_as_large_as_what_was_planted(every, make_params, clips):
     assert ranks("swap", errors).tolist() == [1, 3, 2]
 
 
-def test_only_whole_hybrids_can_be_swapped(cfg, params, clip):
+def test_only_whole_hybrids_can_be_swapped(cfg, params, clip, unchecked):
     with pytest.raises(ValueError, match="must be all 3 layers"):
         swapped_flow(params, cfg, jnp.int32(0), clip)
 

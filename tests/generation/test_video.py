@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)],
     ids=["floats", "one image", "no frames"],
 )
-def test_wrong_frames_are_refused(tmp_path, frames):
+def test_wrong_frames_are_refused(tmp_path, frames, unchecked):
     with pytest.raises(ValueError, match="uint8"):
         write_video(tmp_path / "a.mp4", frames, 8)
     with pytest.raises(ValueError, match="fps=0"):

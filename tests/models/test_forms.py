@@ -214,7 +214,7 @@ def test_empty_memory_gives_nothing(without_ffn_updates, each_block_alone, clip,
         (dict(timestep=(1,)), "one a frame is needed"),
     ],
 )
-def test_misfit_shapes_are_refused(params, cfg, change, message):
+def test_misfit_shapes_are_refused(params, cfg, change, message, unchecked):
     shapes = dict(latents=(1, 2, 4, 6, 4), timestep=(1, 2), text=(1, 4, 8)) | change
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes.values()]
     memory = models.init_memory(cfg, batch=1, frames=2, tokens_per_frame=6)

@@ -190,7 +190,7 @@ class Batches:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_begins_where_it_began(config, make_clip, tmp_path):
+def test_a_run_that_goes_on_begins_where_it_began(config, make_clip, tmp_path, unchecked):
     stage1 = dataclasses.replace(config.stage1, start="least_squares", start_clips=16)
     config = dataclasses.replace(config, stage1=stage1)
     mesh = sharding.make_mesh(MeshConfig(data=8))

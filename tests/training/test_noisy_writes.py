@@ -135,7 +135,7 @@ def test_stage_one_and_its_start_see_the_noised_past(cfg, params, noisy, clean, 
         assert all(np.any(g) for name, g in delta.items() if name.startswith("phi"))
 
 
-def test_micro_batches_take_the_past_of_their_clips():
+def test_micro_batches_take_the_past_of_their_clips(unchecked):
     clip = NoisedClip(*([jnp.arange(8.0)] * 7))
     seen = lambda micro: ({"same": jnp.all(micro.context == micro.clean).astype(jnp.float32)}, {})
     assert accumulate(seen, clip, 2)[0]["same"] == 1
@@ -163,7 +163,7 @@ def test_a_step_obeys_the_setting(config, make_params):
         assert np.isfinite(changed[name]) and abs(changed[name] / plain[name] - 1) > 1e-4, name
 
 
-def test_misfit_context_is_refused(cfg, params, noisy):
+def test_misfit_context_is_refused(cfg, params, noisy, unchecked):
     run = lambda clip: losses.predict(params, cfg, clip)
     with pytest.raises(ValueError, match="one a frame is needed"):
         jax.eval_shape(run, noisy._replace(context_s=noisy.s[:, :2]))

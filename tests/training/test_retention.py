@@ -160,7 +160,7 @@ class HeldOut:
         return make_clips(self.cfg, clips=count, blocks=2)
 
 
-def test_a_run_keeps_its_measures_and_measures_once(config, tmp_path):
+def test_a_run_keeps_its_measures_and_measures_once(config, tmp_path, unchecked):
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, hybrid_layers=(0,))
     )

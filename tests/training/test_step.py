@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_parameters_stay_sharded(run, config):
         assert kernel(tree).addressable_shards[0].data.shape == (2, 8, 8)
 
 
-def test_micro_batches_keep_the_clips_of_each_device():
+def test_micro_batches_keep_the_clips_of_each_device(unchecked):
     """Every parts-th clip: consecutive ones would all lie on one device."""
     clip = NoisedClip(*([jnp.arange(8.0)] * 5))
     seen = lambda micro: ({"w": jnp.sum(micro.s * 10.0 ** jnp.arange(4))}, {})
@@ -163,12 +164,12 @@ def test_loss_falls_on_a_batch(run, config, start, batch, phase):
     step, frozen = make_step(changed, phase), start(phase)[1]
 
     @jax.jit
-    def train(state):
+    def train(state, batch):
         # The same noise at every step, so that the losses can be compared.
         again = lambda s, _: step(s._replace(key=state.key), frozen, batch)
         return jax.lax.scan(again, state, length=40)
 
-    state, metrics = train(start(phase)[0])
+    state, metrics = train(start(phase)[0], batch)
     losses = metrics["loss"]
     assert losses[-1] < 0.8 * losses[0]
     assert np.all(np.isfinite(losses)) and int(state.step) == 40
@@ -184,8 +185,7 @@ def test_average_follows_its_formula(config, start, batch):
         state, _ = step(state, frozen, batch)
         decay = min(config.stage1.ema_decay, (1 + i) / (10 + i))
         wanted = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, wanted, state.params)
-    for found, value in zip(*map(jax.tree.leaves, (state.ema, wanted)), strict=True):
-        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.ema, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_every_step_draws_its_own_noise(config, start, batch):
@@ -221,8 +221,7 @@ def test_own_past_is_a_generated_one(config, start, batch):
     after, metrics = step(*arguments(latents))
     other, _ = step(*arguments(latents + 1))
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
-    for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(other.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(after.params, other.params)
     assert optax.tree.norm(optax.tree.sub(after.params, state.params)) > 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,9 +65,7 @@ def test_parameters_are_as_many_as_published():
 def test_initial_parameters_have_unit_gain():
     cfg = VAEConfig.tiny(dim=16, dtype="bfloat16")
     params = vae.init_vae(cfg, jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), vae.vae_shapes(cfg)
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, vae.vae_shapes(cfg))
     kernel = params["decoder"]["middle"]["0"]["conv1"]["kernel"].astype(jnp.float32)
     assert np.std(kernel) * (27 * 32) ** 0.5 == pytest.approx(1, rel=0.02)
     other = params["encoder"]["middle"]["0"]["conv1"]["kernel"]
@@ -97,13 +96,13 @@ LATENTS = {
         *(("decode", shape, parts) for shape, parts in LATENTS.items()),
     ],
 )
-def test_wrong_sizes_are_named(codec, function, shape, parts):
+def test_wrong_sizes_are_named(codec, function, shape, parts, unchecked):
     with pytest.raises(ValueError) as error:
         getattr(codec, function)(np.zeros(shape, np.float32))
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
-def test_wrong_runs_and_states_are_named(codec):
+def test_wrong_runs_and_states_are_named(codec, unchecked):
     params, cfg = codec.params, codec.cfg
     state = vae.init_encoder_state(cfg, 1, 2, 2)
     with pytest.raises(ValueError, match=r"2 frames; with first=False .* made of 4"):
