@@ -16,7 +16,7 @@ from pallas_kernels.attention.lse import with_lse
 Implementation = Literal["xla", "cudnn", "splash", "gpu"]
 
 # Modules of this folder, the fastest first. Each has `attention`, `attention_with_lse` and
-# `unsupported_reason`, which says why it cannot take the queries here.
+# `unsupported_reason`, which returns why it cannot take the queries here, or None.
 _BACKENDS = {"gpu": ("gpu", "cudnn", "xla"), "tpu": ("splash", "xla")}
 _LOG = logging.getLogger("pallas_kernels")
 
@@ -57,7 +57,7 @@ def dot_product_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Bidirectional softmax attention, optionally over the filled part of a key buffer.
+    """Compute bidirectional softmax attention, optionally over the filled part of a key buffer.
 
         out = softmax(q k^T / sqrt(D)) v
 

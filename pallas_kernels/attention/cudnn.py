@@ -12,7 +12,7 @@ from pallas_kernels.attention.lengths import padded, visible
 
 
 def unsupported_reason(q: Array) -> str | None:
-    """Why cuDNN cannot take these queries here, or None."""
+    """Return why cuDNN cannot take these queries here, or None."""
     if missing := no_nvidia():
         return missing
     major = int(jax.devices()[0].compute_capability.split(".")[0])
@@ -29,7 +29,7 @@ def unsupported_reason(q: Array) -> str | None:
 def attention(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> Array:
-    """Attention and its gradients; lengths are int32 [B]."""
+    """Compute attention, with cuDNN's gradients; lengths are int32 [B]."""
     queries = q.shape[1]
     q, k, v, key_length = _even(q, *of_layer(k, v, layer), key_length)
     out = jax.nn.dot_product_attention(
@@ -41,8 +41,9 @@ def attention(
 def attention_with_lse(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> tuple[Array, Array]:
-    """Attention, and the float32 log-sum-exp [B, Tq, H] that cuDNN keeps for its backward pass."""
-    # jax.nn.dot_product_attention rounds it to the dtype of q; this, which it calls, does not.
+    """Compute attention and the float32 log-sum-exp [B, Tq, H] of cuDNN's backward pass."""
+    # jax.nn.dot_product_attention rounds it to the dtype of q; this function, which it calls, does
+    # not.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     queries = q.shape[1]
@@ -55,7 +56,7 @@ def attention_with_lse(
     found: Any = dot_product_attention(q, k, v, **options)
     out, lse = found[0][:, :queries], found[1].swapaxes(1, 2)[:, :queries]
     if key_length is not None:
-        # cuDNN does not say what it makes of rows without visible keys.
+        # cuDNN does not define the result of rows without visible keys.
         shown = (key_length > 0)[:, None, None]
         out = jnp.where(shown[..., None], out, 0)
         lse = jnp.where(shown, lse, -jnp.inf)
@@ -63,7 +64,7 @@ def attention_with_lse(
 
 
 def _even(q: Array, k: Array, v: Array, key_length: Array | None):
-    """Pads to the even numbers of tokens that JAX wants where it is differentiated."""
+    """Pad to even numbers of tokens, which JAX requires for differentiation."""
     batch, keys = k.shape[:2]
     if keys % 2:
         key_length = visible(key_length, batch, keys)
@@ -71,7 +72,7 @@ def _even(q: Array, k: Array, v: Array, key_length: Array | None):
 
 
 def no_nvidia() -> str | None:
-    """What is there instead of an NVIDIA GPU, or None."""
+    """Return why there is no NVIDIA GPU to use, or None."""
     device = jax.devices()[0]
     if jax.default_backend() == "gpu" and "cuda" in device.client.platform_version:
         return None

@@ -1,18 +1,18 @@
 """Softmax attention on NVIDIA Hopper: a flash attention forward in Pallas Mosaic-GPU.
 
-A CTA takes 128 queries of a head. Two warpgroups hold 64 of them each, with their output and the
+A CTA takes 128 queries of a head. Two warpgroups take 64 of them each, with their output and the
 softmax's running maximum and sum in registers; a third one feeds both with tiles of 128 keys and
 values by asynchronous copies. While the tensor cores multiply the scores of a tile and the weighted
-values of the tile before, the warpgroup turns the scores into weights as soon as they are there.
+values of the previous tile, the warpgroup turns the scores into weights as soon as they are ready.
 
-Tiles come last to first, so that the partly filled one is masked once, ahead of the loop. Copies
-fill rows past an array's end with zeros, and do not write there. Numbers of tokens that are no
-multiple of 8 cost a padded copy. A layer of stacked keys is read where it is: the stack's first two
+Tiles come last to first, so that the partly filled one is masked once, before the loop. Copies fill
+rows past an array's end with zeros, and do not write there. A number of tokens that is not a
+multiple of 8 costs a padded copy. A layer of stacked keys is read in place: the stack's first two
 axes become one, of which a CTA takes the row layer * B + row.
 
 The log-sum-exp of a row follows from the maximum and the sum that the softmax keeps. Shared memory
-has no room for it, so it goes from registers to device memory. Such stores are not checked, hence
-the array they go to holds whole tiles.
+has no room for it, so it goes from registers to device memory. Such stores are not bounds-checked,
+so their array has whole tiles.
 
 Source: FlashAttention-3, arXiv 2407.08608.
 """
@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.layers import of_layer
 from pallas_kernels.attention.lengths import padded, visible
-from pallas_kernels.devices import split_by_xla
+from pallas_kernels.devices import unsupported_mesh_reason
 
 _WARPGROUPS, _ROWS, _KEYS, _STAGES = 2, 64, 128, 3
 _QUERIES = _WARPGROUPS * _ROWS  # of a CTA
@@ -38,7 +38,7 @@ _HIDDEN = -1e30  # finite, so that rows without any visible key stay finite
 
 
 class _Shared(NamedTuple):
-    """Tiles in shared memory; barriers that say they are there, or have been read."""
+    """Tiles in shared memory; barriers that signal that they are ready, or free again."""
 
     q: Any  # and later the output
     k: Any
@@ -51,7 +51,7 @@ class _Shared(NamedTuple):
 
 
 def unsupported_reason(q: Array) -> str | None:
-    """Why the kernel cannot take these queries here, or None."""
+    """Return why the kernel cannot take these queries here, or None."""
     if missing := cudnn.no_nvidia():
         return missing
     capability = jax.devices()[0].compute_capability
@@ -61,16 +61,16 @@ def unsupported_reason(q: Array) -> str | None:
         return f"needs bfloat16 or float16; q has {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"needs a head dimension of 64 or 128; q has {q.shape[-1]}"
-    return split_by_xla()
+    return unsupported_mesh_reason()
 
 
 @jax.custom_vjp
 def attention(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> Array:
-    """Attention by the kernel; where it is differentiated, by cuDNN in both directions."""
-    # The log-sum-exp costs nothing. Held on to, it makes this the same program as the form that
-    # returns it, and two calls on the same arrays one.
+    """Compute attention by the kernel; where it is differentiated, by cuDNN in both directions."""
+    # The log-sum-exp costs nothing. Keeping it makes this the same program as the form that
+    # returns it, so that XLA merges two calls on the same arrays.
     out, _ = lax.optimization_barrier(_call(q, k, v, key_length, layer))
     return out[:, : q.shape[1]]
 
@@ -89,7 +89,7 @@ attention.defvjp(_attention_forward, _attention_backward)
 def attention_with_lse(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> tuple[Array, Array]:
-    """Attention by the kernel and its log-sum-exp, float32 [B, Tq, H]; has no gradient."""
+    """Compute attention and its log-sum-exp, float32 [B, Tq, H], by the kernel; has no gradient."""
     queries = q.shape[1]
     out, lse = _call(q, k, v, key_length, layer)
     return out[:, :queries], lse[:, :, :queries].swapaxes(1, 2)
@@ -98,7 +98,7 @@ def attention_with_lse(
 def _call(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp of padded queries."""
+    """Return output and log-sum-exp of padded queries."""
     batch, keys = q.shape[0], k.shape[-3]
     first_row = jnp.zeros((), jnp.int32)
     if keys % _TILE_ROWS:
@@ -111,11 +111,11 @@ def _call(
     return _kernel(q, k, v, scalars)
 
 
-# Lowered once in a program: kernels that are lowered twice have two names, and XLA does not see
-# that two calls on the same arrays are one.
+# Jitted, so that a program lowers it once: kernels that are lowered twice have two names, and XLA
+# does not merge two calls on the same arrays.
 @jax.jit
 def _kernel(q: Array, k: Array, v: Array, scalars: Array) -> tuple[Array, Array]:
-    """Calls the kernel; scalars, int32 [B + 1], are visible keys and the first row of k and v."""
+    """Call the kernel; scalars, int32 [B + 1], are visible keys and the first row of k and v."""
     batch, queries, heads, dim = q.shape
     tiles = pl.cdiv(queries, _QUERIES)
 
@@ -183,7 +183,7 @@ def _shared(dim: int, dtype: Any) -> _Shared:
 
 
 def _copy_keys(k_ref: Any, v_ref: Any, tiles: Array, shared: _Shared) -> None:
-    """Feeds the tiles of keys and values [T, D], the last one first."""
+    """Copy the tiles of keys and values [T, D], the last one first."""
 
     def step(i, _):
         slot = lax.rem(i, _STAGES)
@@ -201,7 +201,7 @@ def _copy_keys(k_ref: Any, v_ref: Any, tiles: Array, shared: _Shared) -> None:
 def _attend(
     q_smem: Any, length: Array, tiles: Array, shared: _Shared
 ) -> tuple[Array, Array, Array]:
-    """Of 64 queries, float32: output [64, D]; the softmax's maximum, in powers of two, and sum."""
+    """Return float32 output [64, D] of 64 queries; the softmax's maximum (base 2), and its sum."""
     dim = q_smem.shape[1]
 
     def first():
@@ -213,7 +213,7 @@ def _attend(
         return _weights(scores, _filled((_ROWS,), _HIDDEN), dim, q_smem.dtype)
 
     def step(i, carry):
-        """Scores of tile i beside values of tile i - 1."""
+        """Multiply the scores of tile i and the values of tile i - 1 together."""
         out, highest, total, weights = carry
         now, before = lax.rem(i, _STAGES), lax.rem(i - 1, _STAGES)
         plgpu.barrier_wait(shared.k_ready.at[now])
@@ -234,8 +234,8 @@ def _attend(
         state: Any = (*accumulators, highest, total, weights)
         _, out, new_highest, added, weights = pl.run_state(products)(state)
         plgpu.barrier_arrive(shared.v_free.at[before])
-        fade = jnp.exp2(highest - new_highest)
-        return out * _across(fade, dim), new_highest, total * fade + added, weights
+        decay = jnp.exp2(highest - new_highest)
+        return out * _across(decay, dim), new_highest, total * decay + added, weights
 
     carry = (_filled((_ROWS, dim), 0), *first())
     out, highest, total, weights = lax.fori_loop(1, tiles, step, carry)
@@ -246,9 +246,9 @@ def _attend(
 
 
 def _weights(scores: Array, highest: Array, dim: int, dtype: Any) -> tuple[Array, Array, Array]:
-    """Of a tile of scores: each row's new maximum and sum of weights, and the weights.
+    """Return each row's new maximum and sum of weights, and the weights, of a tile of scores.
 
-    They are powers of two, which the hardware has, so that maxima are in that scale.
+    Weights are powers of two, which the hardware computes; maxima are in the same scale.
     """
     scale = math.log2(math.e) / math.sqrt(dim)
     highest = jnp.maximum(highest, scores.max(axis=1) * scale)

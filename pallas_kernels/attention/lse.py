@@ -1,4 +1,4 @@
-"""Gradients of the kernels that return the log-sum-exp beside the output."""
+"""Gradients of the kernels that return output and log-sum-exp."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +20,8 @@ def with_lse(
 ) -> tuple[Array, Array]:
     """Call `attend`, a backend's `attention_with_lse`, and make its (out, lse) differentiable.
 
-    The gradients are those of XLA's form, through both results. It computes the scores again and
-    holds them in memory.
+    The gradients are those of XLA's form, through both results. It recomputes the scores and keeps
+    them in memory.
     """
     return attend(q, k, v, key_length, layer)
 

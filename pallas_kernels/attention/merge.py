@@ -1,4 +1,4 @@
-"""Attention to all of several sets of keys, from the attentions to each."""
+"""Attention to the union of several sets of keys, from the attentions to each."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ def merge_attention(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]
     """Merge attentions of the same queries to disjoint sets of keys into one to all of them.
 
     Args:
-        parts: One (out, lse) for each set, as `dot_product_attention(..., return_lse=True)` gives
+        parts: One (out, lse) for each set, as `dot_product_attention(..., return_lse=True)` returns
             it: out [B, Tq, H, D], floating point and finite; lse [B, Tq, H], -inf where the set
             has no visible key.
 
@@ -29,7 +29,7 @@ def merge_attention(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]
     reference = lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))
     weights = [jnp.exp(lse - reference) for lse in lses]
     total = sum(weights[1:], weights[0])
-    # What a row without any key would divide by, or take the logarithm of.
+    # Avoids 0 / 0 and log 0 in rows without any key.
     some = jnp.where(total > 0, total, 1)
     scaled = [
         (weight / some)[..., None] * out.astype(jnp.float32)

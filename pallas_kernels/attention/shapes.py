@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of one call: B, Tq, Tk, H, D; of the Tk keys `filled` are visible, or all."""
+    """Sizes of one call: B, Tq, Tk, H, D; `filled` of the Tk keys are visible, or all."""
 
     batch: int
     queries: int
@@ -16,7 +16,7 @@ class Shape:
 
     @property
     def visible(self) -> int:
-        """Keys that take part."""
+        """Number of visible keys."""
         return self.keys if self.filled is None else self.filled
 
 

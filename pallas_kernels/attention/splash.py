@@ -12,20 +12,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from pallas_kernels.attention.layers import of_layer
 from pallas_kernels.attention.lengths import padded, visible
 from pallas_kernels.attention.remat import SPLASH_RESULTS
-from pallas_kernels.devices import split_by_xla
+from pallas_kernels.devices import unsupported_mesh_reason
 
 _LANES = 128
 
 
 def unsupported_reason(q: Array) -> str | None:
-    """Why splash attention cannot take these queries here, or None."""
+    """Return why splash attention cannot take these queries here, or None."""
     if jax.default_backend() != "tpu":
         return f"needs a TPU; the device is {jax.devices()[0].device_kind}"
     if q.dtype != jnp.bfloat16:
         return f"needs bfloat16, in which it multiplies; q has {q.dtype}"
     if q.shape[-1] % 64:
         return f"needs a head dimension in multiples of 64; q has {q.shape[-1]}"
-    return split_by_xla()
+    return unsupported_mesh_reason()
 
 
 def attention(
@@ -37,7 +37,7 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Array:
-    """Attention; lengths are padded to whole blocks, whose keys past the length are masked."""
+    """Compute attention; tokens are padded to whole blocks, and keys past the length are masked."""
     out, _ = _attend(q, *of_layer(k, v, layer), key_length, interpret, save_lse=False)
     return out
 
@@ -51,14 +51,14 @@ def attention_with_lse(
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """Attention and its log-sum-exp, float32 [B, Tq, H]; JAX does not differentiate this form."""
+    """Compute attention and its log-sum-exp, float32 [B, Tq, H]; JAX cannot differentiate it."""
     return _attend(q, *of_layer(k, v, layer), key_length, interpret, save_lse=True)
 
 
 def _attend(
     q: Array, k: Array, v: Array, key_length: Array | None, interpret: bool, save_lse: bool
 ) -> tuple[Any, Any]:
-    """Output, and log-sum-exp or None."""
+    """Return output, and log-sum-exp or None."""
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     length = visible(key_length, batch, keys)
@@ -105,14 +105,14 @@ def _kernel(
 
 
 def _block(length: int) -> int:
-    """Of blocks up to 1024, the largest of those that pad the length least."""
+    """Return the largest block size, up to 1024, of those that pad the length least."""
     if length <= 512:
         return -(-length // _LANES) * _LANES
     return min(range(1024, 511, -_LANES), key=lambda block: -length % block)
 
 
 def _filled_blocks(length: Array, row_blocks: int, keys: int, columns: int):
-    """Makes the forward pass skip blocks of keys past the length, and not fetch them."""
+    """Return a mask that makes the forward pass skip blocks of keys past the length."""
     last = jnp.maximum(length - 1, 0) // columns
     block = jnp.broadcast_to(jnp.arange(keys // columns), (1, row_blocks, keys // columns))
     return splash_attention_mask_info.MaskInfo(

@@ -12,14 +12,14 @@ from pallas_kernels.attention.lengths import visible
 
 
 def unsupported_reason(q: Array) -> None:
-    """None: it takes all queries."""
+    """Return None: this form takes all queries."""
     del q
 
 
 def attention(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> Array:
-    """Attention; lengths are int32 [B]."""
+    """Compute attention; lengths are int32 [B]."""
     scores, v = _scores(q, *of_layer(k, v, layer), key_length)
     return _mix(scores, v)
 
@@ -27,7 +27,7 @@ def attention(
 def attention_with_lse(
     q: Array, k: Array, v: Array, key_length: Array | None, layer: Array | None = None
 ) -> tuple[Array, Array]:
-    """Attention, and the logarithm of the sum of exponentials of visible scores [B, Tq, H]."""
+    """Compute attention and the log-sum-exp of visible scores, float32 [B, Tq, H]."""
     scores, v = _scores(q, *of_layer(k, v, layer), key_length)
     batch, keys = v.shape[:2]
     if keys == 0:
@@ -39,11 +39,11 @@ def attention_with_lse(
 
 
 def _scores(q: Array, k: Array, v: Array, key_length: Array | None) -> tuple[Array, Array]:
-    """Scaled scores [B, H, Tq, Tk], and values without what hidden slots hold."""
+    """Return scaled scores [B, H, Tq, Tk], and values with zeros in hidden slots."""
     hidden = None
     if key_length is not None:
         hidden = jnp.arange(k.shape[1]) >= key_length[:, None]
-        # A masked score stops what k holds there in the output, but not in the gradient of q.
+        # A masked score keeps hidden k out of the output, but not out of the gradient of q.
         k, v = (jnp.where(hidden[:, :, None, None], 0, x) for x in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, **_product(q)) / math.sqrt(q.shape[-1])
     if hidden is not None:
@@ -52,13 +52,13 @@ def _scores(q: Array, k: Array, v: Array, key_length: Array | None) -> tuple[Arr
 
 
 def _mix(scores: Array, v: Array) -> Array:
-    """Values weighted by the softmax of the scores, in their dtype."""
+    """Weight values by the softmax of the scores, in the dtype of v."""
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **_product(v)).astype(v.dtype)
 
 
 def _product(x: Array) -> dict[str, Any]:
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    # float32 operands are multiplied as float32, also on TPUs and with TF32 at hand.
+    # float32 operands are multiplied as float32, also on TPUs and on GPUs with TF32.
     precision = lax.Precision.HIGHEST if x.dtype == accumulate else lax.Precision.DEFAULT
     return {"precision": precision, "preferred_element_type": accumulate}

@@ -22,7 +22,7 @@ from pallas_kernels.gated_delta.checks import (
 from pallas_kernels.gated_delta.plan import Plan
 
 # Modules of this folder, the fastest first. Each has `states`; `forward`, which also returns what
-# its `backward` needs; and `obstacle`, which says why it cannot take a call.
+# its `backward` needs; and `unsupported_reason`, which returns why it cannot take a call, or None.
 _BACKENDS = ("gpu", "tpu", "xla")
 _LOG = logging.getLogger("pallas_kernels")
 
@@ -39,7 +39,7 @@ def gated_delta_states(
     precision: Precision = "default",
     chunk_size: int | None = None,
 ) -> Array:
-    """States of the gated delta rule at the boundaries of blocks of tokens.
+    """Return the states of the gated delta rule at the boundaries of blocks of tokens.
 
     For each token t in order, S a K x V matrix per batch entry and head:
 
@@ -94,14 +94,14 @@ def gated_delta_states(
     operand = k.dtype if precision == "default" else state_dtype(k)
     plan = Plan(block_size, chunk_size, jnp.dtype(operand), state_dtype(k))
     backend = implementation or _fastest(plan, k, v)
-    if obstacle := _module(backend).obstacle(plan, k, v):
-        raise NotImplementedError(f"implementation {backend!r} {obstacle}")
+    if reason := _module(backend).unsupported_reason(plan, k, v):
+        raise NotImplementedError(f"implementation {backend!r} {reason}")
     return states_by(backend, plan, k, v, g, beta, initial_state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def states_by(backend: str, plan: Plan, *inputs: Array) -> Array:
-    """States by a named implementation, without checks; inputs as in the public function."""
+    """Return the states by a named implementation; unchecked inputs as in the public function."""
     return _module(backend).states(plan, *inputs)
 
 
@@ -124,13 +124,13 @@ def _module(backend: str) -> Any:
 def _fastest(plan: Plan, k: Array, v: Array) -> str:
     platform = jax.default_backend()
     names = [name for name in _BACKENDS if name in (platform, "xla")]
-    obstacles = [(name, _module(name).obstacle(plan, k, v)) for name in names]
-    passed_over = list(itertools.takewhile(lambda pair: pair[1], obstacles))
+    reasons = [(name, _module(name).unsupported_reason(plan, k, v)) for name in names]
+    passed_over = list(itertools.takewhile(lambda pair: pair[1], reasons))
     backend = names[len(passed_over)]
     _log_choice(backend, platform, *(" ".join(pair) for pair in passed_over))
     return backend
 
 
 @cache
-def _log_choice(backend: str, platform: str, *obstacles: str) -> None:
-    _LOG.info("; ".join((f"gated_delta_states: {backend} on {platform}", *obstacles)))
+def _log_choice(backend: str, platform: str, *passed_over: str) -> None:
+    _LOG.info("; ".join((f"gated_delta_states: {backend} on {platform}", *passed_over)))

@@ -1,4 +1,4 @@
-"""What arguments of the gated delta rule must be: one clear line before anything is compiled."""
+"""Checks of the arguments of the gated delta rule: one-line errors before compilation."""
 
 from typing import Any, Literal, get_args
 
@@ -12,12 +12,12 @@ Precision = Literal["default", "high"]
 
 
 def state_dtype(k: Array) -> Any:
-    """The dtype of states, gates and sums that goes with keys."""
+    """Return the dtype of states, gates and sums for these keys."""
     return jnp.dtype(jnp.float64 if k.dtype == jnp.float64 else jnp.float32)
 
 
 def check_options(implementation: str | None, precision: str, chunk_size: int | None) -> None:
-    """Raises ValueError for an option that there is not."""
+    """Raise ValueError for an unknown option."""
     if implementation is not None and implementation not in get_args(Implementation):
         names = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation is {implementation!r}; must be None or one of {names}")
@@ -29,7 +29,7 @@ def check_options(implementation: str | None, precision: str, chunk_size: int | 
 
 
 def check_tokens(k: Array, v: Array, g: Array, beta: Array, block_size: int) -> None:
-    """Raises ValueError for a wrong shape, dtype or number of tokens, or a g known as positive."""
+    """Raise ValueError for a wrong shape, dtype or token count, or a concrete positive g."""
     if k.ndim != 4:
         raise ValueError(f"k has shape {k.shape}; must be [B, T, H, K]")
     if k.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
@@ -57,7 +57,7 @@ def check_tokens(k: Array, v: Array, g: Array, beta: Array, block_size: int) -> 
 
 
 def check_state(k: Array, v: Array, initial_state: Array) -> None:
-    """Raises ValueError for an initial state of a wrong shape or dtype."""
+    """Raise ValueError for an initial state of a wrong shape or dtype."""
     shape = (k.shape[0], *k.shape[2:], v.shape[3])
     if initial_state.shape != shape:
         raise ValueError(f"initial_state has shape {initial_state.shape}; must be {shape}")

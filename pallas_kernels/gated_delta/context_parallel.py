@@ -2,11 +2,13 @@
 
 A run of tokens maps the state before it to the state after it, S' = A S + B. The maps from a
 device's first token to its own boundaries are the states that the values [v | 0] make of [0 | I]:
-[B | A]. Maps of whole devices are composed over the axis, which moves two matrices a head however
-many the tokens, and give each device the state S it starts from; its states are A S + B.
+[B | A]. Maps of whole devices are composed over the axis, which moves two matrices per head for
+any number of tokens. The result is the state S that each device starts from; its states are
+A S + B.
 
-Backward, cotangents D of states go the other way by the same exchange, D = A^T D' + dB, and give
-each device the cotangent of the state it ends with; the rest is an ordinary backward pass.
+In the backward pass cotangents D of states travel the other way by the same exchange,
+D = A^T D' + dB, to give each device the cotangent of its last state. The rest is an ordinary
+backward pass.
 """
 
 import math
@@ -36,7 +38,7 @@ def gated_delta_states(
     precision: checks.Precision = "default",
     chunk_size: int | None = None,
 ) -> Array:
-    """States that one device's tokens read, inside `jax.shard_map` over the axis `axis_name`.
+    """Return the states that one device's tokens read, inside `jax.shard_map` over `axis_name`.
 
     Device i of n has the tokens [i T / n, (i + 1) T / n). Blocks may span devices and devices may
     span blocks. Where n does not divide T, every block is padded at its end with tokens that have
@@ -44,16 +46,16 @@ def gated_delta_states(
 
     Args:
         k, v, g, beta: As in `pallas_kernels.gated_delta_states`, with this device's T / n tokens.
-        initial_state: State before the first token of all, equal on all devices; None means zeros.
+        initial_state: State before the very first token, equal on all devices; None means zeros.
         axis_name: Mesh axis that the tokens are split over.
         block_size: Tokens of a block; divides T.
-        implementation, precision, chunk_size: As in `pallas_kernels.gated_delta_states`; the values
-            handed on are K + V wide.
+        implementation, precision, chunk_size: As in `pallas_kernels.gated_delta_states`, which is
+            called with values K + V wide.
 
     Returns:
         States [B, m + 1, H, K, V]: before each block that this device's tokens are in, and after
-        its last token. m is the largest number of blocks that tokens of one device are in; where a
-        device's are in fewer, its last state fills up. On the last device that is the final state.
+        its last token. m is the largest number of blocks that the tokens of one device are in;
+        a device with fewer repeats its last state. On the last device that is the final state.
         If block_size divides T / n, these are the states at the boundaries of T / n / block_size
         blocks.
 
@@ -75,7 +77,7 @@ def gated_delta_states(
         initial_state = zeros
     initial_state = jnp.asarray(initial_state)
     checks.check_state(k, v, initial_state)
-    initial_state += zeros  # a value that is equal on all devices becomes one of each device
+    initial_state += zeros  # makes a replicated value vary over the mesh
 
     plain = partial(
         api.gated_delta_states,
@@ -94,7 +96,7 @@ def gated_delta_states(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _piece_states(plain: Callable[..., Array], axis_name: str, *inputs: Array) -> Array:
-    """States at the boundaries of a device's pieces; `plain` makes them on one device."""
+    """Return states at the boundaries of a device's pieces; `plain` computes them on one device."""
     return _forward(plain, axis_name, *inputs)[0]
 
 
@@ -123,11 +125,11 @@ _piece_states.defvjp(_forward, _backward)
 
 
 def _compose_before(a: Array, b: Array, first: Array, axis_name: str, step: int) -> Array:
-    """Maps (a, b) of all devices before this one, applied to `first`.
+    """Apply the maps (a, b) of all devices before this one to `first`.
 
-    step = 1 takes devices from the first on, -1 from the last on. Every round doubles how many
-    devices a map stands for. The first one's map is a constant, A = 0, which ends all products;
-    where no device sends, ppermute gives zeros, so that nothing needs a mask.
+    step = 1 goes from the first device to the last, -1 from the last to the first. Every round
+    doubles the number of devices that a map covers. The first device's map is a constant, A = 0,
+    which ends all products. Where no device sends, ppermute gives zeros, so no mask is needed.
     """
     devices = lax.axis_size(axis_name)
     is_first = lax.axis_index(axis_name) == (0 if step == 1 else devices - 1)
@@ -145,14 +147,14 @@ def _compose_before(a: Array, b: Array, first: Array, axis_name: str, step: int)
 
 
 def _block_states(states: Array, initial_state: Array, axis_name: str, pieces: int) -> Array:
-    """States before blocks of so many pieces and after the last piece, from those at all pieces."""
+    """Select states before blocks of `pieces` pieces, and the one after the last piece."""
     devices, own = lax.axis_size(axis_name), states.shape[1] - 1
     if own % pieces == 0:
         return states[:, ::pieces]
-    block = lambda piece: piece // pieces  # that a piece, counted over all devices, is in
+    block = lambda piece: piece // pieces  # of a piece, counted over all devices
     blocks = max(block(i * own + own - 1) - block(i * own) + 1 for i in range(devices))
 
-    # A block that began on an earlier device: that one sends its last boundary.
+    # A block that began on an earlier device: that device sends its last boundary.
     distances: dict[int, list[tuple[int, int]]] = {}
     for i in range(devices):
         sender = block(i * own) * pieces // own
@@ -173,6 +175,6 @@ def _block_states(states: Array, initial_state: Array, axis_name: str, pieces: i
 
 
 def _zeros(k: Array, width: int) -> Array:
-    """[B, H, K, width] in the dtype of the state; made from k, so that it varies as k does."""
+    """Return zeros [B, H, K, width] in the state's dtype, which vary over the mesh as k does."""
     column = jnp.zeros_like(k[:, 0, :, :, None], checks.state_dtype(k))
     return jnp.broadcast_to(column, (*column.shape[:-1], width))

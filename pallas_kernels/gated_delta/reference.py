@@ -8,7 +8,7 @@ from jax import Array, lax
 def gated_delta_states(
     k: Array, v: Array, g: Array, beta: Array, initial_state: Array, *, block_size: int
 ) -> Array:
-    """States before each block and after the last; arguments as in the public function."""
+    """Return states before each block and after the last; arguments as in the public function."""
     dtype = initial_state.dtype
     batch, time = k.shape[:2]
 

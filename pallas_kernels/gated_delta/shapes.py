@@ -16,7 +16,7 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a call."""
+        """Number of blocks of a call."""
         return self.time // self.block_size
 
 

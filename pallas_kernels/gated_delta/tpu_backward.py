@@ -1,6 +1,6 @@
 """The backward TPU kernel: chunks from the last to the first, the state's cotangent in VMEM.
 
-With D the cotangent of a chunk's end state, in the letters of `xla.py`:
+With D the cotangent of a chunk's end state, and names as in `xla.py`:
 
     R  = diag(r) V - gamma K S      dR = X D      dX = R D^T      Z = T diag(beta) dX
     P  = -lower(Y Z^T)              Q = diag(beta) P
@@ -32,7 +32,7 @@ from pallas_kernels.gated_delta.tpu_layout import Layout
 def gradients(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, matrices: Sequence[Array], dstates: Array
 ) -> tuple[Array, ...]:
-    """Gradients of k, v, g, beta and the initial state.
+    """Return gradients of k, v, g, beta and the initial state.
 
     `matrices`: start state and T of every chunk; `dstates` [B, blocks + 1, H, K, V].
     """
@@ -79,14 +79,14 @@ def _step(
     numerics: Numerics, layout: Layout, x: Chunk, start: Any, inverse: Any,
     dk: Any, dv: Any, dg: Any, dbeta: Any, dstate: Any,
 ) -> None:  # fmt: skip
-    """Moves `dstate` back over a chunk and writes the gradients of its tokens."""
+    """Move `dstate` back by one chunk and write the gradients of its tokens."""
     heads, lower = range(layout.group), strictly_lower(layout.chunk)
     narrow = partial(pieces, count=numerics.narrow)
     wide = partial(pieces, count=numerics.wide)
     beta, r, gamma = x.beta, x.r, x.gamma
     values = [v.astype(jnp.float32) for v in x.v]
 
-    # A line does one thing for all heads: they do not wait for each other.
+    # Each line works on all heads, which do not depend on each other.
     kts = [k.T for k in x.k]
     grams = [product((x.k[h],), (kts[h],)) for h in heads]
     ys = [product(wide(inverse[h].T), (x.k[h],)) for h in heads]
@@ -120,7 +120,7 @@ def _rowsum(x: Array) -> Array:
 
 
 def _columns(xs: Sequence[Array]) -> Array:
-    """[C, 1] of every head -> [C, heads]."""
+    """Join one [C, 1] per head into [C, heads]."""
     shape = (xs[0].shape[0], len(xs))
     head = lax.broadcasted_iota(jnp.int32, shape, 1)
     out = jnp.zeros(shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""What both TPU kernels do with a chunk: reading it, matrix products, the inverse."""
+"""Operations on a chunk for both TPU kernels: reading, matrix products, the inverse."""
 
 import dataclasses
 import functools
@@ -17,10 +17,10 @@ _BASE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """How many bfloat16 pieces stand for a float32 operand; 0 multiplies in float32.
+    """Number of bfloat16 pieces that represent a float32 operand; 0 multiplies in float32.
 
     Two pieces are three passes (bf16x3), three are six. `wide` is for T and for sums over tokens
-    that cancel where keys are alike, with rounding errors up to 30 times those of a `narrow` sum.
+    that cancel where keys are similar, with rounding errors up to 30 times those of `narrow` sums.
     """
 
     narrow: int
@@ -28,7 +28,7 @@ class Numerics:
 
     @classmethod
     def of(cls, plan: Plan, k: Array) -> "Numerics":
-        """The numerics of a call with keys k."""
+        """Return the numerics of a call with keys k."""
         if k.dtype == jnp.float32:
             return cls(0, 0)
         return cls(1, 2) if plan.operand == jnp.bfloat16 else cls(2, 3)
@@ -38,7 +38,7 @@ Pieces = tuple[Array, ...]
 
 
 def pieces(x: Array, count: int) -> Pieces:
-    """Summands of x, each of which the matrix unit takes as it is."""
+    """Split x into summands that the matrix unit multiplies without rounding."""
     if x.dtype == jnp.bfloat16 or count == 0:
         return (x,)
     parts = []
@@ -49,7 +49,7 @@ def pieces(x: Array, count: int) -> Pieces:
 
 
 def product(x: Pieces, y: Pieces, contract: int = 0) -> Array:
-    """x @ y, or x @ y^T with contract = 1, in float32; products of two small pieces are left out.
+    """Return float32 x @ y, or x @ y^T with contract = 1; products of two small pieces are omitted.
 
     Pieces of x that meet the same piece of y are stacked: the matrix unit loads y once.
     """
@@ -69,17 +69,17 @@ def product(x: Pieces, y: Pieces, contract: int = 0) -> Array:
 
 @dataclasses.dataclass
 class Chunk:
-    """Tokens of one grid step; rows past the end of the block are zero: the identity."""
+    """Tokens of one grid step; rows past the end of the block are zero, which is the identity."""
 
-    k: Sequence[Array]  # [C, K] a head
-    v: Sequence[Array]  # [C, V] a head
-    beta: Sequence[Array]  # [C, 1] a head
-    r: Sequence[Array]  # [C, 1] a head: the decay of what a token writes, until the chunk's end
-    gamma: Sequence[Array]  # [1, 1] a head: the decay of the state
+    k: Sequence[Array]  # [C, K] per head
+    v: Sequence[Array]  # [C, V] per head
+    beta: Sequence[Array]  # [C, 1] per head
+    r: Sequence[Array]  # [C, 1] per head: decay of a token's write until the end of the chunk
+    gamma: Sequence[Array]  # [1, 1] per head: decay of the state
 
 
 def read_chunk(layout: Layout, k: Any, v: Any, g: Any, beta: Any) -> Chunk:
-    """The chunk of a grid step from references to k, v, g and beta."""
+    """Read the chunk of a grid step from references to k, v, g and beta."""
     size, group = layout.chunk, range(layout.group)
     rest = layout.block_size - layout.position()[1] * size
 
@@ -96,7 +96,7 @@ def read_chunk(layout: Layout, k: Any, v: Any, g: Any, beta: Any) -> Chunk:
         return [x[:, h : h + 1] for h in group]
 
     decay = masked(g[...])
-    # Suffix sums, never differences of sums, which a reset of -1e4 would swallow.
+    # Suffix sums, never differences of sums, in which a reset of -1e4 would absorb the rest.
     later = product((strictly_lower(size).astype(jnp.float32).T,), (decay,))
     return Chunk(
         heads(k, layout.key_dim),
@@ -108,32 +108,32 @@ def read_chunk(layout: Layout, k: Any, v: Any, g: Any, beta: Any) -> Chunk:
 
 
 def strictly_lower(size: int) -> Array:
-    """True below the diagonal."""
+    """Return a mask that is true below the diagonal."""
     row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     return row > column
 
 
 def inverses(numerics: Numerics, ms: Sequence[Array]) -> list[Array]:
-    """(I + L)^-1 of every head, L the strictly lower part of m: X <- X - X L_b X, b = 16, 32, ...
+    """Return (I + L)^-1 of every head, L strictly lower m, by X <- X - X L_b X, b = 16, 32, ...
 
-    X holds the inverses of the diagonal blocks of size b, L_b what joins two of them: bounded for
-    any keys, where powers of L lose all digits. All heads climb a level together: their products
-    do not wait for each other.
+    X holds the inverses of the diagonal blocks of size b, and L_b the blocks that join two of them.
+    Entries are bounded for any keys, where powers of L lose all digits. A level is computed for
+    all heads together, because their products do not depend on each other.
     """
     size = ms[0].shape[0]
     ls = [jnp.where(strictly_lower(size), m, 0.0) for m in ms]
     xs = _diagonal_inverses(numerics, ls)
     b = _BASE
     while b < size:
-        xs = _climb(numerics, xs, ls, b)
+        xs = _join_blocks(numerics, xs, ls, b)
         b *= 2
     return xs
 
 
 def _diagonal_inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
-    """Inverses of the 16 x 16 blocks on the diagonals, by forward substitution.
+    """Invert the 16 x 16 blocks on the diagonals by forward substitution.
 
-    The blocks of a head lie side by side, [heads, 16, lanes]: their rows s are one row.
+    The blocks of a head lie side by side, [heads, 16, lanes], so that their rows s form one row.
     """
     size, heads, lanes = ls[0].shape[0], len(ls), 128
     row, lane = (lax.broadcasted_iota(jnp.int32, (size, lanes), axis) for axis in (0, 1))
@@ -149,16 +149,16 @@ def _diagonal_inverses(numerics: Numerics, ls: Sequence[Array]) -> list[Array]:
     x = jnp.broadcast_to(x, (heads, _BASE, lanes))
     for s in range(_BASE - 1):
         # Column s of every block, in all lanes of its block.
-        spread = jnp.where(row == first + s, 1.0, 0.0).astype(sides[0].dtype)
-        x -= product(sides, (spread,)).reshape(heads, _BASE, lanes) * x[:, s : s + 1]
+        select = jnp.where(row == first + s, 1.0, 0.0).astype(sides[0].dtype)
+        x -= product(sides, (select,)).reshape(heads, _BASE, lanes) * x[:, s : s + 1]
     return [
         jnp.concatenate([jnp.where(own == top, x[h, :, :size], 0.0) for top in tops])
         for h in range(heads)
     ]
 
 
-def _climb(numerics: Numerics, xs: list[Array], ls: Sequence[Array], b: int) -> list[Array]:
-    """One level; only rows that change, the odd ones of the blocks of b, take part."""
+def _join_blocks(numerics: Numerics, xs: list[Array], ls: Sequence[Array], b: int) -> list[Array]:
+    """Compute one level of `inverses`, only for rows that change: the odd blocks of b rows."""
     size = xs[0].shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     joining = (row & -b == (column & -b) + b) & (row & b == b)

@@ -1,4 +1,4 @@
-"""The forward TPU kernel: a chunk a step, the state carried in VMEM."""
+"""The forward TPU kernel: one chunk per grid step, the state carried in VMEM."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from pallas_kernels.gated_delta.tpu_layout import Layout
 
 
 def block_ends(plan: Plan, *inputs: Array) -> Array:
-    """The state after each block, [B, blocks, H, K, V]."""
+    """Return the state after each block, [B, blocks, H, K, V]."""
     layout = Layout.of(plan, *inputs[:2])
     shape = (layout.batch, layout.blocks, layout.heads, *layout.state)
     outputs = [(shape, jnp.float32, layout.block_state())]
@@ -22,7 +22,7 @@ def block_ends(plan: Plan, *inputs: Array) -> Array:
 
 
 def chunk_matrices(plan: Plan, *inputs: Array) -> Sequence[Array]:
-    """Of every chunk its start state and its T = (I + L)^-1, [B, blocks, chunks, H, ., .]."""
+    """Return start state and T = (I + L)^-1 of every chunk, [B, blocks, chunks, H, ., .]."""
     layout = Layout.of(plan, *inputs[:2])
     lead = (layout.batch, layout.blocks, layout.chunks, layout.heads)
     shapes = (layout.state, (layout.chunk, layout.chunk))
@@ -55,7 +55,7 @@ def _chunks_kernel(numerics: Numerics, layout: Layout, *refs: Any) -> None:
 
 
 def _step(numerics: Numerics, layout: Layout, *refs: Any) -> tuple[list[Array], list[Array]]:
-    """Moves `state` over a chunk; its start and T, a head each."""
+    """Advance `state` by one chunk; return its start state and T for each head."""
     k, v, g, beta, initial, state = refs
 
     @pl.when(layout.first())
@@ -67,7 +67,7 @@ def _step(numerics: Numerics, layout: Layout, *refs: Any) -> tuple[list[Array], 
     narrow = partial(pieces, count=numerics.narrow)
     wide = partial(pieces, count=numerics.wide)
 
-    # A line does one thing for all heads: they do not wait for each other.
+    # Each line works on all heads, which do not depend on each other.
     kts = [k.T for k in x.k]
     grams = [product((x.k[h],), (kts[h],)) for h in heads]
     ts = inverses(numerics, [x.beta[h] * grams[h] for h in heads])

@@ -1,8 +1,8 @@
-"""How the TPU kernels cut arrays: a grid of batch entries, groups of heads, blocks and chunks.
+"""Tiling of the TPU kernels: a grid of batch entries, groups of heads, blocks and chunks.
 
-The last two axes run in order, the backward pass from the end, and carry a state in VMEM. Tokens
-stay where they are: [B, T, H, D] is read as [B, block, token, H D], heads as lane blocks. The last
-chunk of a block may be ragged: what lies past the end of the block is neither read nor written.
+The last two axes run in order, in the backward pass from the end, and carry a state in VMEM. Tokens
+are not moved: [B, T, H, D] is read as [B, block, token, H D], heads as lane blocks. The last chunk
+of a block may be ragged: memory past the end of the block is neither read nor written.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.gated_delta.plan import Plan
 
-# Heads of a grid step at head dims of 128: as many independent products as hide their latency.
+# Heads of a grid step at head dims of 128: enough independent products to hide their latency.
 _HEADS = 12
 
 # Of 128 MiB of a v5e or v6e and 64 MiB of the smallest; the compiler's own limit is 16 MiB.
@@ -42,7 +42,7 @@ class Layout:
 
     @classmethod
     def of(cls, plan: Plan, k: Array, v: Array, *, reverse: bool = False) -> "Layout":
-        """The layout of k [B, T, H, K] and v [B, T, H, V]; `reverse` starts from the last chunk."""
+        """Return the layout for k [B, T, H, K] and v [B, T, H, V]; `reverse` walks backwards."""
         batch, time, heads, key_dim = k.shape
         value_dim = v.shape[-1]
         most = max(1, _HEADS * 128 * 128 // (key_dim * value_dim))
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def chunks(self) -> int:
-        """Chunks of a block."""
+        """Number of chunks of a block."""
         return -(-self.block_size // self.chunk)
 
     @property
@@ -62,29 +62,29 @@ class Layout:
         return self.key_dim, self.value_dim
 
     def fold(self, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, ...]:
-        """k, v as [B, block, token, H D]; g, beta as [B, group of heads, block, token, head]."""
+        """Fold k, v to [B, block, token, H D]; g, beta to [B, head group, block, token, head]."""
         features = (self.batch, self.blocks, self.block_size, -1)
         k, v = (x.reshape(features) for x in (k, v))
         g, beta = (jnp.moveaxis(x.reshape(*features, self.group), 3, 1) for x in (g, beta))
         return k, v, g, beta
 
     def unfold(self, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, ...]:
-        """The inverse of `fold`."""
+        """Undo `fold`."""
         tokens = (self.batch, self.blocks * self.block_size, self.heads)
         k, v = (x.reshape(*tokens, -1) for x in (k, v))
         g, beta = (jnp.moveaxis(x, 1, 3).reshape(tokens) for x in (g, beta))
         return k, v, g, beta
 
     def position(self) -> tuple[Any, Any]:
-        """Inside a kernel: the block and the chunk that a grid step works on."""
+        """Return the block and the chunk of a grid step; inside a kernel."""
         return self._at(pl.program_id(2), pl.program_id(3))
 
     def first(self) -> Any:
-        """Inside a kernel: is this the first step that carries this state?"""
+        """Tell whether this is the first step that carries this state; inside a kernel."""
         return (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
 
     def tokens(self) -> list[pl.BlockSpec]:
-        """Of a chunk of the folded k, v, g and beta."""
+        """Return the block specs of a chunk of the folded k, v, g and beta."""
 
         def features(dim: int) -> pl.BlockSpec:
             shape = (None, None, self.chunk, self.group * dim)
@@ -97,18 +97,18 @@ class Layout:
         return [features(self.key_dim), features(self.value_dim), gates, gates]
 
     def carried_state(self) -> pl.BlockSpec:
-        """Of [B, H, K, V]."""
+        """Return the block spec of a state [B, H, K, V]."""
         return pl.BlockSpec((None, self.group, *self.state), lambda b, h, n, c: (b, h, 0, 0))
 
     def block_state(self, ahead: int = 0) -> pl.BlockSpec:
-        """Of [B, blocks, H, K, V], some blocks ahead."""
+        """Return the block spec of states [B, blocks, H, K, V], `ahead` blocks later."""
         return pl.BlockSpec(
             (None, None, self.group, *self.state),
             lambda b, h, *step: (b, self._at(*step)[0] + ahead, h, 0, 0),
         )
 
     def chunk_matrix(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, blocks, chunks, H, rows, columns]."""
+        """Return the block spec of matrices [B, blocks, chunks, H, rows, columns]."""
         return pl.BlockSpec(
             (None, None, None, self.group, rows, columns),
             lambda b, h, *step: (b, *self._at(*step), h, 0, 0),
@@ -123,7 +123,7 @@ class Layout:
         in_specs: Sequence[pl.BlockSpec],
         outputs: Sequence[tuple[tuple[int, ...], DTypeLike, pl.BlockSpec]],
     ) -> Sequence[Array]:
-        """Runs kernel(layout, *inputs, *outputs, state), outputs given by (shape, dtype, spec)."""
+        """Run kernel(layout, *inputs, *outputs, state), outputs given by (shape, dtype, spec)."""
         # Outputs vary over a device mesh as the tokens do.
         varying = jax.typeof(inputs[0]).mat
         return pl.pallas_call(

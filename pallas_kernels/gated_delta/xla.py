@@ -28,7 +28,7 @@ _MAP_ELEMENTS = 2**28
 
 
 class Residuals(NamedTuple):
-    """Kept for the backward pass: inputs, and per block its start state and its matrix A."""
+    """Inputs, and the start state and matrix A of each block, for the backward pass."""
 
     k: Array
     v: Array
@@ -39,7 +39,7 @@ class Residuals(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a chunk's keys and gates give, in the letters of the equations above."""
+    """Factors computed from a chunk's keys and gates, named as in the equations above."""
 
     gamma: Array  # [..., 1, 1]
     r: Array  # [..., C, 1]
@@ -50,14 +50,14 @@ class Factors(NamedTuple):
 
 
 def states(plan: Plan, *inputs: Array) -> Array:
-    """States at the boundaries of blocks; inputs as for `forward`."""
+    """Return states at the boundaries of blocks; inputs as for `forward`."""
     return forward(plan, *inputs)[0]
 
 
 def forward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Residuals]:
-    """States at the boundaries of blocks, and what the backward pass needs."""
+    """Return states at the boundaries of blocks, and residuals for the backward pass."""
     inputs = tuple(_split(plan, x) for x in (k, v, g, beta))
     a, b = _over_blocks(partial(_block_map, plan), inputs)
 
@@ -70,7 +70,7 @@ def forward(
 
 
 def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
-    """Gradients of k, v, g, beta and initial_state."""
+    """Return gradients of k, v, g, beta and initial_state."""
     dstates = jnp.moveaxis(dstates, 1, 0)
 
     def step(d: Array, block: tuple[Array, Array]):
@@ -83,14 +83,13 @@ def backward(plan: Plan, res: Residuals, dstates: Array) -> tuple[Array, ...]:
     return (*dinputs, dinitial)
 
 
-def obstacle(plan: Plan, k: Array, v: Array) -> str | None:
-    """Why this form cannot take a call, or None: it takes all."""
+def unsupported_reason(plan: Plan, k: Array, v: Array) -> None:
+    """Return None: this form takes all calls."""
     del plan, k, v
-    return None
 
 
 def _block_map(plan: Plan, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array]:
-    """The map of one block."""
+    """Return the map of one block."""
     a, b = _tree(plan, *_chunk_maps(plan, _factors(plan, k, g, beta), k, v))[-1]
     return a[0], b[0]
 
@@ -98,7 +97,7 @@ def _block_map(plan: Plan, k: Array, v: Array, g: Array, beta: Array) -> tuple[A
 def _block_backward(
     plan: Plan, k: Array, v: Array, g: Array, beta: Array, start: Array, end: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Gradients of one block's inputs from its start state and the cotangent of its end state.
+    """Return gradients of a block's inputs, from its start state and its end state's cotangent.
 
     With D the cotangent of a chunk's end state, Z = T diag(beta) dX and P = -lower(Y Z^T):
 
@@ -115,7 +114,7 @@ def _block_backward(
 
     residual = f.r * v - f.gamma * _tokens(plan, "...ck,...kv->...cv", k, s)
     dresidual = _tokens(plan, "...ck,...kv->...cv", f.x, d)
-    # dX and Z cancel with alike keys, as Y does.
+    # Entries of dX and Z cancel where keys are similar, like those of Y.
     dx = _states(plan, "...cv,...kv->...ck", residual, d)
     z = _states(plan, "...ij,...jk->...ik", f.t, beta[..., None] * dx)
     p = -jnp.tril(_tokens(plan, "...ik,...jk->...ij", f.y, z), -1)
@@ -131,19 +130,19 @@ def _block_backward(
 
 
 def _factors(plan: Plan, k: Array, g: Array, beta: Array) -> Factors:
-    # Sums from the end, never differences of sums, which a reset of -1e4 would swallow.
+    # Suffix sums, never differences of sums, in which a reset of -1e4 would absorb the rest.
     decay = lax.cumsum(g, axis=g.ndim - 1, reverse=True)
     gamma = jnp.exp(decay[..., :1])[..., None]
     r = jnp.exp(jnp.pad(decay[..., 1:], [(0, 0)] * (g.ndim - 1) + [(0, 1)]))[..., None]
     gram = _tokens(plan, "...ik,...jk->...ij", k, k)
     t = _inverse(plan, beta[..., None] * gram)
-    # With alike keys T^T K cancels: T stays float32, whatever the dtype of k.
+    # Where keys are similar, T^T K cancels: T stays float32 for any dtype of k.
     y = _states(plan, "...ji,...jk->...ik", t, k)
     return Factors(gamma, r, gram, t, y, beta[..., None] * y)
 
 
 def _inverse(plan: Plan, m: Array) -> Array:
-    """(I + L)^-1, L the strictly lower part of m: diagonal blocks, then the rows of blocks in turn.
+    """Return (I + L)^-1, L the strictly lower part of m, by block-wise forward substitution.
 
     Every intermediate is an inverse of a diagonal block or a substitution, bounded for any keys.
     Powers of L, as in Neumann doubling, lose all digits in float32 when keys are correlated.
@@ -163,7 +162,7 @@ def _inverse(plan: Plan, m: Array) -> Array:
 
 
 def _inverse_ladder(plan: Plan, m: Array) -> Array:
-    """_inverse for a small power of two: X <- X - X L_b X, with L_b the blocks below X's."""
+    """Invert as `_inverse`, for small powers of two: X <- X - X L_b X, L_b joins X's blocks."""
     size = m.shape[-1]
     i = jnp.arange(size)
     x = jnp.eye(size, dtype=m.dtype) - jnp.where((i[:, None] == i + 1) & (i % 2 == 0), m, 0)
@@ -182,7 +181,7 @@ def _chunk_maps(plan: Plan, f: Factors, k: Array, v: Array) -> tuple[Array, Arra
 
 
 def _tree(plan: Plan, a: Array, b: Array) -> list[tuple[Array, Array]]:
-    """Maps of all chunks, then of pairs, pairs of pairs, ...; an odd one out moves up unchanged."""
+    """Compose maps of chunks into those of pairs, pairs of pairs, ...; an odd last one is kept."""
     levels = [(a, b)]
     while (count := len(a)) > 1:
         low, high = slice(0, count - 1, 2), slice(1, None, 2)
@@ -195,7 +194,7 @@ def _tree(plan: Plan, a: Array, b: Array) -> list[tuple[Array, Array]]:
 
 
 def _starts(plan: Plan, tree: list[tuple[Array, Array]], start: Array) -> Array:
-    """The state before each chunk, from the state before the first."""
+    """Return the state before each chunk, from the state before the first."""
     s = start[None]
     for a, b in reversed(tree[:-1]):
         low = slice(0, len(a) - 1, 2)
@@ -204,7 +203,7 @@ def _starts(plan: Plan, tree: list[tuple[Array, Array]], start: Array) -> Array:
 
 
 def _ends(plan: Plan, tree: list[tuple[Array, Array]], end: Array) -> Array:
-    """The cotangent of the state after each chunk, from the one after the last."""
+    """Return the cotangent of the state after each chunk, from the one after the last."""
     d = end[None]
     for a, _ in reversed(tree[:-1]):
         pairs = len(a) // 2
@@ -220,12 +219,12 @@ def _interleave(even: Array, odd: Array) -> Array:
 
 
 def _sum_before(x: Array) -> Array:
-    """Sums over the tokens before each."""
+    """Return exclusive prefix sums over the last axis."""
     return jnp.cumsum(jnp.pad(x[..., :-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)]), -1)
 
 
 def _over_blocks(f: Callable[..., Any], args: tuple[Array, ...]) -> Any:
-    """Maps f over blocks, as many at a time as the memory for chunk maps allows."""
+    """Map f over blocks, as many at a time as the memory for chunk maps allows."""
     blocks, chunks, batch, heads, _, key_dim = args[0].shape
     each = chunks * batch * heads * key_dim * (key_dim + args[1].shape[-1])
     group = max(
@@ -237,7 +236,7 @@ def _over_blocks(f: Callable[..., Any], args: tuple[Array, ...]) -> Any:
 
 
 def _split(plan: Plan, x: Array) -> Array:
-    """[B, T, H, ...] -> [block, chunk, B, H, token, ...], each block padded with zeros.
+    """Split [B, T, H, ...] into [block, chunk, B, H, token, ...], each block padded with zeros.
 
     A padded token has beta = 0 and g = 0: the identity.
     """
@@ -252,25 +251,25 @@ def _split(plan: Plan, x: Array) -> Array:
 
 
 def _join(plan: Plan, x: Array, like: Array) -> Array:
-    """The inverse of _split, in the shape and dtype of `like`."""
+    """Undo `_split`, in the shape and dtype of `like`."""
     x = x.astype(like.dtype).transpose(2, 0, 1, 4, 3, *range(5, x.ndim))
     x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
     return x[:, :, : plan.block_size].reshape(like.shape)
 
 
 def _chunk_size(plan: Plan) -> int:
-    """The smallest multiple of 8 that needs no more chunks than asked for to cover a block."""
+    """Return the smallest multiple of 8 that covers a block in no more chunks than requested."""
     chunks = -(-plan.block_size // (plan.chunk_size or 64))
     return -(-plan.block_size // (8 * chunks)) * 8
 
 
 def _tokens(plan: Plan, spec: str, x: Array, y: Array) -> Array:
-    """A product with operands in the dtype of the keys, summed in the state's dtype."""
+    """Multiply operands in the keys' dtype, with sums in the state's dtype."""
     return _product(plan, spec, x, y, plan.operand)
 
 
 def _states(plan: Plan, spec: str, x: Array, y: Array) -> Array:
-    """A product with operands in the state's dtype."""
+    """Multiply operands in the state's dtype."""
     return _product(plan, spec, x, y, plan.state)
 
 

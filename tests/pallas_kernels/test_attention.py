@@ -293,15 +293,15 @@ def test_a_mesh_is_unsupported_outside_shard_map():
     """Where XLA would have to split a call over devices."""
     auto = (jax.sharding.AxisType.Auto,)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto, devices=jax.devices()[:2])):
-        assert "jax.shard_map over ['data']" in devices.split_by_xla()
+        assert "jax.shard_map over ['data']" in devices.unsupported_mesh_reason()
         parts = PartitionSpec("data")
 
         def inside(x):
-            assert devices.split_by_xla() is None
+            assert devices.unsupported_mesh_reason() is None
             return x
 
         jax.shard_map(inside, in_specs=parts, out_specs=parts)(jnp.zeros(2))
-    assert devices.split_by_xla() is None
+    assert devices.unsupported_mesh_reason() is None
 
 
 def on_this_device(name):

@@ -122,14 +122,14 @@ def test_time_of_programs_in_turn(jobs):
     for length, number in jobs:
         for _ in range(number):
             heapq.heapreplace(free, free[0] + length)
-    assert segments.time_in_turn(jobs, 264) == max(free)
+    assert segments.makespan(jobs, 264) == max(free)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("chunks", [1, 2, 74, 129, 20_000])
 def test_segments_cover_a_block(chunks, backward):
     tokens = jax.ShapeDtypeStruct((2, 64 * chunks - 5, 12, 128), BFLOAT16)
-    lengths = segments.cut(tokens, tokens, 1, backward=backward).lengths
+    lengths = segments.plan_segments(tokens, tokens, 1, backward=backward).lengths
     assert sum(lengths) == chunks
     assert min(lengths) == lengths[-1] > 0
     assert len(set(lengths[:-1])) <= 1
@@ -161,8 +161,8 @@ def test_widths(key, value):
 def chunks_of_a_segment(request, monkeypatch):
     """Chunks of a segment, for blocks of five: more than are in shared memory, or fewer."""
     each = request.param
-    cut = lambda *xs, **options: segments.cut(*xs, **options)._replace(each=each)
-    monkeypatch.setattr(gpu, "cut", cut)
+    plan = lambda *xs, **options: segments.plan_segments(*xs, **options)._replace(each=each)
+    monkeypatch.setattr(gpu, "plan_segments", plan)
     for cache in (interpreted, interpreted_forward):
         cache.cache_clear()
     yield
@@ -236,7 +236,7 @@ def test_many_blocks_stay_accurate():
     assert np.linalg.norm(states - expected) <= 1e-2 * np.linalg.norm(expected)
 
 
-OBSTACLES = {
+UNSUPPORTED = {
     "needs bfloat16 keys; k has float32": {"dtype": jnp.float32},
     "has no precision 'high'": {"operand": FLOAT32},
     "needs chunk_size 64; got 128": {"chunk_size": 128},
@@ -246,16 +246,16 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("message", OBSTACLES)
-def test_obstacles(message):
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_unsupported_reasons(message):
     case = {"dtype": BFLOAT16, "operand": BFLOAT16, "chunk_size": None, "key": 128, "value": 128}
-    case |= OBSTACLES[message]
+    case |= UNSUPPORTED[message]
     k, v = (jnp.zeros((1, 8, 1, case[name]), case["dtype"]) for name in ("key", "value"))
     plan = Plan(8, case["chunk_size"], case["operand"], FLOAT32, interpret=True)
-    assert gpu.obstacle(plan, k, v) == message
+    assert gpu.unsupported_reason(plan, k, v) == message
 
 
 def test_needs_a_hopper_gpu():
     k = jnp.zeros((1, 8, 1, 128), BFLOAT16)
-    message = gpu.obstacle(Plan(8, None, BFLOAT16, FLOAT32), k, k)
+    message = gpu.unsupported_reason(Plan(8, None, BFLOAT16, FLOAT32), k, k)
     assert message is not None and message.startswith("needs an NVIDIA Hopper GPU; the device is")

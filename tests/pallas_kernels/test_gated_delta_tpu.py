@@ -44,7 +44,7 @@ def interpreted(*inputs, block_size, chunk_size=None, precision="default"):
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
     plan = Plan(block_size, chunk_size, jnp.dtype(operand), jnp.dtype(jnp.float32), interpreter)
-    assert tpu.obstacle(plan, *inputs[:2]) is None
+    assert tpu.unsupported_reason(plan, *inputs[:2]) is None
     return states_by("tpu", plan, *inputs)
 
 
@@ -158,18 +158,18 @@ def test_many_blocks_stay_accurate():
     assert_matches(inputs, 72, "bfloat16")
 
 
-def test_obstacles():
-    def obstacle(key=128, value=128, dtype=jnp.bfloat16, chunk_size=None, interpret=True):
+def test_unsupported_reasons():
+    def reason(key=128, value=128, dtype=jnp.bfloat16, chunk_size=None, interpret=True):
         k, v = (jax.ShapeDtypeStruct((1, 8, 2, dim), dtype) for dim in (key, value))
         plan = Plan(8, chunk_size, jnp.bfloat16, jnp.float32, interpret)
-        return tpu.obstacle(plan, k, v)  # pyright: ignore[reportArgumentType]
+        return tpu.unsupported_reason(plan, k, v)  # pyright: ignore[reportArgumentType]
 
-    assert obstacle() is None
-    assert obstacle(value=256, chunk_size=64, dtype=jnp.float32) is None
-    assert obstacle(interpret=False) == "needs a TPU; the device is cpu"
-    assert obstacle(dtype=jnp.float64) == "takes float32 and bfloat16; k is float64"
-    assert obstacle(key=96) == "takes head dims that are multiples of 128; K is 96, V 128"
-    assert obstacle(chunk_size=32) == "takes chunks of 64 or 128 tokens; chunk_size is 32"
+    assert reason() is None
+    assert reason(value=256, chunk_size=64, dtype=jnp.float32) is None
+    assert reason(interpret=False) == "needs a TPU; the device is cpu"
+    assert reason(dtype=jnp.float64) == "takes float32 and bfloat16; k is float64"
+    assert reason(key=96) == "takes head dims that are multiples of 128; K is 96, V 128"
+    assert reason(chunk_size=32) == "takes chunks of 64 or 128 tokens; chunk_size is 32"
 
 
 def test_a_named_implementation_never_falls_back():

@@ -1,4 +1,4 @@
-"""Maps of segments folded in order: the states between them, and backwards their cotangents."""
+"""Fold of segment maps in order: states between segments, or in reverse their cotangents."""
 
 from typing import Any
 
@@ -26,29 +26,29 @@ _STAGES = 3
 
 
 def fold(
-    matrices: Array, sizes: Array, added: Array, start: Array, *, reverse: bool, interpret: Any
+    matrices: Array, row_scales: Array, added: Array, start: Array, *, reverse: bool, interpret: Any
 ) -> Array:
-    """X_{i+1} = X_i M_i + added_i, with X_1 = added_0; reverse: X_i = X_{i+1} M_i^T + added_i.
+    """Fold X_{i+1} = X_i M_i + added_i from X_1 = added_0; reverse: X_i = X_{i+1} M_i^T + added_i.
 
-    Products of float16 operands, both with a scale a row: relative error near 3e-4 a step, below
+    Products have float16 operands with one scale per row: relative error near 3e-4 per step, below
     that of M.
 
     Args:
-        matrices: diag(1 / sizes) M, [B, n, H, K, K] float16; M_0 is not read.
-        sizes: [B, n, H, K] float32.
+        matrices: diag(1 / row_scales) M, [B, n, H, K, K] float16; M_0 is not read.
+        row_scales: [B, n, H, K] float32.
         added: [B, n, H, V, K] float32.
         start: [B, H, V, K] float32: X_0, or X_n in reverse.
-        reverse: Whether to begin at the end.
+        reverse: Whether to fold from the last segment to the first.
         interpret: As in Plan.
 
     Returns:
-        All X, [B, n + 1, H, V, K] float32; in reverse X_0 is not made.
+        All X, [B, n + 1, H, V, K] float32; in reverse X_0 is not computed.
     """
     batch, count, heads, value_dim, key_dim = added.shape
     steps = count - 1
 
     def body(
-        m_ref, sizes_ref, added_ref, start_ref, out_ref, m_tiles, size_rows, added_tiles, full
+        m_ref, scales_ref, added_ref, start_ref, out_ref, m_tiles, scale_rows, added_tiles, full
     ):
         i, head, b = (lax.axis_index(name) for name in ("slice", "head", "batch"))
         rows = pl.ds(i * SLICE, SLICE)
@@ -57,7 +57,7 @@ def fold(
         def fetch(step: Any) -> None:
             slot, place = lax.rem(step, _STAGES), (b, at(step), head)
             plgpu.copy_gmem_to_smem(m_ref.at[place], m_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(sizes_ref.at[place], size_rows.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(scales_ref.at[place], scale_rows.at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(
                 added_ref.at[(*place, rows)], added_tiles.at[slot], full.at[slot]
             )
@@ -68,16 +68,16 @@ def fold(
         def advance(step: Any, x: Array) -> Array:
             slot = lax.rem(step, _STAGES)
             plgpu.barrier_wait(full.at[slot])
-            size = by_column(load(size_rows.at[slot], COLUMNS), SLICE)
+            scale = by_column(load(scale_rows.at[slot], COLUMNS), SLICE)
             tile = added_tiles.at[slot]
-            run = {"meanwhile": lambda: load(tile, WGMMA), "interpret": interpret}
+            run = {"overlap_with": lambda: load(tile, WGMMA), "interpret": interpret}
             if reverse:
                 product, added = scaled_product(x, m_tiles.at[slot].T, **run)
-                x = product * size + added
+                x = product * scale + added
             else:
-                product, added = scaled_product(x * size, m_tiles.at[slot], **run)
+                product, added = scaled_product(x * scale, m_tiles.at[slot], **run)
                 x = product + added
-            tile[...] = x  # in the layout in which it was read
+            tile[...] = x  # in the layout of the load
             plgpu.commit_smem()
             place = at(step) if reverse else at(step) + 1
             plgpu.copy_smem_to_gmem(tile, out_ref.at[b, place, head, rows])
@@ -110,4 +110,4 @@ def fold(
         ],
         out_type=jax.ShapeDtypeStruct((batch, count + 1, heads, value_dim, key_dim), f32),
         interpret=interpret,
-    )(matrices, sizes, added, start)
+    )(matrices, row_scales, added, start)

@@ -1,8 +1,8 @@
 """Gradients of all tokens, from the states before chunks and the cotangents after segments.
 
 A program walks a segment backwards. The cotangent D^T stays in shared memory, in float16 with a
-size for each of its rows; at every chunk it gives the gradients of the chunk's tokens and becomes
-the cotangent before the chunk. What the phases of a chunk need besides takes turns in one place.
+scale for each row. At every chunk it gives the gradients of the chunk's tokens and becomes the
+cotangent before the chunk. The other buffers of a chunk's phases share memory (RefUnion).
 """
 
 import functools
@@ -28,16 +28,16 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
-    join_warps,
     kernel,
     load,
     load_transposed,
     product,
-    row_sizes,
+    row_scales,
     scaled,
     split,
     store,
     tiles,
+    warpgroup_barrier,
 )
 
 
@@ -53,7 +53,7 @@ def gradients(
     segments: Segments,
     interpret: Any,
 ) -> tuple[Array, Array, Array, Array]:
-    """dK, dV, dbeta and dg of every token, and the cotangent of the initial state.
+    """Compute dK, dV, dbeta and dg of every token, and the cotangent of the initial state.
 
     With S the state before a chunk, D the cotangent after it, T = U^T = (I + L)^-1, and sums over
     slices of V where a product contracts it:
@@ -85,10 +85,10 @@ def gradients(
 
     def body(*refs):
         k_ref, y_ref, u_ref, v_ref, gates_ref, s_ref, ends_ref = refs[:7]
-        dk_ref, dv_ref, rows_ref, first_ref, sizes_ref, scratch = refs[7:]
+        dk_ref, dv_ref, rows_ref, first_ref, scales_ref, scratch = refs[7:]
         head = lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"), reverse=True)
-        d_sizes = sizes_ref.at[chunks.place, head]
+        d_scales = scales_ref.at[chunks.place, head]
 
         def sources(step: Any) -> _Sources:
             chunk = chunks.at(step)
@@ -100,40 +100,40 @@ def gradients(
 
         def advance(step: Any, zero: Array) -> Array:
             source, following = sources(step), sources(step + 1)
-            tile = _Tile.of(source.gates, d_sizes, _Scratch.at(scratch, zero), interpret)
+            tile = _Tile.of(source.gates, d_scales, _Scratch.at(scratch, zero), interpret)
             sums = _through_values(tile, source)
             tile = tile.move(scratch, 1)
             dbeta, dg = _through_keys(tile, source, sums)
             tile = tile.move(scratch, 2)
-            sizes = []
+            scales = []
             for i in range(value_dim // SLICE):
                 before = _before(tile, source, i)
                 first = first_ref.at[chunks.sequence, head, _slice(i)]
                 opens = (chunks.number == 0) & (step + 1 == chunks.count)
                 pl.when(opens)(lambda first=first, before=before: store(first, before))
-                tile.scratch.d[i], size = scaled(before)
-                sizes.append(size)
+                tile.scratch.d[i], scale = scaled(before)
+                scales.append(scale)
                 if i == 0:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dK has left
-                    join_warps(interpret)
+                    warpgroup_barrier(interpret)
                     pl.when(step + 1 < chunks.count)(lambda: _fetch_slices(tile, following))
             plgpu.commit_smem()
             pl.when(step + 1 < chunks.count)(lambda: _fetch_keys(tile, following))
-            tile.write_sizes(sizes)
+            tile.write_scales(scales)
             store(source.rows.at[0], dbeta)
             store(source.rows.at[1], dg)
             return _hidden_zero(tile.gamma, 0)
 
-        start = _Tile.of(sources(0).gates, d_sizes, _Scratch.at(scratch, 0), interpret)
+        start = _Tile.of(sources(0).gates, d_scales, _Scratch.at(scratch, 0), interpret)
         _fetch_slices(start, sources(0))
         _fetch_keys(start, sources(0))
-        sizes = []
+        scales = []
         for i in range(value_dim // SLICE):
             end = ends_ref.at[chunks.sequence, chunks.number + 1, head, _slice(i)]
-            start.scratch.d[i], size = scaled(load(end, WGMMA, optimized=False))
-            sizes.append(size)
+            start.scratch.d[i], scale = scaled(load(end, WGMMA, optimized=False))
+            scales.append(scale)
         plgpu.commit_smem()
-        start.write_sizes(sizes)
+        start.write_scales(scales)
         lax.fori_loop(0, chunks.count, advance, jnp.int32(0))
 
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -154,7 +154,7 @@ def gradients(
 
 
 class _Sources(NamedTuple):
-    """A chunk in device memory: what is read, and where its gradients go."""
+    """A chunk in device memory: its inputs, and the destinations of its gradients."""
 
     k: Any
     y: Any
@@ -168,11 +168,11 @@ class _Sources(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Shared memory; from v, high and z on, three groups of matrices that take turns."""
+    """Shared memory; three groups of matrices, from v, high and dk on, share the same space."""
 
     k: Any  # [C, K]
     y: Any
-    d: Any  # [slices, SLICE, K], rows of D^T divided by their sizes
+    d: Any  # [slices, SLICE, K], rows of D^T divided by their scales
     v: Any  # [slots, C, SLICE]
     s: Any  # [slots, SLICE, K]
     high: Any  # [C, K], as low and z
@@ -181,7 +181,7 @@ class _Scratch(NamedTuple):
     rows: Any  # [2, C]
     dk: Any
     z: Any
-    z_sizes: Any  # [C]
+    z_scales: Any  # [C]
     q: Any  # [C, C]
     full: Any
     values_full: Any
@@ -189,14 +189,14 @@ class _Scratch(NamedTuple):
 
     @staticmethod
     def types(key_dim: int, value_dim: int) -> list[Any]:
-        """All matrices in an array of one: see _hidden_zero."""
+        """Return the types; matrices have a leading axis of one, see `_hidden_zero`."""
         matrix = lambda *shape, dtype=bf16: plgpu.SMEM((1, *shape), dtype, transforms=tiles())
         numbers = lambda *shape: plgpu.SMEM((1, *shape), f32)
         count = value_dim // SLICE
         slots = min(2, count)  # as many as let two programs fit a multiprocessor
         keys = matrix(CHUNK, key_dim)
         keys_f16 = matrix(CHUNK, key_dim, dtype=f16)
-        in_turn = plgpu.RefUnion(
+        shared_space = plgpu.RefUnion(
             [matrix(slots, CHUNK, SLICE), matrix(slots, SLICE, key_dim)],
             [keys, keys, matrix(CHUNK, CHUNK, dtype=f16), numbers(2, CHUNK)],
             [keys, keys_f16, numbers(CHUNK), matrix(CHUNK, CHUNK)],
@@ -207,20 +207,20 @@ class _Scratch(NamedTuple):
             plgpu.Barrier(),
         ]
         d = matrix(count, SLICE, key_dim, dtype=f16)
-        return [keys, keys_f16, d, in_turn, *barriers]
+        return [keys, keys_f16, d, shared_space, *barriers]
 
     @staticmethod
     def at(refs: Any, zero: Any) -> "_Scratch":
-        k, y, d, in_turn, *barriers = refs
-        matrices = k, y, d, *(ref for group in in_turn for ref in group)
+        k, y, d, shared_space, *barriers = refs
+        matrices = k, y, d, *(ref for group in shared_space for ref in group)
         return _Scratch(*(ref.at[zero] for ref in matrices), *barriers)
 
 
 def _hidden_zero(gamma: Array, i: int) -> Array:
-    """0, which the compiler cannot know.
+    """Return 0, computed so that the compiler cannot know it.
 
-    An address that depends on it is neither kept through the loop nor from one use to the next:
-    there are several hundred, and they would push numbers out of the registers.
+    An address that depends on it is kept neither through the loop nor from one use to the next.
+    There are several hundred addresses, which would otherwise spill values from the registers.
     """
     return (gamma < -i).astype(jnp.int32)
 
@@ -229,7 +229,7 @@ class _Tile(NamedTuple):
     """A chunk's gates, and shared memory."""
 
     gates: Any
-    d_sizes: Any  # [slices, SLICE], in device memory: shared memory is full
+    d_scales: Any  # [slices, SLICE], in device memory: shared memory is full
     r: Array  # a number a row, as beta
     beta: Array
     gamma: Array
@@ -237,23 +237,23 @@ class _Tile(NamedTuple):
     interpret: Any
 
     @staticmethod
-    def of(gates: Any, d_sizes: Any, scratch: _Scratch, interpret: Any) -> "_Tile":
+    def of(gates: Any, d_scales: Any, scratch: _Scratch, interpret: Any) -> "_Tile":
         r, beta = (load(gates.at[i], ROWS, optimized=False) for i in (0, 1))
-        return _Tile(gates, d_sizes, r, beta, gates[2, 0], scratch, interpret)
+        return _Tile(gates, d_scales, r, beta, gates[2, 0], scratch, interpret)
 
     def move(self, scratch: Any, i: int) -> "_Tile":
-        """The same by other addresses."""
+        """Return the same tile with addresses that the compiler computes again."""
         return self._replace(scratch=_Scratch.at(scratch, _hidden_zero(self.gamma, i)))
 
-    def write_sizes(self, sizes: list[Array]) -> None:
-        """Writes the sizes of the rows of all slices of D^T, for all warps to read."""
-        for i, size in enumerate(sizes):
-            store(self.d_sizes.at[i], size)
-        join_warps(self.interpret)
+    def write_scales(self, scales: list[Array]) -> None:
+        """Write the row scales of all slices of D^T, for all warps to read."""
+        for i, scale in enumerate(scales):
+            store(self.d_scales.at[i], scale)
+        warpgroup_barrier(self.interpret)
 
-    def size(self, i: int, layout: Any) -> Array:
-        """Sizes of the rows of slice i of D^T."""
-        return load(self.d_sizes.at[i], layout, optimized=False)
+    def row_scales(self, i: int, layout: Any) -> Array:
+        """Load the row scales of slice i of D^T."""
+        return load(self.d_scales.at[i], layout, optimized=False)
 
 
 def _slice(i: int) -> Any:
@@ -261,14 +261,14 @@ def _slice(i: int) -> Any:
 
 
 def _fetch_keys(tile: _Tile, source: _Sources) -> None:
-    """Starts the copies of K and Y."""
+    """Start the copies of K and Y."""
     scratch = tile.scratch
     plgpu.copy_gmem_to_smem(source.k, scratch.k, scratch.full)
     plgpu.copy_gmem_to_smem(source.y, scratch.y, scratch.full)
 
 
 def _fetch_slices(tile: _Tile, source: _Sources, first: int = 0) -> None:
-    """Starts the copies of as many slices of V and S^T as there is room for."""
+    """Start the copies of as many slices of V and S^T as there are slots."""
     scratch = tile.scratch
     slots, count = scratch.v.shape[0], scratch.d.shape[0]
     for i in range(first, min(first + slots, count)):
@@ -279,32 +279,32 @@ def _fetch_slices(tile: _Tile, source: _Sources, first: int = 0) -> None:
 
 
 class _Sums(NamedTuple):
-    """What the slices of V add up to."""
+    """Sums over the slices of V."""
 
-    dx: Array  # [C, K], its rows divided by size
-    size: Array
+    dx: Array  # [C, K], its rows divided by scale
+    scale: Array
     drs: Array  # dR S^T, [C, K]
     vdv: Array  # <v_i, dv_i>, [C]
     carried: Array  # its sum is <D, S> - <dR, K S>, [C]
 
 
 def _through_values(tile: _Tile, source: _Sources) -> _Sums:
-    """Sums over the slices of V; writes dV."""
+    """Sum over the slices of V; write dV."""
     static, scratch = {"interpret": tile.interpret}, tile.scratch
     count, slots = scratch.d.shape[0], scratch.v.shape[0]
     plgpu.barrier_wait(scratch.full)
     r, beta = by_row(tile.r, SLICE), by_row(tile.beta, SLICE)
     vdv = carried = plgpu.layout_cast(jnp.zeros((CHUNK,), f32), ROWS)
-    dx: tuple[Array, Array] | None = None  # its rows divided by sizes, and these
+    dx: tuple[Array, Array] | None = None  # scaled rows, and the scales
     drs: Array | None = None
-    written = []  # parts of dR S^T that wait for their product
+    written = []  # pending operands of dR S^T
     for i in range(count):
         v, s, d = scratch.v.at[i % slots], scratch.s.at[i % slots], scratch.d.at[i]
-        d_size = by_column(tile.size(i, COLUMNS), CHUNK)
+        d_scale = by_column(tile.row_scales(i, COLUMNS), CHUNK)
         plgpu.barrier_wait(scratch.values_full.at[i % slots])
         overlap = lambda i=i, s=s: _overlap(tile, s, i)
-        yd, both = product((scratch.y, d.T), meanwhile=overlap, **static)
-        dr = yd * beta * d_size
+        yd, both = product((scratch.y, d.T), overlap_with=overlap, **static)
+        dr = yd * beta * d_scale
         dv = r * dr
         values = load(v, WGMMA).astype(f32)
         vdv += (values * dv).sum(1)
@@ -313,19 +313,19 @@ def _through_values(tile: _Tile, source: _Sources) -> _Sums:
         plgpu.copy_smem_to_gmem(v, source.dv.at[:, _slice(i)])
         ks, _ = product((scratch.k, s.T), **static)
         carried += both - (dr * ks).sum(1)
-        residual = (r * values - tile.gamma * ks) * d_size
+        residual = (r * values - tile.gamma * ks) * d_scale
         add = functools.partial(_add, dx, residual, d, tile.interpret)
         written.append((dr.astype(bf16), s))
         if i + 1 < count and i % slots + 1 < slots:
             dx = add()
             continue
         if drs is None:
-            drs, dx = product(*written, meanwhile=add, **static)
+            drs, dx = product(*written, overlap_with=add, **static)
         else:
             dx, drs = add(), accumulate(drs, *written, **static)
         written = []
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        join_warps(tile.interpret)  # the slices serve anew
+        warpgroup_barrier(tile.interpret)  # the slices' buffers are reused
         _fetch_slices(tile, source, i + 1)
     assert dx is not None and drs is not None
     return _Sums(*dx, drs, vdv, carried)
@@ -334,75 +334,75 @@ def _through_values(tile: _Tile, source: _Sources) -> _Sums:
 def _add(
     dx: tuple[Array, Array] | None, residual: Array, d: Any, interpret: Any
 ) -> tuple[Array, Array]:
-    """dX + R D^T, with rows divided by sizes, and these."""
-    size = row_sizes(residual)
+    """Return dX + R D^T with scaled rows, and the scales."""
+    scale = row_scales(residual)
     if dx is not None:
-        size = jnp.maximum(size, dx[1])
-    pair = (residual * by_row(1 / size, SLICE)).astype(f16), d
+        scale = jnp.maximum(scale, dx[1])
+    pair = (residual * by_row(1 / scale, SLICE)).astype(f16), d
     if dx is None:
-        return product(pair, interpret=interpret)[0], size
-    kept = dx[0] * by_row(dx[1] / size, dx[0].shape[1])
-    return accumulate(kept, pair, interpret=interpret), size
+        return product(pair, interpret=interpret)[0], scale
+    kept = dx[0] * by_row(dx[1] / scale, dx[0].shape[1])
+    return accumulate(kept, pair, interpret=interpret), scale
 
 
 def _overlap(tile: _Tile, s: Any, i: int) -> Array:
-    """<D, S> by rows of slice i; by halves, for few registers."""
+    """Return <D, S> by rows of slice i, computed by halves to save registers."""
     total = plgpu.layout_cast(jnp.zeros((SLICE,), f32), ROWS)
     for start in range(0, s.shape[1], SLICE):
         columns = pl.ds(start, SLICE)
         d = load(tile.scratch.d.at[i, :, columns], WGMMA).astype(f32)
         total += (d * load(s.at[:, columns], WGMMA).astype(f32)).sum(1)
-    return total * tile.size(i, ROWS)
+    return total * tile.row_scales(i, ROWS)
 
 
 def _before(tile: _Tile, source: _Sources, i: int) -> Array:
-    """Slice i of the transposed cotangent before the chunk, float32."""
-    scratch, size = tile.scratch, tile.gamma * tile.size(i, ROWS)
+    """Return slice i of the transposed cotangent before the chunk, float32."""
+    scratch, scale = tile.scratch, tile.gamma * tile.row_scales(i, ROWS)
     d, beta = scratch.d.at[i], load(source.gates.at[1], COLUMNS, optimized=False)
     seen, _ = product((d, scratch.y.T), interpret=tile.interpret)
-    dr = seen * by_row(-size, CHUNK) * by_column(beta, SLICE)
-    kept = load(d, WGMMA).astype(f32) * by_row(size, d.shape[1])
-    # Both parts: the rounding errors of dR would stay where those of D pass through.
+    dr = seen * by_row(-scale, CHUNK) * by_column(beta, SLICE)
+    kept = load(d, WGMMA).astype(f32) * by_row(scale, d.shape[1])
+    # Both parts: rounding errors of dR would remain, while those of D pass through the map.
     pairs = ((part, scratch.k) for part in split(dr))
     before = accumulate(kept, *pairs, interpret=tile.interpret)
-    join_warps(tile.interpret)  # all have read the slice
+    warpgroup_barrier(tile.interpret)  # all warps have read the slice
     return before
 
 
 def _decay_gradient(tile: _Tile, sums: _Sums) -> Array:
-    """dg: gamma times all of `carried`, and <v, dv> of the tokens before each."""
+    """Return dg: gamma times the sum of `carried`, plus <v, dv> of all earlier tokens."""
     rows = tile.scratch.rows
     store(rows.at[0], sums.vdv)
     store(rows.at[1], tile.gamma * sums.carried)
-    join_warps(tile.interpret)
+    warpgroup_barrier(tile.interpret)
     vdv, carried = (by_column(load(rows.at[i], COLUMNS, optimized=False), CHUNK) for i in (0, 1))
     return (carried + jnp.where(_below(), vdv, 0.0)).sum(1)
 
 
 def _through_keys(tile: _Tile, source: _Sources, sums: _Sums) -> tuple[Array, Array]:
-    """dbeta and dg; writes dK."""
+    """Return dbeta and dg; write dK."""
     static, scratch = {"interpret": tile.interpret}, tile.scratch
     plgpu.copy_gmem_to_smem(source.u, scratch.u, scratch.u_full)
-    # What is large is used up in turn: registers are short.
-    strengths = by_row(sums.size * tile.beta, sums.dx.shape[1])
+    # Large values are consumed one after another to save registers.
+    strengths = by_row(sums.scale * tile.beta, sums.dx.shape[1])
     scratch.high[...], scratch.low[...] = split(sums.dx * strengths)
-    dbeta = sums.size * (sums.dx * load(scratch.y, WGMMA).astype(f32)).sum(1)
+    dbeta = sums.scale * (sums.dx * load(scratch.y, WGMMA).astype(f32)).sum(1)
     dg = _decay_gradient(tile, sums)
     plgpu.commit_smem()
     plgpu.barrier_wait(scratch.u_full)
     t_high, t_low = split(load_transposed(scratch.u).astype(f32))
     pairs = (t_low, scratch.high), (t_high, scratch.low), (t_high, scratch.high)
     square = lambda: product((scratch.k, scratch.k.T), **static)[0]
-    z, gram = product(*pairs, meanwhile=square, **static)
-    join_warps(tile.interpret)  # the next matrices take the place of those
+    z, gram = product(*pairs, overlap_with=square, **static)
+    warpgroup_barrier(tile.interpret)  # the next matrices reuse this memory
 
-    scratch.z[...], z_size = scaled(z)
-    store(scratch.z_sizes, z_size)
+    scratch.z[...], z_scale = scaled(z)
+    store(scratch.z_scales, z_scale)
     dk = z - tile.gamma * sums.drs
     plgpu.commit_smem()
     yz, _ = product((scratch.y, scratch.z.T), **static)
-    z_size = by_column(load(scratch.z_sizes, COLUMNS, optimized=False), CHUNK)
-    p = jnp.where(_below(), -yz * z_size, 0.0)
+    z_scale = by_column(load(scratch.z_scales, COLUMNS, optimized=False), CHUNK)
+    p = jnp.where(_below(), -yz * z_scale, 0.0)
     dbeta += (p * gram).sum(1)
     q = (p * by_row(tile.beta, CHUNK)).astype(bf16)
     scratch.q[...] = q
@@ -415,5 +415,5 @@ def _through_keys(tile: _Tile, source: _Sources, sums: _Sums) -> tuple[Array, Ar
 
 
 def _below() -> Array:
-    """Where a column stands before its row."""
+    """Return a mask that is true below the diagonal."""
     return iota(CHUNK, CHUNK, 1) < iota(CHUNK, CHUNK, 0)

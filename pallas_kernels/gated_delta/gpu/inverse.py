@@ -1,10 +1,11 @@
 """The inverse of a unit upper triangular matrix of 64 rows, inside a kernel.
 
-Two diagonal blocks of 32 rows by substitution, one column a thread, and the block beside them by
-two products in three float16 passes each: no intermediate is larger than an entry of the result
-times an entry of the matrix, for any keys. Powers of the matrix, as in Neumann doubling, would not
-be bounded where keys are correlated. Two parts of float16 hold 22 bits, of bfloat16 only 16: where
-keys are identical that was a tenth of the states after some hundred tokens.
+Two diagonal blocks of 32 rows are inverted by substitution, one column per thread, and the
+off-diagonal block by two products in three float16 passes each. No intermediate is larger than an
+entry of the result times an entry of the matrix, for any keys. Powers of the matrix, as in Neumann
+doubling, would not be bounded where keys are correlated. Two float16 parts hold 22 bits, two
+bfloat16 parts only 16: with identical keys that was an error of a tenth of the states after some
+hundred tokens.
 """
 
 from typing import Any
@@ -23,12 +24,12 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
-    join_warps,
     load,
     product,
     split_f16,
     store,
     tiles,
+    warpgroup_barrier,
 )
 
 HALF = CHUNK // 2
@@ -36,9 +37,9 @@ _PAD = 8  # columns that spread the rows of a float32 matrix over the banks of s
 
 
 def unit_inverse(m: Array, *, interpret: Any) -> tuple[Array, Array]:
-    """The left and the right half of (I + strictly_upper(m))^-1, each [64, 32] float32.
+    """Return the left and the right half of (I + strictly_upper(m))^-1, each [64, 32] float32.
 
-    What m holds on its diagonal and below must be finite and is not used. Takes 18 kB of shared
+    Entries of m on and below the diagonal must be finite and are not used. Takes 18 kB of shared
     memory while it runs.
     """
     half = plgpu.SMEM((CHUNK, HALF), f16, transforms=tiles(HALF))
@@ -47,7 +48,7 @@ def unit_inverse(m: Array, *, interpret: Any) -> tuple[Array, Array]:
         high[...], low[...] = split_f16(m[:, HALF:])
         diagonal = _diagonal_inverses(m, interpret)
         block = pl.run_scoped(
-            lambda *factor: _block_beside(diagonal, (high, low), factor, interpret), half, half
+            lambda *factor: _off_diagonal(diagonal, (high, low), factor, interpret), half, half
         )
         top = iota(CHUNK, HALF, 0) < HALF
         return jnp.where(top, diagonal, 0.0), jnp.where(top, -block, diagonal)
@@ -56,29 +57,29 @@ def unit_inverse(m: Array, *, interpret: Any) -> tuple[Array, Array]:
 
 
 def _diagonal_inverses(m: Array, interpret: Any) -> Array:
-    """Inverses of both diagonal blocks, one above the other, [64, 32]."""
+    """Return the inverses of both diagonal blocks, one above the other, [64, 32]."""
 
     def invert(blocks: Any) -> Array:
         top = iota(CHUNK, HALF, 0) < HALF
         store(blocks.at[:, :HALF], jnp.where(top, m[:, :HALF], m[:, HALF:]))
-        join_warps(interpret)
+        warpgroup_barrier(interpret)
         (_substitute_interpreted if interpret else _substitute)(blocks)
-        join_warps(interpret)
+        warpgroup_barrier(interpret)
         diagonal = load(blocks.at[:, :HALF], WGMMA, optimized=False)
-        join_warps(interpret)  # the space serves anew
+        warpgroup_barrier(interpret)  # the buffer is reused
         return diagonal
 
     return pl.run_scoped(invert, plgpu.SMEM((CHUNK, HALF + _PAD), f32))
 
 
-def _block_beside(
-    diagonal: Array, beside: tuple[Any, Any], factor: tuple[Any, ...], interpret: Any
+def _off_diagonal(
+    diagonal: Array, corner: tuple[Any, Any], factor: tuple[Any, ...], interpret: Any
 ) -> Array:
-    """D1 B D2 in its upper 32 rows, for blocks D1, D2 on the diagonal and B beside them."""
+    """Return D1 B D2 in the upper 32 rows, for diagonal blocks D1, D2 and off-diagonal B."""
     high, low = split_f16(diagonal)
     factor[0][...], factor[1][...] = high, low
     plgpu.commit_smem()
-    b_high, b_low = (ref.at[pl.ds(0, HALF)] for ref in beside)
+    b_high, b_low = (ref.at[pl.ds(0, HALF)] for ref in corner)
     d_high, d_low = (ref.at[pl.ds(HALF, HALF)] for ref in factor)
     left, _ = product((low, b_high), (high, b_low), (high, b_high), interpret=interpret)
     l_high, l_low = split_f16(left)
@@ -87,7 +88,7 @@ def _block_beside(
 
 
 def _substitute(blocks: Any) -> None:
-    """Inverts both blocks in place; thread t < 64 makes column t % 32 of block t // 32."""
+    """Invert both blocks in place; thread t < 64 computes column t % 32 of block t // 32."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def substitute(_: Any, blocks: Any) -> None:
@@ -104,7 +105,7 @@ def _substitute(blocks: Any) -> None:
             for i in reversed(range(HALF)):
                 row = arith.addi(base, const(i))
                 on_diagonal = arith.cmpi(arith.CmpIPredicate.eq, column, const(i))
-                # Four sums, so that additions need not wait for each other.
+                # Four independent sums hide the latency of additions.
                 sums = [arith.select(on_diagonal, one, zero), zero, zero, zero]
                 for start in range(0, HALF, 4):
                     inside = [j for j in range(start, start + 4) if j in minus]
@@ -123,7 +124,7 @@ def _substitute(blocks: Any) -> None:
 
 
 def _substitute_interpreted(blocks: Any) -> None:
-    """The same for Pallas's interpreter, which runs no inlined code."""
+    """Invert both blocks in place for Pallas's interpreter, which cannot run inlined code."""
     m = blocks[:, :HALF]
     for start in (0, HALF):
         strict = jnp.triu(m[start : start + HALF], 1)

@@ -1,20 +1,21 @@
-"""What is sequential: states carried from chunk to chunk, in slices of 64 rows of S^T.
+"""The sequential part: states carried from chunk to chunk, in slices of 64 rows of S^T.
 
-With S^T in the registers of a warpgroup a chunk is two products, both with their left operand in
+With S^T in the registers of a warpgroup, a chunk is two products, both with their left operand in
 registers:
 
     R^T = (V^T diag(r) - gamma S^T K^T) diag(beta)        S'^T = gamma S^T + R^T Y
 
-Two programs that carry neighbouring slices form a cluster: what both read is fetched once for both.
-Slices are the fastest axis of the grid, so that others find it in the L2 cache. Three programs of
-`maps` fit a multiprocessor: they take no more than 168 registers a thread, 75 kB of shared memory.
+Two programs that carry adjacent slices form a cluster: data that both read is fetched once for
+both. Slices are the fastest axis of the grid, so that other programs find it in the L2 cache. Three
+programs of `maps` fit a multiprocessor: they take at most 168 registers per thread and 75 kB of
+shared memory.
 
-Where keys are alike, the tokens of a chunk undo each other's writing, and their rounding errors
-stay: R and Y are float16, with the range of bfloat16 by a size for each row of R^T. S^T is carried
-divided by these sizes, as the sum of products that it is. Its rounding to bfloat16 is the same for
-all tokens, and passes through the chunk as S^T itself does. A size is a bound that is known before
-the product it serves: float16 has 16 binary orders above one for what a bound leaves out, and 14
-below for what it overrates.
+Where keys are similar, the tokens of a chunk undo each other's writes, but their rounding errors
+remain. So R and Y are float16, and a scale for each row of R^T gives them the range of bfloat16.
+S^T is carried divided by these scales, because it is a sum of such products. Its rounding to
+bfloat16 is the same for all tokens, and passes through the chunk as S^T itself does. A scale is a
+bound that is known before its product: float16 has 16 binary orders above one in case the bound is
+too low, and 14 below in case it is too high.
 """
 
 from collections.abc import Callable
@@ -41,20 +42,20 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
-    join_warps,
     kernel,
     load,
     load_transposed,
     product,
-    row_sizes,
+    row_scales,
     scaled,
     store,
     tiles,
+    warpgroup_barrier,
 )
 
 _STAGES = 2  # chunks in shared memory at a time
 _KEYS = 16.0  # |S k| of a key of length one is at most sqrt(128) times the largest entry of S
-_LEAST = 2.0**-24  # of it: S divided by a size stays a number where nothing is written
+_LEAST = 2.0**-24  # relative to that bound: S / scale stays finite where nothing is written
 
 
 def maps(
@@ -68,7 +69,7 @@ def maps(
     weighted: bool,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """The maps S' = A S + B of all segments; where a sequence begins, B is S' and A is not made.
+    """Return the maps S' = A S + B of all segments; a sequence's first has B = S' and no A.
 
     Args:
         k: [N, block, H, K] bfloat16.
@@ -81,7 +82,7 @@ def maps(
         interpret: As in Plan.
 
     Returns:
-        diag(1 / sizes) A^T, [N segments, H, K, K] float16, sizes [N segments, H, K] float32, and
+        diag(1 / scales) A^T, [N segments, H, K, K] float16, scales [N segments, H, K] float32, and
         B^T, [N segments, H, V, K] float32.
     """
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
@@ -89,22 +90,22 @@ def maps(
     pair = _pair(value_slices, key_slices)
     count = segments.blocks * segments.count
 
-    def body(k_ref, y_ref, v_ref, gates_ref, initial_ref, a_ref, sizes_ref, b_ref, buffers):
+    def body(k_ref, y_ref, v_ref, gates_ref, initial_ref, a_ref, scales_ref, b_ref, buffers):
         i, head = _slice(pair), lax.axis_index("head")
         chunks = walk(segments, lax.axis_index("segment"))
         place, opens = chunks.place, chunks.number == 0
         source = chunks, head, k_ref, y_ref, gates_ref, buffers
 
-        # In this order: the other way round they take more registers.
+        # The order matters: the reverse takes more registers.
         @pl.when((i >= value_slices) & ~opens)
         def _transitions():
             first = (i - value_slices) * SLICE
             identity = iota(SLICE, key_dim, 0) + first == iota(SLICE, key_dim, 1)
             stream = _Stream(*source, weighted)
             s = _carry(jnp.where(identity, 1.0, 0.0), stream, interpret=interpret)
-            matrix, sizes = scaled(s)
+            matrix, scales = scaled(s)
             store(a_ref.at[place, head, pl.ds(first, SLICE)], matrix)
-            store(sizes_ref.at[place, head, pl.ds(first, SLICE)], sizes)
+            store(scales_ref.at[place, head, pl.ds(first, SLICE)], scales)
 
         @pl.when(i < value_slices)
         def _values():
@@ -140,7 +141,7 @@ def chunk_states(
     segments: Segments,
     interpret: Any,
 ) -> Array:
-    """S^T before every chunk, [N, H, chunks, V, K] bfloat16.
+    """Return S^T before every chunk, [N, H, chunks, V, K] bfloat16.
 
     Arguments as for `maps`, and starts [B, n + 1, H, V, K] float32: S^T before each of the n
     segments of a sequence, and after the last.
@@ -155,7 +156,7 @@ def chunk_states(
 
         def emit(chunk, s):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            join_warps(interpret)
+            warpgroup_barrier(interpret)
             tile[...] = s
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, out_ref.at[chunks.block, head, chunk, rows])
@@ -184,7 +185,7 @@ def chunk_states(
 
 
 def _pair(*slices: int) -> int:
-    """Programs of a cluster: two, where slices of every kind come in pairs."""
+    """Return the programs in a cluster: two if all numbers of slices are even, else one."""
     return 1 if any(n % 2 for n in slices) else 2
 
 
@@ -193,7 +194,7 @@ def _slice(pair: int) -> Any:
 
 
 class _Buffers(NamedTuple):
-    """Shared memory: _STAGES chunks of K, Y and gates, and one of V, which is read but once."""
+    """Shared memory: _STAGES chunks of K, Y and gates, and one of V, which is read only once."""
 
     k: Any
     y: Any
@@ -218,7 +219,7 @@ def _buffers(k: Array, y: Array) -> _Buffers:
 
 
 class _Stream(NamedTuple):
-    """Where a program reads its chunks from; without values_ref there are no values."""
+    """The source of a program's chunks; without values_ref there are no values."""
 
     chunks: Walk
     head: Any
@@ -226,12 +227,12 @@ class _Stream(NamedTuple):
     y_ref: Any
     gates_ref: Any
     buffers: _Buffers
-    weighted: bool  # whether Y holds beta
+    weighted: bool  # whether Y includes beta
     values_ref: Any = None
     value_slice: Any = None
 
     def fetch(self, step: Any) -> None:
-        """Starts the copies of a step's K, Y and gates."""
+        """Start the copies of a step's K, Y and gates."""
         slot, chunk, b = lax.rem(step, _STAGES), self.chunks.at(step), self.buffers
         tokens = self._tokens(step)
         full = b.full.at[slot]
@@ -242,7 +243,7 @@ class _Stream(NamedTuple):
         plgpu.copy_gmem_to_smem(gates, b.gates.at[slot], full)
 
     def fetch_values(self, step: Any) -> None:
-        """Starts the copy of a step's V, if there is such a step."""
+        """Start the copy of a step's V, if there is such a step."""
 
         @pl.when(step < self.chunks.count)
         def _fetch():
@@ -251,7 +252,7 @@ class _Stream(NamedTuple):
             plgpu.copy_gmem_to_smem(values, self.buffers.values, self.buffers.values_full)
 
     def read_values(self) -> Array:
-        """V^T of a chunk, bfloat16."""
+        """Wait for V of a chunk and return V^T, bfloat16."""
         plgpu.barrier_wait(self.buffers.values_full)
         return load_transposed(self.buffers.values)
 
@@ -266,7 +267,7 @@ def _carry(
     interpret: Any,
     emit: Callable[[Any, Array], None] | None = None,
 ) -> Array:
-    """Carries a slice of S^T through the chunks of a stream; `emit` gets it before each."""
+    """Carry a slice of S^T through the chunks of a stream; call `emit` with it before each."""
     b, count = stream.buffers, stream.chunks.count
     for step in range(_STAGES):
         pl.when(step < count)(lambda step=step: stream.fetch(jnp.int32(step)))
@@ -279,7 +280,7 @@ def _carry(
             emit(stream.chunks.at(step), _unscaled(*carry).astype(bf16))
         plgpu.barrier_wait(b.full.at[slot])
         carry = _step(*carry, step, stream, interpret)
-        join_warps(interpret)  # the slot is free
+        warpgroup_barrier(interpret)  # the slot may be overwritten
 
         @pl.when(step + _STAGES < count)
         def _refill():
@@ -293,14 +294,17 @@ def _carry(
     return _unscaled(*lax.fori_loop(0, count, advance, (start, one)))
 
 
-def _unscaled(s: Array, size: Array) -> Array:
-    return s * by_row(size, s.shape[1])
+def _unscaled(s: Array, scale: Array) -> Array:
+    return s * by_row(scale, s.shape[1])
 
 
-def _step(s: Array, size: Array, step: Any, stream: _Stream, interpret: Any) -> tuple[Array, Array]:
-    """S^T after a chunk, before and after divided by sizes of its rows; that after bounds R^T.
+def _step(
+    s: Array, scale: Array, step: Any, stream: _Stream, interpret: Any
+) -> tuple[Array, Array]:
+    """Return the scaled S^T after a chunk and its row scales, which bound R^T.
 
-    What is large is used up in turn, for few registers.
+    S^T is passed and returned with its rows divided by their scales. Large values are consumed one
+    after another to save registers.
     """
     b, slot = stream.buffers, lax.rem(step, _STAGES)
     gate = lambda i: by_column(load(b.gates.at[slot, i], COLUMNS), SLICE)
@@ -308,23 +312,23 @@ def _step(s: Array, size: Array, step: Any, stream: _Stream, interpret: Any) -> 
     operand = s.astype(bf16)
     pair = (operand, b.k.at[slot].T)
     seen, bound = product(
-        pair, meanwhile=lambda: _KEYS * row_sizes(operand) * size, interpret=interpret
+        pair, overlap_with=lambda: _KEYS * row_scales(operand) * scale, interpret=interpret
     )
     following, values = jnp.maximum(bound * _LEAST, TINY), None
     if stream.values_ref is not None:
         values = stream.read_values()
-        bound = jnp.maximum(bound, row_sizes(values))
+        bound = jnp.maximum(bound, row_scales(values))
     following = jnp.maximum(bound * strongest, following)
     weight = strongest if stream.weighted else 1.0
-    size = gamma * size
-    residual = seen * by_row(-size, CHUNK)
+    scale = gamma * scale
+    residual = seen * by_row(-scale, CHUNK)
     if values is not None:
         residual += values.astype(f32) * gate(0)
-        join_warps(interpret)  # all have read V
+        warpgroup_barrier(interpret)  # all warps have read V
         stream.fetch_values(step + 1)
     if not stream.weighted:
         residual *= gate(1)
     residual = (residual * by_row(weight / following, CHUNK)).astype(f16)
-    kept = s * by_row(size / following, s.shape[1])
+    kept = s * by_row(scale / following, s.shape[1])
     s = accumulate(kept, (residual, b.y.at[slot]), interpret=interpret)
     return s, following

@@ -1,4 +1,4 @@
-"""How blocks are cut into segments of chunks, which are walked side by side."""
+"""Division of blocks into segments of chunks, which run in parallel."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _GRADIENTS = (11.8, 17.0)
 
 
 class Segments(NamedTuple):
-    """How blocks are cut: into segments of `each` chunks, the last of what is left."""
+    """Division of blocks into segments of `each` chunks, the last with the remainder."""
 
     each: int
     chunks: int  # of a block
@@ -26,12 +26,12 @@ class Segments(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Segments of a block."""
+        """Number of segments of a block."""
         return -(-self.chunks // self.each)
 
     @property
     def lengths(self) -> list[int]:
-        """Chunks of the segments of a block."""
+        """Number of chunks of each segment of a block."""
         others = self.count - 1
         return [self.each] * others + [self.chunks - others * self.each]
 
@@ -48,12 +48,12 @@ class Walk(NamedTuple):
     reverse: bool
 
     def at(self, step: Any) -> Any:
-        """The chunk of a step."""
+        """Return the chunk of a step."""
         return self.first + (self.count - 1 - step if self.reverse else step)
 
 
 def walk(segments: Segments, i: Any, *, reverse: bool = False) -> Walk:
-    """That of segment i: first come the first, and longest, of all blocks, then the second."""
+    """Return the walk of segment i; first come the first (longest) segments of all blocks."""
     each = segments.each
     block, segment = lax.rem(i, segments.blocks), lax.div(i, segments.blocks)
     place = block * segments.count + segment
@@ -69,41 +69,41 @@ def walk(segments: Segments, i: Any, *, reverse: bool = False) -> Walk:
     )
 
 
-def cut(k: Array, v: Array, batch: int, *, backward: bool) -> Segments:
-    """The cut for which the kernels take the least time; `backward` counts their gradients in.
+def plan_segments(k: Array, v: Array, batch: int, *, backward: bool) -> Segments:
+    """Choose the segments for which the kernels take the least estimated time.
 
     Args:
         k: Keys [N, block, H, K].
         v: Values [N, block, H, V].
         batch: Sequences.
-        backward: Whether the segments serve the backward pass too.
+        backward: Whether to include the time of the backward pass.
     """
     blocks, block, heads, key_dim = k.shape
     chunks = -(-block // CHUNK)
     programs = blocks * heads * (v.shape[3] + key_dim) // SLICE
-    unneeded = batch * heads * key_dim // SLICE  # maps A where sequences begin
+    unneeded = batch * heads * key_dim // SLICE  # maps A of first segments
 
     def time(segments: Segments) -> float:
         lengths, others = segments.lengths, segments.count - 1
         numbers = [programs - unneeded] + [programs] * others
         three = sum(numbers) > 2 * _MULTIPROCESSORS
         jobs = zip(lengths, numbers, strict=True)
-        forward = _MAPS[three] * time_in_turn(jobs, (2 + three) * _MULTIPROCESSORS)
+        forward = _MAPS[three] * makespan(jobs, (2 + three) * _MULTIPROCESSORS)
         folding = _FOLD * (segments.count * blocks / batch - 1)
         if not backward:
             return forward + folding
         two = blocks * heads * segments.count > _MULTIPROCESSORS
         walks = [(length, blocks * heads) for length in lengths]
-        walking = _GRADIENTS[two] * time_in_turn(walks, (1 + two) * _MULTIPROCESSORS)
+        walking = _GRADIENTS[two] * makespan(walks, (1 + two) * _MULTIPROCESSORS)
         return forward + 2 * folding + walking
 
-    lengths = range(chunks, 0, -max(1, chunks // 128))  # some of those of very long blocks
-    cuts = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
-    return min(cuts, key=time)
+    lengths = range(chunks, 0, -max(1, chunks // 128))  # only some for very long blocks
+    plans = (Segments(each, chunks, blocks, blocks // batch) for each in lengths)
+    return min(plans, key=time)
 
 
-def time_in_turn(jobs: Iterable[tuple[int, int]], servers: int) -> int:
-    """When the last of (length, number) jobs is done, if `servers` run at a time, in order."""
+def makespan(jobs: Iterable[tuple[int, int]], servers: int) -> int:
+    """Return the makespan of (length, number) jobs, started in order on `servers` servers."""
     free = {0: servers}  # servers by the time from which they are free
     for length, number in jobs:
         while number:

@@ -1,4 +1,4 @@
-"""Y = (I + L)^-T K of every chunk, and its gates: what is not sequential in the forward pass."""
+"""Y = (I + L)^-T K of every chunk, and its gates: the parallel part of the forward pass."""
 
 from typing import Any
 
@@ -21,30 +21,31 @@ from pallas_kernels.gated_delta.gpu.tiles import (
     f16,
     f32,
     iota,
-    join_warps,
     kernel,
     load,
     product,
     split_f16,
     store,
     tiles,
+    warpgroup_barrier,
 )
 
 _COLUMNS = 64  # of Y at a time
 
 
 def solve(k: Array, rows: Array, *, backward: bool, interpret: Any) -> tuple[Array, ...]:
-    """Y = U K with U = (I + upper(K K^T diag(beta)))^-1, chunk by chunk.
+    """Compute Y = U K with U = (I + upper(K K^T diag(beta)))^-1, for every chunk.
 
-    Without a backward pass, which needs Y itself, diag(beta / largest beta) Y: `maps` then has less
-    to do at every step.
+    Without a backward pass, which needs Y itself, compute diag(beta / largest beta) Y, so that
+    `maps` has less to do at every step.
 
     Gates of a chunk are r_i = exp(sum_{j>i} g_j), beta, and, repeated, gamma = exp(sum_j g_j) and
-    the largest beta. Sums are never differences of sums, which a reset of -1e4 would swallow.
+    the largest beta. Sums are never differences of sums, in which a reset of -1e4 would absorb the
+    rest.
 
     Args:
-        k: Keys [N, block, H, K] bfloat16, N all blocks; block a multiple of 8.
-        rows: g and beta, [N, 2, H, chunks, 64] float32, zeros where tokens fill up the last chunk.
+        k: Keys [N, block, H, K] bfloat16, for N blocks; block is a multiple of 8.
+        rows: g and beta, [N, 2, H, chunks, 64] float32; zeros in the padding of the last chunk.
         backward: Whether there will be a backward pass.
         interpret: As in Plan.
 
@@ -69,20 +70,20 @@ def solve(k: Array, rows: Array, *, backward: bool, interpret: Any) -> tuple[Arr
             strongest = jnp.maximum(strength.max(1), TINY)
 
             def convert() -> None:
-                # So that two parts of U hold 22 bits, see `inverse`.
+                # float16, so that two parts of U hold 22 bits, see `inverse`.
                 for start in range(0, key_dim, _COLUMNS):
                     columns = pl.ds(start, _COLUMNS)
                     x = load(tile.at[:, columns], WGMMA)
                     keys[:, start : start + _COLUMNS] = x.astype(f32).astype(f16)
 
-            gram, _ = product((tile, tile.T), meanwhile=convert, interpret=interpret)
+            gram, _ = product((tile, tile.T), overlap_with=convert, interpret=interpret)
             u = inverse.unit_inverse(gram * strength, interpret=interpret)
             weights = None
             if not backward:
                 beta = load(tile_rows.at[1], ROWS, optimized=False)
                 weights = beta / strongest
             y = _times_keys(u, keys, weights, interpret)
-            join_warps(interpret)  # the space of the keys serves anew
+            warpgroup_barrier(interpret)  # the key buffer is reused
             return y, u
 
         def emit(y_tile: Any, *u_tiles: Any) -> None:
@@ -121,7 +122,7 @@ def solve(k: Array, rows: Array, *, backward: bool, interpret: Any) -> tuple[Arr
 def _times_keys(
     u: tuple[Array, Array], tile: Any, weights: Array | None, interpret: Any
 ) -> list[Array]:
-    """Columns of diag(weights) U K by twos of 64, float16: half the registers of all at once."""
+    """Return diag(weights) U K in float16, 64 columns at a time to save registers."""
     (l_high, l_low), (r_high, r_low) = map(split_f16, u)
     parts = []
     for start in range(0, tile.shape[1], _COLUMNS):
@@ -136,7 +137,7 @@ def _times_keys(
 
 
 def _write_gates(ref: Any, rows: Any) -> None:
-    """Writes r, beta, gamma and the largest beta, from g and beta."""
+    """Write r, beta, gamma and the largest beta, computed from g and beta."""
     g, beta = (by_column(load(rows.at[i], COLUMNS), CHUNK) for i in (0, 1))
     row, column = (iota(CHUNK, CHUNK, dimension) for dimension in (0, 1))
     masked = lambda mask, x: jnp.where(mask, x, 0.0).sum(1)

@@ -1,8 +1,8 @@
-"""What the kernels for NVIDIA Hopper share: sizes, layouts, calls that differ by version of JAX.
+"""Helpers of the kernels for NVIDIA Hopper: tile shapes, layouts, differences between JAX versions.
 
-Matrices of a chunk live in registers in the layout of wgmma's accumulators, 64 rows to a warpgroup.
-A state is kept transposed, [V, K], in slices of 64 rows: then the products that carry it from chunk
-to chunk take it from registers, and it never passes through shared memory.
+Matrices of a chunk are in registers in the layout of wgmma's accumulators, 64 rows per warpgroup.
+A state is kept transposed, [V, K], in slices of 64 rows: the products that carry it from chunk to
+chunk then take it from registers, and it never passes through shared memory.
 """
 
 import functools
@@ -21,15 +21,15 @@ SLICE = 64  # rows of a transposed state that one warpgroup carries
 
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 WGMMA = plgpu.Layout.WGMMA
-ROWS = WGMMA.reduce(1)  # one number a row of a WGMMA matrix
-COLUMNS = WGMMA.reduce(0)  # one number a column
+ROWS = WGMMA.reduce(1)  # one number per row of a WGMMA matrix
+COLUMNS = WGMMA.reduce(0)  # one number per column
 
-TINY = 1e-30  # and its inverse are float32 numbers
+TINY = 1e-30  # 1 / TINY is still a finite float32
 _JAX_0_10 = jax.__version__.startswith("0.10.")
 
 
 def tiles(columns: int = 64, itemsize: int = 2) -> tuple[Any, ...]:
-    """Tiling and swizzle of a matrix in shared memory for wgmma and the copy engine."""
+    """Return tiling and swizzle of a matrix in shared memory for wgmma and the copy engine."""
     return (
         plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(itemsize * columns),  # pyright: ignore[reportAbstractUsage]
@@ -37,82 +37,83 @@ def tiles(columns: int = 64, itemsize: int = 2) -> tuple[Any, ...]:
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
-    """Reads a reference into registers; `optimized` insists on no bank conflicts."""
+    """Read a reference into registers; `optimized` requires a load without bank conflicts."""
     index = ((),) if _JAX_0_10 else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def load_transposed(ref: Any) -> Array:
-    """The transpose of a 16-bit tile in shared memory."""
+    """Read the transpose of a 16-bit tile in shared memory into registers."""
     if _JAX_0_10:
         return plgpu.layout_cast(load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
     return load(ref.T, WGMMA)
 
 
 def store(ref: Any, x: Array) -> None:
-    """Writes registers to device memory, or to plain shared memory."""
+    """Write registers to device memory, or to plain shared memory."""
     if write := getattr(plgpu, "store", None):  # from jax 0.12 on
         write(ref, x, optimized=False)
     else:
         ref[...] = x
 
 
-def join_warps(interpret: Any) -> None:
-    """Waits for all warps of the warpgroup: what they have read or written may be used by others.
+def warpgroup_barrier(interpret: Any) -> None:
+    """Wait for all warps of the warpgroup.
 
-    Enough before a copy or a product overwrites what was read, and between plain reads and writes.
-    What is written for a copy or a product to read needs `plgpu.commit_smem`, whose fence also
-    waits for all stores to device memory.
+    Enough before a copy or a product overwrites memory that was read, and between plain reads and
+    writes. Writes that a copy or a product reads need `plgpu.commit_smem`, whose fence also waits
+    for all stores to device memory.
     """
-    if interpret:  # the interpreter runs no inlined code
+    if interpret:  # the interpreter cannot run inlined code
         plgpu.commit_smem()
     else:
         plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
 
 
 def zeros(rows: int, columns: int) -> Array:
-    """A float32 matrix of zeros."""
+    """Return a float32 matrix of zeros."""
     return plgpu.layout_cast(jnp.zeros((rows, columns), f32), WGMMA)
 
 
 def iota(rows: int, columns: int, dimension: int) -> Array:
-    """Row or column numbers."""
+    """Return row (dimension 0) or column (dimension 1) numbers."""
     return plgpu.broadcasted_iota(jnp.int32, (rows, columns), dimension, layout=WGMMA)
 
 
 def by_row(x: Array, columns: int) -> Array:
-    """Repeats one number a row over the columns."""
+    """Repeat one number per row over the columns."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), (0,))
 
 
 def by_column(x: Array, rows: int) -> Array:
-    """Repeats one number a column over the rows."""
+    """Repeat one number per column over the rows."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
 
 
 def product(
-    *pairs: tuple[Any, Any], interpret: Any, meanwhile: Callable[[], Any] = lambda: None
+    *pairs: tuple[Any, Any], interpret: Any, overlap_with: Callable[[], Any] = lambda: None
 ) -> tuple[Array, Any]:
-    """Sum of the products of pairs, float32, and what `meanwhile` computes beside them.
+    """Return the float32 sum of the products of pairs, and the result of `overlap_with`.
 
-    The left matrix of a pair is in registers or in shared memory, the right one in shared memory.
+    `overlap_with` runs while the products do. The left matrix of a pair is in registers or in
+    shared memory, the right one in shared memory.
     """
-    if interpret:  # the interpreter multiplies no registers, and starts no sum with values
+    if interpret:  # the interpreter supports neither register operands nor initial accumulators
         products = [_read(a) @ _read(b) for a, b in pairs]
-        return functools.reduce(jnp.add, products), meanwhile()
+        return functools.reduce(jnp.add, products), overlap_with()
     shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
 
     def run(acc: Any) -> tuple[Array, Any]:
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
-        other = meanwhile()
+        other = overlap_with()
         return acc[...], other
 
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, f32))
 
 
 def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
-    """start + the sum of the products of pairs, in the registers of start."""
+    """Return start + the sum of the products of pairs, in the registers of start."""
     if interpret:
         return start + product(*pairs, interpret=interpret)[0]
 
@@ -124,27 +125,27 @@ def accumulate(start: Array, *pairs: tuple[Any, Any], interpret: Any) -> Array:
     return pl.run_state(run)(accumulator)
 
 
-def row_sizes(x: Array) -> Array:
-    """The largest absolute entry of each row, or a tiny number, float32."""
+def row_scales(x: Array) -> Array:
+    """Return the largest absolute entry of each row, at least TINY, float32."""
     return jnp.maximum(jnp.abs(x).max(1).astype(f32), TINY)
 
 
 def scaled(x: Array) -> tuple[Array, Array]:
-    """x with each row divided by its largest entry, in float16, and these entries.
+    """Return x in float16, each row divided by its largest absolute entry, and these entries.
 
-    So x keeps the 11 bits of float16 at any size.
+    So x keeps the 11 bits of float16 at any magnitude.
     """
-    size = row_sizes(x)
-    return (x * by_row(1 / size, x.shape[1])).astype(f16), size
+    scale = row_scales(x)
+    return (x * by_row(1 / scale, x.shape[1])).astype(f16), scale
 
 
 def scaled_product(
-    x: Array, tile: Any, *, interpret: Any, meanwhile: Callable[[], Any] = lambda: None
+    x: Array, tile: Any, *, interpret: Any, overlap_with: Callable[[], Any] = lambda: None
 ) -> tuple[Array, Any]:
-    """x @ tile for float32 x and a float16 tile, with x as by `scaled`."""
-    operand, size = scaled(x)
-    y, other = product((operand, tile), interpret=interpret, meanwhile=meanwhile)
-    return y * by_row(size, y.shape[1]), other
+    """Return x @ tile for float32 x and a float16 tile, with x scaled by `scaled`."""
+    operand, scale = scaled(x)
+    y, other = product((operand, tile), interpret=interpret, overlap_with=overlap_with)
+    return y * by_row(scale, y.shape[1]), other
 
 
 def _read(x: Any) -> Array:
@@ -152,9 +153,9 @@ def _read(x: Any) -> Array:
 
 
 def split(x: Array) -> tuple[Array, Array]:
-    """Two bfloat16 matrices whose sum is x to 15 bits.
+    """Split x into two bfloat16 matrices whose sum is x to 15 bits.
 
-    The first is cut off, not rounded: on its float32 form hardware converts two numbers at once.
+    The first is truncated, not rounded: the hardware converts two such float32 numbers at once.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
     high = lax.bitcast_convert_type(bits, f32)
@@ -162,7 +163,7 @@ def split(x: Array) -> tuple[Array, Array]:
 
 
 def split_f16(x: Array) -> tuple[Array, Array]:
-    """Two float16 matrices whose sum is x to 22 bits, or to 3e-8, for x up to 65504."""
+    """Split x, up to 65504, into two float16 matrices whose sum is x to 22 bits or 3e-8."""
     high = x.astype(f16)
     return high, (x - high.astype(f32)).astype(f16)
 
@@ -176,9 +177,9 @@ def kernel(
     cluster: dict[str, int] | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
-    """plgpu.kernel under a name, with named grid and cluster axes of single warpgroups.
+    """Make a named `plgpu.kernel` with named grid and cluster axes of single warpgroups.
 
-    No barriers are added around shared memory: the kernels place them where warps meet.
+    No barriers are added around shared memory: the kernels place their own.
     """
     body.__name__ = f"gated_delta_{name}"
     cluster = cluster or {}
