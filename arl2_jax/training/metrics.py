@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Mapping
 from io import TextIOBase
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import jax
 import numpy as np
@@ -144,7 +144,7 @@ class ProgressBar:
         steps: int,
         *,
         start: int = 0,
-        file: TextIOBase | None = None,
+        file: TextIO | TextIOBase | None = None,
         interval: float = 10.0,
     ):
         """Show a bar.
@@ -156,7 +156,7 @@ class ProgressBar:
           file: output stream; standard error by default.
           interval: seconds between lines if `file` is no terminal.
         """
-        stream: TextIOBase = file or sys.stderr
+        stream: TextIO | TextIOBase = file or sys.stderr
         terminal = stream.isatty()
         bar = " |{bar}| " if terminal else " "
         self._bar = (tqdm if terminal else _Lines)(
