@@ -73,7 +73,7 @@ def long_recall(
     text = [embed_caption(c.caption, config.model.text_len, config.model.text_dim) for c in clips]
     drawn = draw_along(model, config.sampler, np.stack(text), latents(), asked, blocks, key)
     readings = {i: np.asarray(read(codec.decode(block))) for i, block in drawn}
-    return long_recall_scores(np.stack(shown), readings, lanes.identities, stretches)
+    return long_recall_scores(np.stack(shown), readings, np.asarray(lanes.identities), stretches)
 
 
 def draw_along(
