@@ -57,7 +57,7 @@ def test_pairs_are_neighbours():
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
     np.testing.assert_allclose(found[..., 0::2], turned.real, atol=1e-6)  # float32
     np.testing.assert_allclose(found[..., 1::2], turned.imag, atol=1e-6)
-    np.testing.assert_array_equal(rotate(x, None), x)
+    np.testing.assert_array_equal(rotate(jnp.asarray(x), None), x)
     assert rotate(jnp.asarray(x, jnp.bfloat16), sequence_rope(0, 4, 8)).dtype == jnp.bfloat16
 
 
@@ -67,7 +67,7 @@ def test_products_depend_on_distance_alone(shift):
 
     def scores(first):
         rope = sequence_rope(first, 6, 16)
-        return jnp.einsum("bqhd,bkhd->qk", rotate(q, rope), rotate(k, rope))
+        return jnp.einsum("bqhd,bkhd->qk", *(rotate(jnp.asarray(x), rope) for x in (q, k)))
 
     np.testing.assert_allclose(scores(shift), scores(0), atol=5e-6)  # sums of 16 float32 products
     assert np.abs(scores(0) - jnp.einsum("bqhd,bkhd->qk", q, k)).max() > 0.1
