@@ -184,7 +184,7 @@ def per_device(
     """
 
     def call(*arrays):
-        mesh = mesh_in_use()
+        mesh = current_mesh()
         if mesh is None:
             return function(*arrays)
         sizes = collections.defaultdict(set)
@@ -201,16 +201,16 @@ def per_device(
     return call
 
 
-def lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """x, laid out over the mesh in use as `per_device` would have it."""
-    mesh = mesh_in_use()
+    mesh = current_mesh()
     if mesh is None:
         return x
     axes = (_dividing(axes, {size}, mesh) for axes, size in zip(spec, x.shape, strict=False))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def mesh_in_use() -> AbstractMesh | None:
+def current_mesh() -> AbstractMesh | None:
     """The mesh that `jax.set_mesh` has set, if it is one of `make_mesh` with several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         ("ConfigError('frames=7 is odd')", "error: frames=7 is odd"),
         ("DataError('is odd', field='clips', value=7)", "error: clips=7 is odd"),
@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[1]
         ("RuntimeError('RESOURCE_EXHAUSTED: 66 GiB')", "error: the device is out of memory"),
     ],
 )
-def test_errors_of_users_are_one_line(error, told):
+def test_errors_of_users_are_one_line(error, message):
     done = run(error)
     assert done.returncode == 1
-    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
 def test_other_errors_keep_their_trace():
@@ -60,16 +60,16 @@ def test_flags_of_the_sampler_are_its_fields():
 
 
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flag", "message"),
     [
         ("stage2.stepz=3", 'config.stage2.stepz; did you mean "steps" instead of "stepz"?'),
         ("train.nothing=3", "config.train.nothing; the fields are those of arl2_jax/config"),
     ],
 )
-def test_unknown_fields_are_named(flag, told):
+def test_unknown_fields_are_named(flag, message):
     command = ["launch/train.py", "--config=configs/tiny.py", f"--config.{flag}"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == f"error: unknown config field {told}\n"
+    assert done.returncode == 1 and done.stderr == f"error: unknown config field {message}\n"
 
 
 def test_kinds_stand_side_by_side():

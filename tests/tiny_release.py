@@ -69,10 +69,10 @@ def write_release(folder: Path, cfg: ModelConfig = MODEL, seed: int = 0) -> Path
     (folder / "text_encoder" / "config.json").write_text(
         json.dumps({"num_heads": 4, "d_kv": 8, "relative_attention_max_distance": 16})
     )
-    told = {
+    stated = {
         "base_dim": VAE.dim, "dim_mult": VAE.dim_mult, "num_res_blocks": VAE.num_res_blocks,
         "temperal_downsample": VAE.temporal_downsample, "z_dim": VAE.z_dim,
         "latents_mean": VAE.latents_mean, "latents_std": VAE.latents_std,
     }  # fmt: skip
-    (folder / "vae" / "config.json").write_text(json.dumps(told))
+    (folder / "vae" / "config.json").write_text(json.dumps(stated))
     return folder

@@ -63,7 +63,7 @@ def attend_in_turn(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
     """`attend_blocks` by one call of a kernel a block."""
     outputs = []
     for i, (past_k, past_v) in enumerate(zip(_before(k[:, 0]), _before(v[:, 0]), strict=True)):
-        seen = (beside(past, own[:, :, i]) for past, own in ((past_k, k), (past_v, v)))
+        seen = (append_own(past, own[:, :, i]) for past, own in ((past_k, k), (past_v, v)))
         queries = q[:, :, i].reshape(-1, *q.shape[3:])
         outputs.append(dot_product_attention(queries, *seen))
     return jnp.stack(outputs, axis=1).reshape(q.shape)
@@ -105,7 +105,7 @@ def attend_together(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
     return out.transpose(0, 2, 3, 4, 1, 5).astype(q.dtype)
 
 
-def beside(past: Float[Array, "b past h d"], own: Float[Array, "b copies n h d"]) -> Array:
+def append_own(past: Float[Array, "b past h d"], own: Float[Array, "b copies n h d"]) -> Array:
     """Append each copy's own tokens to the shared past: [B * copies, past + n, H, D]."""
     shared = jnp.broadcast_to(past[:, None], (*own.shape[:2], *past.shape[1:]))
     seen = jnp.concatenate([shared, own], axis=2)

@@ -70,12 +70,12 @@ class GatedDelta(nnx.Module):
         self.heads, self.head_dim, self.eps, self.dtype = heads, cfg.head_dim, cfg.eps, dtype
         self.gate, self.settings = cfg.memory_gate, settings
         # Xavier-uniform with gain 2^-2.5, whose square is the scale of the variance.
-        gentle = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
+        small_init = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
         make = lambda: nnx.Linear(
             dim,
             heads,
             use_bias=False,
-            kernel_init=gentle,
+            kernel_init=small_init,
             dtype=jnp.float32,
             dot_general=thin_dot_general,
             rngs=rngs,

@@ -14,7 +14,7 @@ from arl2_jax.memory.interface import Projections, Room
 from arl2_jax.nn.attention import partial_attention
 from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
-from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, lay_out, per_device
+from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, constrain, per_device
 from pallas_kernels import merge_attention
 
 
@@ -70,7 +70,7 @@ class SoftmaxCache(nnx.Module):
         """Attend in all blocks at once: each copy sees the clean blocks before, and its own."""
         by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
         by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
-        split = lambda x: lay_out(
+        split = lambda x: constrain(
             x.reshape(-1, copies, blocks, x.shape[1] // blocks, *x.shape[2:]), by_block
         )
         rope = grid.rotation()
@@ -78,4 +78,4 @@ class SoftmaxCache(nnx.Module):
         # Every block sees all before it. So the devices that hold a part of the blocks each now
         # hold a part of the heads: q, k, v and then the output move between them (all-to-all).
         out = per_device(attend_blocks, (by_head,) * 3, by_head)(q, k, v)
-        return lay_out(out, by_block).reshape(p.q.shape), {}
+        return constrain(out, by_block).reshape(p.q.shape), {}

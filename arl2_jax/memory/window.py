@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from arl2_jax.config import AttentionConfig, WindowConfig
-from arl2_jax.memory.clip_attention import Blocks, beside
+from arl2_jax.memory.clip_attention import Blocks, append_own
 from arl2_jax.memory.interface import Projections, Room
 from arl2_jax.memory.softmax_cache import CacheState
 from arl2_jax.nn.attention import partial_attention
 from arl2_jax.nn.positions import TokenGrid
 from arl2_jax.nn.rope import rotate
-from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, lay_out, per_device
+from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, constrain, per_device
 from pallas_kernels import dot_product_attention, merge_attention
 
 Slots = Float[Array, "*layers b slots h d"]
@@ -112,7 +112,7 @@ class Window(nnx.Module):
         self._check(grid.frames // blocks)
         by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
         by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
-        split = lambda x: lay_out(
+        split = lambda x: constrain(
             x.reshape(-1, copies, blocks, x.shape[1] // blocks, *x.shape[2:]), by_block
         )
         rope = grid.rotation()
@@ -124,7 +124,7 @@ class Window(nnx.Module):
         # Devices hold heads of whole clips, as in `SoftmaxCache`.
         sink = PartitionSpec(CLIPS, None, None, (HEADS, BLOCKS))
         out = per_device(attend, (by_head, by_head, by_head, sink), by_head)(q, k, v, sink_k)
-        return lay_out(out, by_block).reshape(p.q.shape), {}
+        return constrain(out, by_block).reshape(p.q.shape), {}
 
     def _check(self, block: int) -> None:
         if self.frames < block:
@@ -165,7 +165,7 @@ def _attend_windows(
         past_k = jnp.concatenate([sink_k[:, i, :kept], clean_k[:, last]], axis=1)
         past_v = jnp.concatenate([clean_v[:, :kept], clean_v[:, last]], axis=1)
         queries = q[:, :, i].reshape(-1, *q.shape[3:])
-        seen = (beside(past_k, k[:, :, i]), beside(past_v, v[:, :, i]))
+        seen = (append_own(past_k, k[:, :, i]), append_own(past_v, v[:, :, i]))
         outputs.append(dot_product_attention(queries, *seen))
     return jnp.stack(outputs, axis=1).reshape(q.shape)
 

@@ -57,8 +57,8 @@ class Head(nnx.Module):
     """Modulated norm and the linear layer that makes patches from tokens."""
 
     def __init__(self, cfg: ModelConfig, dtype, *, rngs: nnx.Rngs):
-        spread = nnx.initializers.normal(cfg.dim**-0.5)
-        self.modulation = nnx.Param(spread(rngs.params(), (2, cfg.dim)))
+        normal_init = nnx.initializers.normal(cfg.dim**-0.5)
+        self.modulation = nnx.Param(normal_init(rngs.params(), (2, cfg.dim)))
         self.norm = layer_norm(cfg.dim, cfg.eps, affine=False, rngs=rngs)
         # Zero: the untrained network predicts no flow, whatever its input.
         self.linear = nnx.Linear(

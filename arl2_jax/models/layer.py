@@ -74,8 +74,8 @@ class TransformerLayer(nnx.Module):
         self.cross_attn = CrossAttention(cfg.attention, rngs=rngs)
         self.norm2 = layer_norm(cfg.dim, cfg.eps, affine=False, rngs=rngs)
         self.ffn = MLP(cfg.dim, cfg.ffn_dim, cfg.dim, gelu_tanh, dtype, rngs=rngs)
-        spread = nnx.initializers.normal(cfg.dim**-0.5)
-        self.modulation = nnx.Param(spread(rngs.params(), (6, cfg.dim)))
+        normal_init = nnx.initializers.normal(cfg.dim**-0.5)
+        self.modulation = nnx.Param(normal_init(rngs.params(), (6, cfg.dim)))
         self.dtype = dtype
         self.memory, self.ffn_updates = additions(cfg, spec, rngs=rngs)
 

@@ -284,13 +284,13 @@ def apply_clip(
             context = layer.cross_attn.encode(clip.text)
             return layer.clip(x, clip.conditions, context, blocks, copies=2)
 
-        x, logged = jax.lax.scan(rematerialised(step, cfg), x, weights)
+        x, logged = jax.lax.scan(rematerialize(step, cfg), x, weights)
         diagnostics.append(logged)
     flow = stem.predict_flow(noisy_half(x), clip.time, *clean.shape[2:4])
     return flow, tuple(diagnostics)
 
 
-def rematerialised(step: Callable, cfg: ModelConfig) -> Callable:
+def rematerialize(step: Callable, cfg: ModelConfig) -> Callable:
     """Applies cfg.remat to the body of a scan over layers."""
     if cfg.remat == "none":
         return step

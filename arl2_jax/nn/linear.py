@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arl2_jax.sharding import BLOCKS, mesh_in_use
+from arl2_jax.sharding import BLOCKS, current_mesh
 
 # Most tokens in one part of a sum over tokens.
 _PART = 8192
@@ -21,7 +21,7 @@ def dot_general(
     and for a sum over several axes XLA for CPUs writes a transposed copy of an operand. Where these
     axes are sharded they stay as they are.
     """
-    if jax.default_backend() != "cpu" or mesh_in_use() is not None or x.ndim < 3:
+    if jax.default_backend() != "cpu" or current_mesh() is not None or x.ndim < 3:
         return jax.lax.dot_general(x, kernel, dimensions, **options)
     flat = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
@@ -104,7 +104,7 @@ def _parts(x: Float[Array, "b n ..."]) -> Array:
 
     Parts of a multiple of eight tokens, as tensor cores take them, are preferred.
     """
-    mesh, tokens = mesh_in_use(), x.shape[1]
+    mesh, tokens = current_mesh(), x.shape[1]
     devices = 1 if mesh is None else mesh.shape[BLOCKS]
     counts = [n for n in range(devices, tokens + 1, devices) if tokens % n == 0]
     short = [n for n in counts if tokens // n <= _PART]

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from arl2_jax.nn.rope import Rope, rotate
-from arl2_jax.sharding import lay_out
+from arl2_jax.sharding import constrain
 
 # Weight of the distance from the present value, and least curvature, relative to the mean diagonal
 # of a normal matrix or factor: regularizes directions that few tokens cover.
@@ -296,7 +296,7 @@ def _mean_diagonal(x: Float[Array, "h d d"]) -> Float[Array, "h 1 1"]:
 
 def _replicated(x: Array) -> Array:
     """Replicate small sums on every device."""
-    return lay_out(x, PartitionSpec())
+    return constrain(x, PartitionSpec())
 
 
 def _plus(x: Any, factor: Any, y: Any) -> Any:

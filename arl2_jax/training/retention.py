@@ -21,7 +21,7 @@ from arl2_jax.models import Params, cast_params, layer_of, stem_of
 from arl2_jax.models.layer import Conditions
 from arl2_jax.models.memories import memory_of
 from arl2_jax.models.wan import Clip, embed_clip, make_layer, make_stem
-from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
+from arl2_jax.sharding import BLOCKS, CLIPS, constrain
 from arl2_jax.storage import write_whole
 
 # A layer whose median head keeps less than this share of its state over a block has forgotten it.
@@ -144,12 +144,12 @@ def _apply(weights: Params, cfg: ModelConfig, spec: MemorySpec, blocks: int, cli
     context = layer.cross_attn.encode(clip.text)
     x = layer.finish(clip.x, layer.self_attn.output(attended), clip.conditions, context)
     # Small and needed by every process.
-    return _shard_tokens(x), {name: lay_out(y, PartitionSpec()) for name, y in measures.items()}
+    return _shard_tokens(x), {name: constrain(y, PartitionSpec()) for name, y in measures.items()}
 
 
 def _shard_tokens(x: Array) -> Array:
     """Shard tokens alike before every layer, so that nothing is compiled twice."""
-    return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
+    return constrain(x, PartitionSpec(CLIPS, BLOCKS))
 
 
 def _on_devices(params: Params) -> bool:

@@ -32,7 +32,7 @@ from arl2_jax.models import (
 from arl2_jax.models.wan import Clip, make_layer, make_stem
 from arl2_jax.nn.lora import add_update
 from arl2_jax.nn.norm import rms_norm
-from arl2_jax.sharding import BLOCKS, CLIPS, lay_out
+from arl2_jax.sharding import BLOCKS, CLIPS, constrain
 from arl2_jax.storage import write_whole
 from arl2_jax.training import closed_form
 from arl2_jax.training.closed_form import Readings, Readout
@@ -218,7 +218,7 @@ def _readings(
 
 def _shard_tokens(x: Array) -> Array:
     """Shard tokens alike before every layer, so that nothing is compiled twice."""
-    return lay_out(x, PartitionSpec(CLIPS, BLOCKS))
+    return constrain(x, PartitionSpec(CLIPS, BLOCKS))
 
 
 def _columns(kernel: Float[Array, "c h"]) -> Float[Array, "h c 1"]:

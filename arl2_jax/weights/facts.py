@@ -11,7 +11,7 @@ from arl2_jax.config import GatedDeltaConfig, ModelConfig, UMT5Config, VAEConfig
 from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.json_trees import differences
 from arl2_jax.storage import absolute
-from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layout import detect_layout
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.moves import fit_moves
@@ -47,11 +47,11 @@ _HEAD_DIM = 128
 
 
 class Shapes:
-    """Shapes of tensors by the path of their parameter; those that cannot be told are left out."""
+    """Shapes of tensors by the path of their parameter; ambiguous ones are left out."""
 
     def __init__(self, path: epath.PathLike, layouts, entry: str | None = None):
         tensors = open_tensors(path, entry)
-        layout = recognise(tensors, layouts, path)
+        layout = detect_layout(tensors, layouts, path)
         self._where = path
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in tensors.items():
@@ -95,11 +95,11 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
       WeightsError: config.json and the tensors disagree, or neither tells a field.
     """
     path = transformer_of(path)
-    told = told_facts(path)
+    stated = stated_fields(path)
     if (path / "params").exists():
-        return ModelConfig(**told | choices)
+        return ModelConfig(**stated | choices)
     shapes = Shapes(path, LAYOUTS, entry)
-    patch = told.get("patch_size", ModelConfig.patch_size)
+    patch = stated.get("patch_size", ModelConfig.patch_size)
     found: dict[str, Any] = {
         "dim": shapes.of("blocks/0/ffn/fc1/kernel", 0),
         "ffn_dim": shapes.of("blocks/0/ffn/fc1/kernel", 1),
@@ -116,23 +116,23 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
         found["memory_init"] = "by_block"
     for layer in shapes.layers("/delta/lora_q/a")[:1]:
         found["lora_rank"] = shapes.of(f"blocks/{layer}/delta/lora_q/a", 1)
-    check_told(path, told, found)
+    check_stated(path, stated, found)
     if found["hybrid_layers"] and not shapes.paths("/delta/lora_"):
         found = {"lora_rank": 0} | found
     if found["dim"] % _HEAD_DIM == 0:
         found = {"num_heads": found["dim"] // _HEAD_DIM} | found
-    elif "num_heads" not in told | found | choices:
+    elif "num_heads" not in stated | found | choices:
         raise WeightsError(
             f"{path} has no {CONFIG} that tells num_heads, and its width "
             f"dim={found['dim']} is no multiple of {_HEAD_DIM}",
             remedy="name num_heads",
         )
-    return ModelConfig(**found | told | choices)
+    return ModelConfig(**found | stated | choices)
 
 
 def umt5_config(path: epath.PathLike, **choices: Any) -> UMT5Config:
     """The text encoder of weights in one of its layouts; as `model_config`."""
-    told = told_facts(path, _UMT5_NAMES)
+    stated = stated_fields(path, _UMT5_NAMES)
     shapes = Shapes(path, umt5.LAYOUTS)
     heads = shapes.of("blocks/0/attn/relative_bias", 1)
     found: dict[str, Any] = {
@@ -144,8 +144,8 @@ def umt5_config(path: epath.PathLike, **choices: Any) -> UMT5Config:
         "num_layers": len(shapes.layers()),
         "num_buckets": shapes.of("blocks/0/attn/relative_bias", 0),
     }
-    check_told(path, told, found)
-    return UMT5Config(**found | told | choices)
+    check_stated(path, stated, found)
+    return UMT5Config(**found | stated | choices)
 
 
 def vae_config(path: epath.PathLike, **choices: Any) -> VAEConfig:
@@ -153,18 +153,18 @@ def vae_config(path: epath.PathLike, **choices: Any) -> VAEConfig:
 
     Multiples and strides of the levels are those of Wan2.1 where config.json does not tell them.
     """
-    told = told_facts(path, _VAE_NAMES)
-    cfg = VAEConfig(**told | choices)
+    stated = stated_fields(path, _VAE_NAMES)
+    cfg = VAEConfig(**stated | choices)
     shapes = Shapes(path, vae.layouts(cfg))
     found: dict[str, Any] = {
         "dim": shapes.of("encoder/conv_in/kernel", -1),
         "z_dim": shapes.of("decoder/post_quant_conv/kernel", 0),
     }
-    check_told(path, told, found)
-    return VAEConfig(**found | told | choices)
+    check_stated(path, stated, found)
+    return VAEConfig(**found | stated | choices)
 
 
-def told_facts(path: epath.PathLike, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+def stated_fields(path: epath.PathLike, names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Fields that config.json beside weights tells, under our names; none if there is no such file.
 
     Args:
@@ -182,11 +182,11 @@ def told_facts(path: epath.PathLike, names: Mapping[str, str] | None = None) -> 
         names = {name: name for name in (*MODEL_FACTS, *HYBRID_FACTS)} | _MODEL_NAMES
         if "attention_head_dim" in content and "num_attention_heads" in content:
             content["dim"] = content["num_attention_heads"] * content["attention_head_dim"]
-    told = {names[name]: value for name, value in content.items() if name in names}
-    told = {n: tuple(v) if isinstance(v, list) else v for n, v in told.items() if v is not None}
-    if "delta" in told:
-        told["delta"] = _delta_config(told["delta"], file)
-    return told
+    stated = {names[name]: value for name, value in content.items() if name in names}
+    stated = {n: tuple(v) if isinstance(v, list) else v for n, v in stated.items() if v is not None}
+    if "delta" in stated:
+        stated["delta"] = _delta_config(stated["delta"], file)
+    return stated
 
 
 def _delta_config(stored: Any, file: object) -> GatedDeltaConfig:
@@ -202,10 +202,10 @@ def _delta_config(stored: Any, file: object) -> GatedDeltaConfig:
         ) from None
 
 
-def check_told(path: epath.PathLike, told: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_stated(path: epath.PathLike, stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises WeightsError if config.json and the tensors disagree on a field."""
-    common = sorted(told.keys() & found.keys())
-    problems = differences({n: told[n] for n in common}, {n: found[n] for n in common})
+    common = sorted(stated.keys() & found.keys())
+    problems = differences({n: stated[n] for n in common}, {n: found[n] for n in common})
     if problems:
         text = (
             "; ".join(problems).replace(" there", f" in {CONFIG}").replace(" here", " in the file")

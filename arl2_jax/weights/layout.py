@@ -77,7 +77,7 @@ def linear_rules(source: str, path: str) -> tuple[Rule, Rule]:
     )
 
 
-def recognise(names: Iterable[str], layouts: Sequence[Layout], where: object) -> Layout:
+def detect_layout(names: Iterable[str], layouts: Sequence[Layout], where: object) -> Layout:
     """The layout that knows most of the names; of equals the first.
 
     Args:

@@ -31,9 +31,9 @@ from arl2_jax.models import (
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
 from arl2_jax.parameters import facts_of
-from arl2_jax.weights.facts import MODEL_FACTS, told_facts
+from arl2_jax.weights.facts import MODEL_FACTS, stated_fields
 from arl2_jax.weights.folder import load_params_folder, saved_shapes
-from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layout import detect_layout
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.read import read_tree
@@ -132,17 +132,17 @@ def _read_layout(
 ) -> dict[str, Any]:
     tensors = open_tensors(source, entry)
     held = _held_paths(tensors, source)
-    told = told_facts(source)
+    stated = stated_fields(source)
     hybrid = sorted({int(path.split("/")[1]) for path in held if is_added(path)})
     if hybrid:
-        told["hybrid_layers"] = hybrid
-    _check_facts(source, told, cfg)
+        stated["hybrid_layers"] = hybrid
+    _check_facts(source, stated, cfg)
     wanted = _without_additions(targets, held)
     return read_tree(tensors, LAYOUTS, wanted, where=source, shardings=places)
 
 
 def _held_paths(tensors: Mapping[str, StoredTensor], where: object) -> list[str]:
-    layout = recognise(tensors, LAYOUTS, where)
+    layout = detect_layout(tensors, LAYOUTS, where)
     return [found[0] for name in tensors if (found := layout.to_path(name))]
 
 
@@ -169,16 +169,16 @@ def _read_saved(
     return _flat(load_params_folder(source, dtypes=dtypes, shardings=places)[0])
 
 
-def _check_facts(source: epath.PathLike, told: Mapping[str, Any], cfg: ModelConfig) -> None:
+def _check_facts(source: epath.PathLike, stated: Mapping[str, Any], cfg: ModelConfig) -> None:
     """Compares what decides the meaning of weights; a teacher may start any hybrid of it."""
-    facts, told, ours = MODEL_FACTS, dict(told), to_config_dict(cfg)
-    if told.get("hybrid_layers"):
+    facts, stated, ours = MODEL_FACTS, dict(stated), to_config_dict(cfg)
+    if stated.get("hybrid_layers"):
         facts = (*MODEL_FACTS, "hybrid_layers", "lora_alpha", *RULE_FIELDS)
         # Weights of before these fields have the published rule.
-        told |= _rule(told.get("delta", GatedDeltaConfig()))
+        stated |= _rule(stated.get("delta", GatedDeltaConfig()))
         ours |= _rule(cfg.delta)
-    common = [name for name in facts if name in told]
-    there, here = ({name: tree[name] for name in common} for tree in (told, ours))
+    common = [name for name in facts if name in stated]
+    there, here = ({name: tree[name] for name in common} for tree in (stated, ours))
     problems = differences(as_json(there), as_json(here))
     if problems:
         raise WeightsError(

@@ -13,7 +13,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from arl2_jax.errors import WeightsError
-from arl2_jax.weights.layout import Layout, recognise
+from arl2_jax.weights.layout import Layout, detect_layout
 from arl2_jax.weights.moves import Index, Moves, fit_moves
 from arl2_jax.weights.safetensors_file import Placed, stored
 from arl2_jax.weights.tensors import StoredTensor
@@ -64,7 +64,7 @@ def read_tree(
       WeightsError: names or shapes do not match (all of them in one message); a tensor is not of
         floating point, holds NaN or infinity, or cannot be read.
     """
-    layout = recognise(tensors, layouts, where)
+    layout = detect_layout(tensors, layouts, where)
     sources = match(tensors, layout, targets, where=where)
 
     def read(path: str, index: Index, run: Callable = map) -> np.ndarray:

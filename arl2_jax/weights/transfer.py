@@ -13,7 +13,7 @@ from arl2_jax.storage import absolute
 from arl2_jax.weights.export import export_params
 from arl2_jax.weights.facts import model_config
 from arl2_jax.weights.folder import save_params
-from arl2_jax.weights.layout import recognise
+from arl2_jax.weights.layout import detect_layout
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.load import load_params
 from arl2_jax.weights.release import transformer_of
@@ -73,7 +73,7 @@ def import_weights(
         )
     choices = {} if hybrid_layers is None else {"hybrid_layers": tuple(hybrid_layers)}
     tensors = open_tensors(source, entry)
-    layout = recognise(tensors, LAYOUTS, source)
+    layout = detect_layout(tensors, LAYOUTS, source)
     cfg = model_config(source, entry=entry, dtype=dtype, **choices)
     start = time.perf_counter()
     params = load_params(source, cfg, precision="compute", entry=entry)

@@ -155,8 +155,8 @@ def grid_at(grid, first_frame):
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_closed_gate_is_softmax_inside_the_block(cfg, make_params, error, copies):
-    closed = dataclasses.replace(cfg, memory_gate="zero")
-    memory = make_memory(closed, make_params, "gated_delta")
+    memory_off = dataclasses.replace(cfg, memory_gate="zero")
+    memory = make_memory(memory_off, make_params, "gated_delta")
     p, grid = make_projections(cfg, 6, 2, 3), video_grid(0, 6, 2, 3, cfg.head_dim)
     out, diagnostics = jax.jit(lambda p: memory.attend_clip(p, grid, 3, copies))(p)
     n, scale = 12, cfg.head_dim**-0.5

@@ -190,8 +190,8 @@ def test_closed_gate_leaves_softmax_inside_the_block(
     without_ffn_updates, each_block_alone, clip, apply_clip, error
 ):
     cfg, params = without_ffn_updates
-    closed = dataclasses.replace(cfg, memory_gate="zero")
-    flow, diagnostics = apply_clip(params, closed, *clip)
+    memory_off = dataclasses.replace(cfg, memory_gate="zero")
+    flow, diagnostics = apply_clip(params, memory_off, *clip)
     assert diagnostics == ({},)
     # Positions matter relative to each other only, so a later block may stand at zero.
     assert error(flow, each_block_alone) < CLOSE

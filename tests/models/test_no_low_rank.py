@@ -94,8 +94,8 @@ def test_a_file_without_updates_tells_it(cfg, params, plain, tmp_path):
     tensors = {name.replace(".linear.", "."): x for name, x in tensors.items()}
     save_file(tensors, tmp_path / "bare.safetensors")
     facts = ("num_heads", "text_len", "frames_per_block", "lora_alpha")
-    told = {name: getattr(plain, name) for name in facts}
-    found = model_config(tmp_path / "bare.safetensors", **told)
+    given = {name: getattr(plain, name) for name in facts}
+    found = model_config(tmp_path / "bare.safetensors", **given)
     assert found == plain
     read = flat(load_params(tmp_path / "bare.safetensors", found))
     assert read.keys() == flat(models.param_shapes(plain)).keys()

@@ -15,7 +15,7 @@ from arl2_jax.config import UMT5Config
 from arl2_jax.models import umt5
 from arl2_jax.models.umt5 import encode_tokens, init_umt5, relative_buckets, umt5_shapes
 from arl2_jax.weights.layouts.umt5 import LAYOUTS, TRANSFORMERS, WAN
-from arl2_jax.weights.read import match, recognise
+from arl2_jax.weights.read import detect_layout, match
 from arl2_jax.weights.tensors import StoredTensor
 
 CFG = UMT5Config.tiny(text_len=24, num_buckets=12, max_distance=20)
@@ -53,7 +53,7 @@ def test_layouts_at_true_size(layout):
         for name, shape in names.items()
     }
     targets = traverse_util.flatten_dict(umt5_shapes(cfg), sep="/")
-    assert recognise(opened, LAYOUTS, "a test") is layout
+    assert detect_layout(opened, LAYOUTS, "a test") is layout
     assert len(match(opened, layout, targets, where="a test")) == len(opened) == 242
     assert sum(target.size for target in targets.values()) == 5_680_910_336
     kept = {path.split("/")[-1] for path, x in targets.items() if x.dtype == jnp.float32}

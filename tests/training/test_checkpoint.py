@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, whatever happened in between."""
+"""Checkpoints are restored as they were saved, also after kills and damage."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Least squares of what reads a memory: exact where linear, never worse, and kept for a run."""
+"""The least-squares fit: exact where linear, never worse, and kept for a resumed run."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_a_linear_map_of_the_read_is_found(layer, error):
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2, 10.0])
 def test_values_never_raise_the_error(layer, ridge):
-    """Nor does a second solution from the first: it stands at a minimum if the ridge is small."""
+    """Nor does a second solution from the first, which is at a minimum if the ridge is small."""
     readings, readout, output = layer
     errors = [closed_form.squared_error(readout, readings, output)]
     for _ in range(2):
@@ -158,7 +158,7 @@ def test_nothing_but_the_readout_changes(params, fitted):
 
 
 @pytest.mark.slow
-def test_devices_share_out_the_fit(cfg, params, make_clip, error, monkeypatch):
+def test_the_fit_is_sharded(cfg, params, make_clip, error, monkeypatch):
     monkeypatch.setattr(start, "ROUNDS", 1)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
     batch = noised(cfg, make_clip(cfg, blocks=2, batch=8))
@@ -190,7 +190,7 @@ class Batches:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_begins_where_it_began(config, make_clip, tmp_path, unchecked):
+def test_a_resumed_run_starts_from_the_same_fit(config, make_clip, tmp_path, unchecked):
     stage1 = dataclasses.replace(config.stage1, start="least_squares", start_clips=16)
     config = dataclasses.replace(config, stage1=stage1)
     mesh = sharding.make_mesh(MeshConfig(data=8))

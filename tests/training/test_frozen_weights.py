@@ -1,4 +1,4 @@
-"""A run goes on with the teacher that it began with, or says that it cannot."""
+"""A run resumes with the teacher that it started with, or raises an error."""
 
 import dataclasses
 import hashlib
@@ -134,7 +134,7 @@ def run(config, make_params, tmp_path):
 
 @pytest.fixture
 def finish(monkeypatch):
-    """Phases that save a checkpoint and take no step; the one named last is stopped after that."""
+    """Phases that save a checkpoint and take no step; the last one named stops after that."""
     monkeypatch.setattr(pipeline, "record_retention", lambda *_, **__: None)
 
     def go(config: Config, stopped: str | None = None):

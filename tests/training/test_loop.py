@@ -1,4 +1,4 @@
-"""A phase that was stopped and resumed is the phase that was not, bit for bit."""
+"""A phase that was stopped and resumed equals an uninterrupted one, bit for bit."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ class Trace:
 
 @pytest.fixture(scope="module")
 def six_steps(config):
-    """The last two of six steps train on the model's own past."""
+    """The last two of six steps are self-rollouts."""
     return dataclasses.replace(
         config, stage2=dataclasses.replace(config.stage2, self_rollout=1 / 3, batch_size=4)
     )
@@ -138,7 +138,7 @@ def test_log_of_a_resumed_phase_has_every_step_once(whole, resumed, folders):
     assert other == one
 
 
-def test_phase_hands_on_the_average(whole, make_params, six_steps):
+def test_phase_returns_the_average(whole, make_params, six_steps):
     params, state = whole.result.params, whole.saved[6][0]
     start = make_params(six_steps.model)["blocks"]["0"]
     found, average, last = (
@@ -151,7 +151,7 @@ def test_phase_hands_on_the_average(whole, make_params, six_steps):
 
 
 def test_nothing_is_compiled_between_steps(whole):
-    """Steps 1 to 4 are of one kind, 5 and 6 of the other; both compile beside them."""
+    """Steps 1 to 4 are of one kind, 5 and 6 of the other; both compile in the background."""
     steps = dict(zip(whole.logged, whole.compiled, strict=True))
     # The first checkpoint is saved between steps 2 and 3: saving may compile its first time.
     assert steps[1] == steps[2] and steps[3] == steps[6]
@@ -166,7 +166,7 @@ def test_finished_phase_takes_no_step(train, whole, folders):
 
 
 def test_seconds_are_those_of_all_sessions(whole, resumed, first_session):
-    """They rise from checkpoint to checkpoint, also over the end of a process."""
+    """They rise from checkpoint to checkpoint, across processes too."""
     for trace in (whole, resumed):
         assert trace.result.seconds == trace.seconds[6] > trace.seconds[4]
     assert resumed.seconds[4] > first_session.seconds[2] > 0
@@ -174,7 +174,7 @@ def test_seconds_are_those_of_all_sessions(whole, resumed, first_session):
 
 @pytest.mark.slow
 def test_short_clips_come_first_and_resume_anywhere(six_steps, train, tmp_path):
-    """Stopped among the short clips, where they end, and behind: the same phase, bit for bit."""
+    """Stopped among the short clips, at their end, or later: the same phase, bit for bit."""
     config = dataclasses.replace(
         six_steps,
         data=dataclasses.replace(six_steps.data, short=ShortClipsConfig(frames=2)),
@@ -201,9 +201,10 @@ def test_phase_of_no_steps_changes_nothing(six_steps, make_params, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("good", "told"), [(1, "step 2, no step is kept"), (3, "step 4, step 2 is the last good one")]
+    ("good", "message"),
+    [(1, "step 2, no step is kept"), (3, "step 4, step 2 is the last good one")],
 )
-def test_what_diverges_is_not_kept(six_steps, make_params, tmp_path, monkeypatch, good, told):
+def test_what_diverges_is_not_kept(six_steps, make_params, tmp_path, monkeypatch, good, message):
     """The steps after `good` see clips that are not finite; every second step is checkpointed."""
     put, seen = sharding.put_batch, []
 
@@ -218,7 +219,7 @@ def test_what_diverges_is_not_kept(six_steps, make_params, tmp_path, monkeypatch
     with pytest.raises(FloatingPointError) as error:
         run_phase(six_steps, *arguments, epath.Path(tmp_path))
     line = str(error.value)
-    assert line.startswith("stage1.learning_rate=0.001: the loss is nan at ") and told in line
+    assert line.startswith("stage1.learning_rate=0.001: the loss is nan at ") and message in line
     assert "lower it" in line and "\n" not in line
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert kept == (["2"] if good == 3 else [])

@@ -1,4 +1,4 @@
-"""Each loss against its definition, and what its gradient may and may not touch."""
+"""Each loss against its definition, and which parameters its gradient reaches."""
 
 import dataclasses
 
@@ -115,8 +115,8 @@ def test_layer_gradients_are_those_of_each_own_error(cfg, params, noised, distil
             assert np.any(wanted) and error(g, wanted) < 1e-4, name  # sums that cancel
 
 
-def test_layers_learn_apart(distil, cfg, params, noised, distilled):
-    """Another layer's memory is nothing to a layer: neither to its error nor to its gradient."""
+def test_layers_learn_independently(distil, cfg, params, noised, distilled):
+    """Another layer's memory affects neither the error nor the gradient of a layer."""
     worse = jax.tree.map(lambda x: x, params)
     worse["blocks"]["0"]["delta"] = jax.tree.map(lambda x: x + 0.3, worse["blocks"]["0"]["delta"])
     other = jax.device_get(distil(worse, cfg, noised))
@@ -132,14 +132,14 @@ def test_layers_learn_apart(distil, cfg, params, noised, distilled):
 
 
 def test_closed_gate_has_nothing_to_learn_in_stage_one(distil, cfg, params, noised):
-    closed = dataclasses.replace(cfg, memory_gate="zero")
-    found = distil(params, closed, noised)
+    memory_off = dataclasses.replace(cfg, memory_gate="zero")
+    found = distil(params, memory_off, noised)
     assert not any(np.any(g) for g in jax.tree.leaves(found.gradients))
     assert all(value > 0 for value in found.errors.values())
 
 
 def test_teacher_flow_is_the_softmax_model(cfg, params, noised, apply_clip, error):
-    """Whatever stands in the additions."""
+    """For any values of the additions."""
     flow = jax.jit(losses.teacher_flow, static_argnums=1)(params, cfg, noised)
     wanted, _ = apply_clip(
         models.without_delta(params), cfg.teacher(),
@@ -168,14 +168,14 @@ def test_relative_error_is_a_mean_over_clips():
     assert losses.relative_error(jnp.zeros((2, 3)), jnp.zeros((2, 3))) == 0
 
 
-def test_layers_give_the_teachers_flow_on_their_way(cfg, params, noised, distilled, error):
+def test_distil_layers_also_returns_the_teachers_flow(cfg, params, noised, distilled, error):
     wanted = jax.jit(losses.teacher_flow, static_argnums=1)(params, cfg, noised)
     # float32 sums of another program, through three layers.
     assert error(distilled.teacher_flow, wanted) < 2e-5
 
 
 def test_stage2_runs_the_teacher_once(config, make_params):
-    """With a layer loss the target comes from there: same gradients, one teacher less."""
+    """With a layer loss the target comes from its teacher pass: same gradients, one pass fewer."""
     run = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, layer_loss=0.5))
     params = models.stack_params(make_params(run.model), run.model)
     trained, frozen = split_params(params, TRAINED["stage2"])

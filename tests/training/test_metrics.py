@@ -22,7 +22,7 @@ def records(path):
 
 
 def events(folder):
-    """(step, tag, value) of every scalar, and the steps past which readers forget the past."""
+    """(step, tag, value) of every scalar, and the steps from which earlier records are purged."""
     scalars, restarts = [], []
     for file in sorted(folder.iterdir()):
         data, start = file.read_bytes(), 0

@@ -1,4 +1,4 @@
-"""Blocks may be noised before they are remembered: one meaning in all losses and all forms."""
+"""Blocks may be noised before they are written: the same in all losses and forms."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def test_level_zero_draws_and_changes_nothing(cfg, clean, noisy):
 
 
 def test_losses_at_level_zero_are_the_programs_of_a_clean_past(cfg, params, clean):
-    """To the letter: the true clip at timestep 0, in the loss and its gradient."""
+    """The lowered text is equal: the true clip at timestep 0, in the loss and its gradient."""
 
     def defined(params, clip):
         flow = models.apply_clip(params, cfg, clip.clean, clip.noisy, 1000 * clip.s, clip.text)[0]
@@ -59,7 +59,7 @@ def test_losses_at_level_zero_are_the_programs_of_a_clean_past(cfg, params, clea
     assert program(found) == program(defined)
 
 
-def test_context_is_the_clip_at_its_level_with_noise_of_its_own(noisy):
+def test_context_is_the_clip_at_its_level_with_separate_noise(noisy):
     np.testing.assert_array_equal(noisy.context_s, jnp.full(noisy.s.shape, LEVEL))
     np.testing.assert_array_equal(noisy.context_timestep, 1000 * noisy.context_s)
     eps = ((noisy.context - (1 - LEVEL) * noisy.clean) / LEVEL).ravel()
@@ -89,13 +89,13 @@ def test_clip_form_is_block_form(cfg, params, noisy, clean, apply, error):
     untold = noisy._replace(context_s=0 * noisy.context_s)
     for other in (clean, untold):
         assert error(predict(params, cfg, other)[0][:, f:], wanted[:, f:]) > 1e-3
-    told = clean._replace(noised_context=clean.clean, context_s=0 * clean.s)
-    assert error(predict(params, cfg, told)[0], predict(params, cfg, clean)[0]) < 2e-5
+    explicit = clean._replace(noised_context=clean.clean, context_s=0 * clean.s)
+    assert error(predict(params, cfg, explicit)[0], predict(params, cfg, clean)[0]) < 2e-5
 
 
 @pytest.mark.slow
 def test_flow_is_that_of_the_true_clip(cfg, params, noisy):
-    """Noise in what is remembered is not to be predicted; and every parameter matters."""
+    """The noise of what is written is not predicted; and every parameter matters."""
 
     def loss(params, clip):
         return losses.flow_matching(params, cfg, clip)[0]

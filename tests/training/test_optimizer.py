@@ -41,7 +41,7 @@ def test_schedule_of_short_phases_is_finite(warmup):
     assert warmup or values[0] == 1
 
 
-def test_decay_spares_what_zero_means_something_else_for(cfg, params):
+def test_decay_pulls_to_zero_or_to_the_identity(cfg, params):
     """Without a gradient, what moves is decayed: P towards the identity, all else to zero."""
     phase = PhaseConfig(learning_rate=1.0, warmup=0, weight_decay=0.5, steps=10)
     optimizer = make_optimizer(phase, params)

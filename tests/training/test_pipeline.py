@@ -1,4 +1,4 @@
-"""A whole conversion on eight devices, and what a second start makes of it."""
+"""A whole conversion on eight devices, and a second start in its folder."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ PHASES = ("teacher", "stage1", "stage2", "control", "control_local")
 
 @pytest.fixture(scope="module")
 def config(config, tmp_path_factory):
-    """Every phase for two steps, with parameters shared out along every axis."""
+    """Every phase for two steps, with parameters sharded along every axis."""
     train = dataclasses.replace(
         config.train,
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
@@ -67,7 +67,7 @@ def assert_equal(one, other):
 
 
 def changed(before, after):
-    """Paths whose values differ."""
+    """Return the paths whose values differ."""
     before, after = flat(before), flat(after)
     assert before.keys() == after.keys()
     return {path for path in before if np.any(before[path] != after[path])}
@@ -133,7 +133,7 @@ def test_local_control_trains_what_acts_inside_the_block(converted):
 
 
 def test_models_without_low_rank_updates_are_converted(config, tmp_path):
-    """Fit, both stages, and a control of which nothing has a gradient."""
+    """Fit, both stages, and a control without any gradient."""
     run = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, lora_rank=0),
@@ -161,7 +161,7 @@ def test_saved_weights_load(converted, config, phase):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(8, 1, 1)])
 def test_finished_run_is_read_not_trained(converted, config, monkeypatch, mesh):
-    """Also on another mesh, and with settings that decide nothing about the weights."""
+    """Also on another mesh, and with settings that do not affect the weights."""
 
     def refuse(*_, **__):
         raise AssertionError("trained again")
@@ -227,7 +227,7 @@ def unfinished_run(config, folder, *, of=""):
 
 
 @pytest.mark.parametrize("field", pipeline.RESUMABLE_FIELDS)
-def test_fields_that_decide_nothing_may_differ(config, tmp_path, field):
+def test_fields_that_do_not_affect_training_may_differ(config, tmp_path, field):
     run = unfinished_run(config, tmp_path / "run")
     other = dataclasses.replace(run, **RESUMABLE[field](run))
     before, after = to_config_dict(run), to_config_dict(other)
@@ -243,7 +243,7 @@ def with_workers(config, workers):
 
 @pytest.mark.parametrize("of", ["", "stage2_60"])
 def test_workers_may_not_differ_in_the_middle_of_a_phase(config, tmp_path, of):
-    """The position in the data is that of as many workers; after the phase nobody needs it."""
+    """The position in the data depends on the number of workers; after the phase it is unused."""
     folder = tmp_path / "run"
     run = unfinished_run(config, folder, of=of)
     with pytest.raises(ConfigError, match=r"data\.workers=0, now it is 2") as caught:
@@ -286,7 +286,7 @@ COUNTERS = 100
     (1, 0, 2), (2, 0, 3), (3, 0, 3), (9, 0, 3), (2, 1, 2), (2, 2, 1), (2, 3, 1), (3, 3, 0),
 ])  # fmt: skip
 def test_space_for_what_is_still_to_be_written(config, tmp_path, keep, there, checkpoints):
-    """Three checkpoints fall due; one more than are kept is there while it is written."""
+    """Three checkpoints are due; while one is written there is one more than are kept."""
     run, weights = weights_only(config, tmp_path, keep=keep)
     for step in range(there):
         (tmp_path / "teacher" / "checkpoints" / str(step)).mkdir(parents=True)
@@ -341,7 +341,7 @@ def test_batch_that_devices_cannot_share_is_refused_first(config: Config, tmp_pa
 
 @pytest.mark.parametrize("gate", ["zero", "local"])
 def test_controls_of_a_fitted_run_are_configurations_themselves(config, gate):
-    """The fit before stage 1 is no business of theirs, and must not refuse them."""
+    """Controls have no fit before stage 1, so its settings must not refuse them."""
     fitted = dataclasses.replace(
         config, stage1=dataclasses.replace(config.stage1, start="least_squares")
     )
@@ -361,8 +361,8 @@ def test_controls_take_their_share_of_the_steps(config, share, steps):
     assert as_before == dataclasses.replace(stage2, layer_loss=0.0)
 
 
-def test_short_clips_that_devices_cannot_share_out_are_refused(config, tmp_path):
-    """Before anything is compiled, as those of full length are."""
+def test_short_clips_that_cannot_be_sharded_are_refused(config, tmp_path):
+    """Before anything is compiled, like those of full length."""
     run = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, frames=8, short=ShortClipsConfig(frames=2)),
@@ -379,7 +379,7 @@ def test_short_clips_that_devices_cannot_share_out_are_refused(config, tmp_path)
 
 @pytest.mark.parametrize("phases", [("teacher", "stage1"), ("stage1", "stage2")])
 def test_random_teacher_that_is_not_trained_predicts_something(config, tmp_path, phases):
-    """Its head starts at zero if it is to be trained; left so, stage 2 would have no target."""
+    """A head that starts at zero and is not trained would leave stage 2 without a target."""
     train = dataclasses.replace(config.train, workdir=str(tmp_path))
     run = dataclasses.replace(config, phases=phases, train=train)
     _, _, params = prepare(run)

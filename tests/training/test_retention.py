@@ -1,4 +1,4 @@
-"""Retention of a model: its own activations, the warning, and what a run keeps of it."""
+"""Retention of a model: at its own activations, with a warning, and stored by a run."""
 
 import dataclasses
 import json
@@ -110,7 +110,7 @@ def test_measures_are_of_the_models_own_activations(cfg, params, apply_clip, lev
             np.testing.assert_allclose(value, logged[name][layer], rtol=1e-5, err_msg=name)
 
 
-def test_blocks_before_are_read_and_a_softmax_layer_may_stand_between(cfg, make_params):
+def test_past_blocks_are_read_and_a_softmax_layer_may_lie_between(cfg, make_params):
     """Layers 0 and 2 are hybrid; their measures do not depend on what comes after them."""
     between = dataclasses.replace(cfg, hybrid_layers=(0, 2))
     params, clips = make_params(between), make_clips(between)
@@ -138,7 +138,7 @@ def test_a_closed_memory_has_nothing_to_measure(cfg, params):
         assert found["layers"] == [] and forgotten(found) is None
 
 
-def test_devices_share_out_the_work(cfg, params):
+def test_the_work_is_sharded(cfg, params):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
     clips = make_clips(cfg, blocks=2)
     alone = retention(params, cfg, clips)
@@ -150,7 +150,7 @@ def test_devices_share_out_the_work(cfg, params):
 
 
 class HeldOut:
-    """Clips of a run that counts how often it is asked."""
+    """Clips of a run that count how often they are read."""
 
     def __init__(self, cfg):
         self.cfg, self.asked = cfg, 0

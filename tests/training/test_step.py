@@ -1,4 +1,4 @@
-"""A step is the same however its batch is split, over time or over devices."""
+"""A step is the same for any split of its batch, over micro-batches or devices."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ def batch(config):
 
 @pytest.fixture(scope="module")
 def start(config, params):
-    """A phase's state before its first step, and what it leaves as it is."""
+    """A phase's state before its first step, and its frozen parameters."""
 
     @functools.cache
     def make(phase):
@@ -135,7 +135,7 @@ def test_eight_devices_are_one(run, start, error, phase, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
 def test_a_clip_over_four_devices_is_one(run, start, error, phase):
-    """A block each, so that states come from as many as three devices before."""
+    """One block a device, so that states come from up to three devices before."""
     found = run(phase, mesh="context", frames=8)
     assert_same_step(found, run(phase, frames=8), start(phase)[0].params, error)
 
@@ -150,7 +150,7 @@ def test_parameters_stay_sharded(run, config):
 
 
 def test_micro_batches_keep_the_clips_of_each_device(unchecked):
-    """Every parts-th clip: consecutive ones would all lie on one device."""
+    """Every parts-th clip: consecutive ones would all be on one device."""
     clip = NoisedClip(*([jnp.arange(8.0)] * 5))
     seen = lambda micro: ({"w": jnp.sum(micro.s * 10.0 ** jnp.arange(4))}, {})
     grads, _ = accumulate(seen, clip, 2)
@@ -211,7 +211,7 @@ def test_dropped_text_is_zero_text(config, start, batch, params):
     assert losses[0.0, "given"] != losses[0.0, "other"]
 
 
-def test_own_past_is_a_generated_one(config, start, batch):
+def test_self_rollout_has_a_generated_past(config, start, batch):
     """With self-rollout the data's latents have no influence, and no gradient reaches the past."""
     step = jax.jit(make_step(config, "stage2", self_rollout=True))
     state, frozen = start("stage2")
@@ -227,7 +227,7 @@ def test_own_past_is_a_generated_one(config, start, batch):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_program_does_not_grow_with_depth(config, phase):
-    """Of 8 and of 30 layers, as lowered: loops over layers, and arrays stacked in the state."""
+    """The lowered programs of 8 and of 30 layers loop over layers and over stacked arrays."""
 
     def size(layers):
         hybrid = tuple(range(layers // 2))

@@ -93,9 +93,9 @@ def test_a_teacher_comes_back_from_every_layout(tmp_path, cfg, params, layout, d
         load_params(tmp_path / "out", teacher, precision="compute"), own, strict=True
     )
     found = model_config(tmp_path / "out", dtype=dtype)
-    told = {"diffusers": ("text_len", "frames_per_block", "lora_rank", "lora_alpha")}
-    told["wan"] = told["diffusers"][1:]  # what config.json of that program has no field for
-    known = {name: getattr(teacher, name) for name in told.get(layout, ())}
+    missing = {"diffusers": ("text_len", "frames_per_block", "lora_rank", "lora_alpha")}
+    missing["wan"] = missing["diffusers"][1:]  # what config.json of that program has no field for
+    known = {name: getattr(teacher, name) for name in missing.get(layout, ())}
     assert dataclasses.replace(found, **known) == teacher
 
 

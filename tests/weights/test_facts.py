@@ -64,8 +64,8 @@ def test_a_model_from_shapes_alone(tmp_path):
 
 
 def test_config_json_tells_the_rest(tmp_path):
-    told = {"text_len": 77, "eps": 1e-5, "lora_alpha": 6.0, "_class_name": "WanModel"}
-    folder = write(tmp_path / "model.safetensors", original_tensors(CFG), **told)
+    stated = {"text_len": 77, "eps": 1e-5, "lora_alpha": 6.0, "_class_name": "WanModel"}
+    folder = write(tmp_path / "model.safetensors", original_tensors(CFG), **stated)
     found = model_config(folder / "model.safetensors")
     assert (found.text_len, found.eps, found.lora_alpha) == (77, 1e-5, 6.0)
 

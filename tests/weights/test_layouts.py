@@ -12,7 +12,7 @@ from arl2_jax.errors import WeightsError
 from arl2_jax.models import param_shapes
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
-from arl2_jax.weights.layout import Layout, Rule, recognise
+from arl2_jax.weights.layout import Layout, Rule, detect_layout
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.diffusers import DIFFUSERS
 from arl2_jax.weights.layouts.transformer import LAYOUTS
@@ -82,13 +82,13 @@ def assert_bijective(layout, shapes):
 def test_the_published_names_and_shapes_are_all_matched(name):
     cfg = MODELS[name]
     tensors = unread({name: kind[0] for name, kind in original_kinds(cfg).items()})
-    layout = recognise(tensors, LAYOUTS, "")
+    layout = detect_layout(tensors, LAYOUTS, "")
     assert layout is (ARL2 if cfg.hybrid_layers else WAN)
     sources = match(tensors, layout, flat(param_shapes(cfg)), where="")
     assert {source.name for source in sources.values()} == tensors.keys()
     if not cfg.hybrid_layers:
         theirs = {in_diffusers(name): tensor for name, tensor in tensors.items()}
-        assert recognise(theirs, LAYOUTS, "") is DIFFUSERS
+        assert detect_layout(theirs, LAYOUTS, "") is DIFFUSERS
         renamed = match(theirs, DIFFUSERS, flat(param_shapes(cfg)), where="")
         assert {p: s.name for p, s in renamed.items()} == {
             p: in_diffusers(s.name) for p, s in sources.items()
@@ -131,7 +131,7 @@ def test_placeholders():
 
 def test_foreign_tensors_are_one_line():
     with pytest.raises(WeightsError) as error:
-        recognise(["unet.conv_in.weight"], LAYOUTS, "file.pt")
+        detect_layout(["unet.conv_in.weight"], LAYOUTS, "file.pt")
     assert_one_line(error, "file.pt", "unet.conv_in.weight", "Wan2.1, ARL2, Diffusers")
 
 
