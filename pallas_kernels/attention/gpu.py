@@ -210,7 +210,10 @@ def _attend(
         plgpu.barrier_arrive(shared.k_free.at[0])
         key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
         scores = jnp.where(key < length - (tiles - 1) * _KEYS, scores, _HIDDEN)
-        return _weights(scores, _filled((_ROWS,), _HIDDEN), dim, q_smem.dtype)
+        # Without a visible key all weights are zero; below a maximum of hidden scores they would be
+        # powers of its rounding error.
+        highest = jnp.where(length > 0, _HIDDEN, 0.0)
+        return _weights(scores, _filled((_ROWS,), highest), dim, q_smem.dtype)
 
     def step(i, carry):
         """Multiply the scores of tile i and the values of tile i - 1 together."""
@@ -264,7 +267,7 @@ def _add_product(out: Array, a: Any, b: Any) -> Array:
     return result
 
 
-def _filled(shape: tuple[int, ...], value: float) -> Array:
+def _filled(shape: tuple[int, ...], value: float | Array) -> Array:
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
