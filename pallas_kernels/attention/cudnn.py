@@ -32,9 +32,11 @@ def attention(
     """Compute attention, with cuDNN's gradients; lengths are int32 [B]."""
     queries = q.shape[1]
     q, k, v, key_length = _even(q, *of_layer(k, v, layer), key_length)
-    out = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=key_length, implementation="cudnn"
-    )
+    # cuDNN leaves undefined what rows without visible keys give; they are shown a key, and zeroed.
+    shown = None if key_length is None else jnp.maximum(key_length, 1)
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=shown, implementation="cudnn")
+    if key_length is not None:
+        out = jnp.where((key_length > 0)[:, None, None, None], out, 0)
     return out[:, :queries]
 
 
