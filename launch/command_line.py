@@ -16,7 +16,7 @@ from arl2_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from arl2_jax.generation.release_paths import ReleasePaths
-    from arl2_jax.generation.released import Picture
+    from arl2_jax.generation.released import Resolution
 
 # The library's names of what the groups of flags below set, where they are others than the flags'.
 SAMPLER_NAMES = {f"sampler.{field.name}": field.name for field in dataclasses.fields(SamplerConfig)}
@@ -77,15 +77,15 @@ def entry_flag() -> flags.FlagHolder:
     )
 
 
-def picture_flags() -> Callable[[], "Picture"]:
+def resolution_flags() -> Callable[[], "Resolution"]:
     """Defines the flags of a video's size; the result makes it of their values."""
     height = flags.DEFINE_integer("height", 480, "Rows of pixels.")
     width = flags.DEFINE_integer("width", 832, "Columns of pixels.")
 
-    def make() -> "Picture":
-        from arl2_jax.generation.released import Picture
+    def make() -> "Resolution":
+        from arl2_jax.generation.released import Resolution
 
-        return Picture(height.value, width.value)
+        return Resolution(height.value, width.value)
 
     return make
 

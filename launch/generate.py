@@ -46,7 +46,7 @@ _LEAK = flags.DEFINE_float(
     "leak", None, "Share of a hybrid layer's state that every block loses; by default the model's."
 )
 _paths, _sampler = command_line.release_flags(), command_line.sampler_flags()
-_picture = command_line.picture_flags()
+_resolution = command_line.resolution_flags()
 
 
 def main():
@@ -71,7 +71,7 @@ def main():
         write_from_weights(
             str(_WEIGHTS.value),
             sampler=_sampler(),
-            picture=_picture(),
+            resolution=_resolution(),
             frames_per_block=_BLOCK.value,
             entry=_ENTRY.value,
             dtype=_DTYPE.value,

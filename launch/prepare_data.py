@@ -24,7 +24,7 @@ _VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
 _CHECK = flags.DEFINE_string("check", None, "Folder of stored latents to look at.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write, with --prompts and --videos.")
 _LATENT_FRAMES = flags.DEFINE_integer("latent_frames", 21, "Latent frames of a clip.")
-_picture = command_line.picture_flags()
+_resolution = command_line.resolution_flags()
 _STORED = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type that is stored."
 )
@@ -52,7 +52,7 @@ def main():
     if _CHECK.value:
         print(preparation.describe(_CHECK.value))
         return
-    clips: dict[str, Any] = dict(frames=_LATENT_FRAMES.value, picture=_picture())
+    clips: dict[str, Any] = dict(frames=_LATENT_FRAMES.value, resolution=_resolution())
     stored: dict[str, Any] = dict(dtype=_STORED.value, records_per_shard=_PER_SHARD.value)
     if _VIDEOS.value:
         count = preparation.store_videos(

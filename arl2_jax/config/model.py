@@ -336,10 +336,10 @@ class SamplerConfig:
 
     Attributes:
       method: "few_step" predicts x0 and re-noises with fresh noise; "euler" integrates the flow.
-      timesteps: the few-step list, in 0..1000 before the shift warp, falling.
+      timesteps: the few-step list, in 0..1000 before the shift, falling.
       steps: number of Euler steps.
-      shift: shift of the warp s' = shift s / (1 + (shift - 1) s); training draws its noise
-        levels through the same warp.
+      shift: levels are shifted to s' = shift s / (1 + (shift - 1) s); training draws its noise
+        levels with the same shift.
       guidance: classifier-free guidance scale of the Euler sampler; 1 is off.
       context_noise: noise level s in [0, 1) to which a finished block is noised, with fresh noise,
         before it is written to the memories, at timestep 1000 s; softmax caches and states alike,

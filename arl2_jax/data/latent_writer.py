@@ -1,4 +1,4 @@
-"""Writes stored latents, so that a killed run goes on where it was."""
+"""Writes stored latents, so that a killed run resumes after the last complete shard."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,26 +15,26 @@ class LatentWriter:
     """Writes a folder of stored latents; a context manager.
 
     Shards get their names when they are complete, and each is entered in `unfinished.json`, which
-    becomes the manifest at the end: a folder with a manifest is whole. After an exception, or a
-    kill, a writer with `resume=True` goes on behind the last complete shard.
+    becomes the manifest at the end: a folder with a manifest is complete. After an exception or a
+    kill, a writer with `resume=True` continues after the last complete shard.
 
     Args:
-      path: folder; made if missing. It must not hold a manifest yet.
+      path: folder; created if missing. It must not have a manifest yet.
       latent_shape: (T, h, w, C) of every clip.
       text_shape: (text_len, text_dim) of every text.
-      dtype: "bfloat16", "float16" or "float32"; what is written is cast to it.
+      dtype: "bfloat16", "float16" or "float32"; latents and texts are cast to it.
       records_per_shard: clips in a file.
-      codec: name of what made the latents, "wan_vae" or "space_to_depth".
+      codec: name of the codec of the latents, "wan_vae" or "space_to_depth".
       codec_weights: fingerprint of its weights (`arl2_jax.weights.fingerprint`), if known.
       source: where the clips came from, as JSON; a resumed writer must be given the same.
       resume: whether an unfinished folder is continued.
 
     Attributes:
-      count: clips that the folder has so far; a resumed caller goes on with this one.
+      count: clips in the folder so far, and the index at which a resumed caller continues.
 
     Raises:
       ValueError: an unknown dtype.
-      FileExistsError: the folder holds stored latents, or unfinished ones and `resume` is false.
+      FileExistsError: the folder has stored latents, or unfinished ones and `resume` is false.
       ConfigError: the unfinished latents are of other shapes or from another source.
       DataError: a file of theirs is missing or damaged.
     """
@@ -66,14 +66,14 @@ class LatentWriter:
 
     @property
     def count(self) -> int:
-        """Clips written so far, those of earlier runs included."""
+        """Return the number of clips written so far, by earlier runs too."""
         return self._manifest.count + self._pending
 
     def __enter__(self) -> "LatentWriter":
         return self
 
     def write(self, latents: np.ndarray, text: np.ndarray) -> None:
-        """Appends a clip.
+        """Append a clip.
 
         Args:
           latents: [T, h, w, C], any float type.
@@ -118,7 +118,7 @@ class LatentWriter:
 
 
 def _continued(path: Path, wanted: Manifest, resume: bool) -> Manifest:
-    """The manifest of an unfinished folder, which must be the one that is wanted."""
+    """Read the manifest of an unfinished folder, and check it against the wanted one."""
     if not resume:
         raise FileExistsError(f"{path} exists; resume it or name another folder")
     found = read_manifest(path)
@@ -133,6 +133,6 @@ def _continued(path: Path, wanted: Manifest, resume: bool) -> Manifest:
         if not file.is_file() or file.stat().st_size != shard.bytes:
             raise DataError(
                 f"{file} is missing or of another size than {path} lists",
-                remedy="remove the folder and begin anew",
+                remedy="remove the folder and start again",
             )
     return found

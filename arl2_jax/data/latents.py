@@ -1,4 +1,4 @@
-"""Stored latents: clips that were encoded once, before training."""
+"""Stored latents: clips encoded once, before training."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class LatentFolder:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Clip `index`: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
+        """Read a clip: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
         try:
             return self.manifest.unpack(self._records[index])
         except (RuntimeError, ValueError) as error:
@@ -72,8 +72,8 @@ class LatentSource:
 
     Raises:
       DataError: a file is missing or damaged.
-      ConfigError: the shapes or the codec are not the configuration's, or `data.held_out` leaves
-        nothing to train on.
+      ConfigError: the shapes or the codec differ from the configuration's, or `data.held_out`
+        leaves no training clip.
     """
 
     def __init__(self, config: Config):
@@ -93,22 +93,22 @@ class LatentSource:
         return self._training
 
     def training(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Clip `index`: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
+        """Read a clip: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim]."""
         del rng
         return self.folder[index]
 
     def held_out(self, index: int) -> dict[str, np.ndarray]:
-        """Held-out clip `index`, of the same keys."""
+        """Read held-out clip `index`, with the same keys."""
         return self.folder[self._training + index]
 
 
 def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) -> list[DataError]:
-    """What is wrong with the files of a folder: missing, of another size, or changed.
+    """Return an error for each file of a folder that is missing, has another size, or changed.
 
     Args:
       folder: the folder.
       manifest: its manifest.
-      contents: whether to read the files and compare their SHA-256, too.
+      contents: whether to also read the files and compare their SHA-256.
     """
     faults = []
     for shard in manifest.shards:
@@ -117,7 +117,7 @@ def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) ->
             faults.append(
                 DataError(
                     f"{path} is missing, but {MANIFEST} lists it",
-                    remedy="copy it there again, or write the folder anew",
+                    remedy="copy it there again, or write the folder again",
                 )
             )
         elif path.stat().st_size != shard.bytes:
@@ -128,11 +128,11 @@ def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) ->
 
 
 class Check(NamedTuple):
-    """What `check_latents` has found.
+    """Result of `check_latents`.
 
     Attributes:
       manifest: the folder's manifest.
-      problems: one line each; empty if the folder is good.
+      problems: one line each; empty if there are none.
       mean, std: of the latents, per channel, float64 [C].
       text_rows: mean number of used text slots.
     """
@@ -145,12 +145,12 @@ class Check(NamedTuple):
 
 
 def check_latents(path: str | Path) -> Check:
-    """Reads every clip of a folder of stored latents, whoever wrote it.
+    """Read and check every clip of a folder of stored latents, from any program.
 
-    Clips are looked at once all files are those of the manifest.
+    Clips are read only if all files match the manifest.
 
     Raises:
-      DataError: there is no manifest that can be read, or no clip.
+      DataError: there is no readable manifest, or no clip.
     """
     manifest = read_manifest(Path(path) / MANIFEST)
     nothing = np.zeros(manifest.latent_shape[-1])
@@ -176,7 +176,7 @@ def check_latents(path: str | Path) -> Check:
     size = float(np.sqrt(np.mean(square)))
     if not problems and not 0.1 < size < 10:
         problems.append(
-            f"the latents' root mean square is {size:.3g}; normalised ones have about 1"
+            f"the latents' root mean square is {size:.3g}; normalized ones have about 1"
         )
     std = np.sqrt(np.maximum(square - mean**2, 0))
     return Check(manifest, tuple(problems), mean, std, rows / len(folder))

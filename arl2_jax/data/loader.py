@@ -1,4 +1,4 @@
-"""Batches of training and held-out clips, whatever their source."""
+"""Batches of training and held-out clips, from any source."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from arl2_jax.data.videos import VideoClips
 from arl2_jax.errors import ConfigError, UserError
 from arl2_jax.text import embed_caption
 
-# Endless in practice; the length of a truly endless order overflows at batches of one clip.
+# Endless in practice; the length of an infinite order overflows at batches of one clip.
 _EPOCHS = 2**30
 
 Example = Mapping[str, np.ndarray]
@@ -29,30 +29,30 @@ class Clips(Protocol):
     """Clips by index, cut from the training or from the held-out part of a source."""
 
     def __len__(self) -> int:
-        """Training clips in an epoch."""
+        """Return the number of training clips in an epoch."""
         ...
 
     def training(self, index: int, rng: np.random.Generator) -> Example:
-        """One training example; `rng` draws whatever is random about it."""
+        """Return one training example; `rng` draws all that is random about it."""
         ...
 
     def held_out(self, index: int) -> Example:
-        """One of the `data.held_out` examples that training never shows."""
+        """Return one of the `data.held_out` examples that are never trained on."""
         ...
 
 
 @runtime_checkable
 class PixelClips(Protocol):
-    """Like `Clips`, as a video uint8 [F, H, W, 3] and its caption."""
+    """Like `Clips`, but as videos uint8 [F, H, W, 3] with captions."""
 
     def __len__(self) -> int: ...
 
     def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """One training clip."""
+        """Return one training clip."""
         ...
 
     def held_out(self, index: int) -> tuple[np.ndarray, str]:
-        """One held-out clip."""
+        """Return one held-out clip."""
         ...
 
 
@@ -69,11 +69,11 @@ class EncodedClips:
         return len(self.clips)
 
     def training(self, index: int, rng: np.random.Generator) -> Example:
-        """Encodes a training clip."""
+        """Encode a training clip."""
         return self._encode(*self.clips.training(index, rng))
 
     def held_out(self, index: int) -> Example:
-        """Encodes a held-out clip."""
+        """Encode a held-out clip."""
         return self._encode(*self.clips.held_out(index))
 
     def _encode(self, video: np.ndarray, caption: str) -> Example:
@@ -93,11 +93,11 @@ class FirstFrames:
         return len(self.clips)
 
     def training(self, index: int, rng: np.random.Generator) -> Example:
-        """Cuts a training clip."""
+        """Cut a training clip."""
         return self._cut(self.clips.training(index, rng))
 
     def held_out(self, index: int) -> Example:
-        """Cuts a held-out clip."""
+        """Cut a held-out clip."""
         return self._cut(self.clips.held_out(index))
 
     def _cut(self, example: Example) -> Example:
@@ -109,7 +109,7 @@ class ClipData:
     """The clips of a run.
 
     Attributes:
-      codec: how their pixels became latents; None if its weights are not known.
+      codec: codec of their latents; None if its weights are not known.
       clips: the source.
       config: the run's configuration.
     """
@@ -119,20 +119,20 @@ class ClipData:
     config: Config
 
     def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        """Endless shuffled batches of training clips.
+        """Return endless shuffled batches of training clips.
 
         Args:
-          batch_size: clips in a batch over all processes; each process gets its share.
+          batch_size: clips in a batch over all processes; each process gets an equal part.
           seed: seed of the order and of all that is random about a clip.
 
         Returns:
           An iterator of {"latents": float32 [b, T, h, w, C], "text": float32 [b, text_len,
-          text_dim]} with b = batch_size / processes. `get_state()` is a JSON-serialisable dict;
-          after `set_state(state)` the next batch is the one that it would have been. A state is of
-          use with the same seed, batch size, number of processes and `data.workers` only.
+          text_dim]} with b = batch_size / processes. `get_state()` is a JSON-serializable dict;
+          `set_state(state)` restores the position. A state is only valid for the same seed, batch
+          size, number of processes and `data.workers`.
 
         Raises:
-          ConfigError: the processes cannot share the batch evenly.
+          ConfigError: the batch size is no multiple of the number of processes.
         """
         process, processes = jax.process_index(), jax.process_count()
         if batch_size % processes:
@@ -147,17 +147,17 @@ class ClipData:
         share = examples[process::processes].batch(batch_size // processes)
         workers = self.config.data.workers
         if not workers:
-            # One thread reads ahead while the device is busy.
+            # One thread prefetches while the device is busy.
             ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
             return iter(share.to_iter_dataset(ahead))
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside of app.run
+            flags.FLAGS.mark_as_parsed()  # grain's workers read flags, even outside app.run
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         return iter(share.to_iter_dataset(ahead).mp_prefetch(options))
 
     def held_out(self, count: int) -> dict[str, np.ndarray]:
-        """The first `count` held-out clips as one batch (on every process); never trained on.
+        """Return the first `count` held-out clips as one batch, the same on every process.
 
         Raises:
           ConfigError: more than `data.held_out`.
@@ -176,7 +176,7 @@ class ClipData:
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
-    """Makes a training example out of its place in the order and its index."""
+    """Makes a training example from its place in the order and its index."""
 
     clips: Clips
     seed: int
@@ -186,10 +186,10 @@ class _Draw:
 
 
 def open_short_data(config: Config, phase: str) -> ClipData:
-    """Opens the short clips that a phase begins with; its `config` is that of `short_run`.
+    """Open the short clips that a phase begins with; their `config` is that of `short_run`.
 
     Raises:
-      ConfigError, DataError: as `open_data`, of the short clips.
+      ConfigError, DataError: as in `open_data`, for the short clips.
     """
     short = short_run(config, phase)
     if config.data.source != "latents":
@@ -202,7 +202,7 @@ def open_short_data(config: Config, phase: str) -> ClipData:
 
 
 def open_data(config: Config) -> ClipData:
-    """Opens the source that `config.data` names, after checking that it can give what is asked.
+    """Open the source that `config.data` names, and check that it fits the configuration.
 
     Raises:
       ConfigError: a setting does not fit the data.
@@ -219,14 +219,14 @@ def open_data(config: Config) -> ClipData:
     codec = make_codec(config)
     if data.source == "latents":
         return ClipData(codec, LatentSource(config), config)
-    assert codec is not None  # clips of pixels have one that needs no weights
+    assert codec is not None  # the codec of pixel clips needs no weights
     frames = codec.pixel_frames(data.frames)
     if data.source == "synthetic":
         sprites.check(config)
         block = codec.pixel_frames(model.frames_per_block)
         pixel_clips = SpriteClips(dataclasses.replace(data, frames=frames), block)
         if data.sprites.only_reveals:
-            pixel_clips.held_out(0)  # fails where there are no such clips
+            pixel_clips.held_out(0)  # raises if there are no such clips
     else:
         pixel_clips = VideoClips(data, frames)
     clips = EncodedClips(pixel_clips, codec, model.text_len, model.text_dim)

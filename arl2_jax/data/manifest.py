@@ -19,7 +19,7 @@ from arl2_jax.json_trees import as_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-# The manifest of a folder that is not complete yet; it lists the shards that are.
+# The manifest of an incomplete folder; it lists the complete shards.
 UNFINISHED = "unfinished.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _REMEDY = (
@@ -40,15 +40,15 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of stored latents says of itself.
+    """Description of a folder of stored latents.
 
     Attributes:
       latent_shape: (T, h, w, C) of every clip.
       text_shape: (text_len, text_dim) of every text.
-      dtype: one of `DTYPES`; of latents and text alike.
+      dtype: one of `DTYPES`, for both latents and text.
       codec: "name" of the codec ("wan_vae" or "space_to_depth"), and "weights", their fingerprint,
-        where it has any.
-      source: where the clips came from, in free fields.
+        if it has any.
+      source: where the clips came from, in any fields.
       shards: files of records, in order.
     """
 
@@ -71,41 +71,41 @@ class Manifest:
 
     @property
     def count(self) -> int:
-        """Clips in all shards."""
+        """Return the number of clips in all shards."""
         return sum(shard.count for shard in self.shards)
 
     @property
-    def stored(self) -> np.dtype:
-        """The type of the stored numbers."""
+    def storage_dtype(self) -> np.dtype:
+        """Return the dtype of the stored numbers."""
         return np.dtype(jnp.dtype(self.dtype)).newbyteorder("<")
 
     def with_shards(self, shards: tuple[Shard, ...]) -> "Manifest":
-        """The same with other shards."""
+        """Return a copy with other shards."""
         return dataclasses.replace(self, shards=shards)
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Names of the fields, shards apart, in which two manifests differ."""
+        """Return the names of the fields in which two manifests differ, except shards."""
         ours, theirs = (as_json(dataclasses.asdict(x)) for x in (self, other))
         return [name for name in ours if name != "shards" and ours[name] != theirs[name]]
 
     def pack(self, latents: np.ndarray, text: np.ndarray) -> bytes:
-        """A clip as a record: all latents, then the rows of the text up to its last used one.
+        """Encode a clip as a record: all latents, then the text up to its last used row.
 
         Raises:
           ValueError: a wrong shape, or values that are not finite in the folder's dtype.
         """
         used = int(np.flatnonzero(np.any(np.asarray(text) != 0, axis=-1)).max(initial=-1)) + 1
         record = self._bytes("latents", latents, self.latent_shape)
-        row = self.stored.itemsize * self.text_shape[1]
+        row = self.storage_dtype.itemsize * self.text_shape[1]
         return record + self._bytes("text", text, self.text_shape)[: used * row]
 
     def unpack(self, record: bytes) -> dict[str, np.ndarray]:
-        """A record as a clip: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim].
+        """Decode a record: `latents` float32 [T, h, w, C], `text` float32 [text_len, text_dim].
 
         Raises:
-          ValueError: the record has another length than such a clip.
+          ValueError: the record's length is not that of a clip.
         """
-        values = np.frombuffer(record, self.stored).astype(np.float32)
+        values = np.frombuffer(record, self.storage_dtype).astype(np.float32)
         size, width = math.prod(self.latent_shape), self.text_shape[1]
         used = values[size:]
         if len(values) < size or len(used) % width or len(used) > math.prod(self.text_shape):
@@ -115,7 +115,7 @@ class Manifest:
         return {"latents": values[:size].reshape(self.latent_shape), "text": text}
 
     def write(self, path: Path) -> None:
-        """Writes the manifest, whole."""
+        """Write the manifest atomically."""
         content = {"format": FORMAT, "count": self.count} | dataclasses.asdict(self)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -126,14 +126,14 @@ class Manifest:
         if array.shape != tuple(shape):
             raise ValueError(f"{name} {array.shape} must have the shape {tuple(shape)}")
         with np.errstate(over="ignore"):
-            array = array.astype(self.stored)
+            array = array.astype(self.storage_dtype)
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{name} hold values that are not finite in {self.dtype}")
         return array.tobytes()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads a manifest.
+    """Read a manifest.
 
     Raises:
       DataError: it is missing, damaged or of another format.
@@ -168,18 +168,18 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def damaged(path: Path, reason: object) -> DataError:
-    """The error for a file of stored latents that cannot be used."""
+    """Return the error for a damaged file of stored latents."""
     words = " ".join(str(reason).split())
     return DataError(f"{path} is damaged: {words}", remedy=f"copy or write it again ({_REMEDY})")
 
 
 def empty(path: Path) -> DataError:
-    """The error for a folder without clips."""
+    """Return the error for a folder without clips."""
     return DataError(f"{path} lists no clips", remedy=_REMEDY)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

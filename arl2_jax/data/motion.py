@@ -1,4 +1,4 @@
-"""Where occluders stand, how sprites move past and rest behind them, and when a lamp burns."""
+"""Positions of occluders, paths and pauses of sprites behind them, and lamps."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ LAMP_WIDTH = 2
 def place_occluders(
     rng: np.random.Generator, sprites: SpriteConfig, data: DataConfig
 ) -> np.ndarray:
-    """Places occluders of full height, with room for a sprite beside and between them.
+    """Place occluders of full height, with room for a sprite on each side and between them.
 
     Returns:
       Boxes int64 [O, 4], (top, left, bottom, right), the last two exclusive.
@@ -32,18 +32,18 @@ def move(
     count: int,
     occluders: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moves `count` sprites, each of which starts beside the occluders.
+    """Move `count` sprites, each of which starts clear of the occluders.
 
     Returns:
       Top left corners int64 [F, S, 2] in whole pixels, and boxes int64 [F, S, 4] of the lamps that
-      burn, (top, left, bottom, right), the last two exclusive; zeros where none does.
+      are lit, (top, left, bottom, right), the last two exclusive; zeros where none is.
     """
-    # Lamps tell what comes after a frame.
+    # Lamps depend on the frames after them.
     frames = data.frames + sprites.lamp
     path = _path(rng, sprites, data, count, occluders, frames)
     if sprites.pause[1]:
-        # Drawn last, so that nothing else depends on them; passage by passage, so that the
-        # beginning of a clip does not depend on its length.
+        # Pauses are drawn last, so that nothing else depends on them, and passage by passage, so
+        # that the beginning of a clip does not depend on its length.
         pauses = rng.integers(*sprites.pause, size=(frames, count), endpoint=True)
         path = _rest(path, pauses, occluders, sprites.size)
     lamps = _lamps(path[:frames], occluders, sprites)
@@ -58,7 +58,7 @@ def _path(
     occluders: np.ndarray,
     frames: int,
 ) -> np.ndarray:
-    """Corners [frames + 1, S, 2] of sprites that never rest."""
+    """Return the corners [frames + 1, S, 2] of sprites that never rest."""
     low, high = sprites.speed
     if float(low).is_integer() and float(high).is_integer():
         speed = rng.integers(int(low), int(high), size=count, endpoint=True).astype(float)
@@ -66,9 +66,9 @@ def _path(
         speed = rng.uniform(low, high, count)
     room = np.array([data.height, data.width]) - sprites.size
     columns = np.arange(room[1] + 1)[:, None]
-    beside = (columns + sprites.size <= occluders[:, 1]) | (columns >= occluders[:, 3])
+    clear = (columns + sprites.size <= occluders[:, 1]) | (columns >= occluders[:, 3])
     start = np.empty((count, 2), np.int64)
-    start[:, 1] = rng.choice(columns[beside.all(1), 0], count)
+    start[:, 1] = rng.choice(columns[clear.all(1), 0], count)
     if sprites.vertical:
         start[:, 0] = rng.integers(room[0], size=count, endpoint=True)
         angle = rng.uniform(0, 2 * np.pi, count)
@@ -84,11 +84,11 @@ def _path(
 
 
 def _rest(path: np.ndarray, pauses: np.ndarray, occluders: np.ndarray, size: int) -> np.ndarray:
-    """Lets sprites rest on their paths: corners [F, S, 2].
+    """Let sprites rest on their paths: corners [F, S, 2].
 
     A sprite rests once in every passage: where it is wholly hidden and the next step would take it
-    farther from the occluder's middle. Of two places equally near it takes the later one, which
-    keeps what follows the pause short.
+    farther from the occluder's middle. Of two equally near places it takes the later one, so that
+    it comes out soon after the pause.
 
     Args:
       path: corners [F + 1, S, 2] of sprites that never rest.
@@ -110,7 +110,7 @@ def _rest(path: np.ndarray, pauses: np.ndarray, occluders: np.ndarray, size: int
 
 
 def _resting_places(columns: np.ndarray, occluders: np.ndarray, size: int) -> list[int]:
-    """Steps of the path at which a sprite rests, in order, from its columns [F + 1]."""
+    """Return the steps of the path at which a sprite rests, from its columns [F + 1]."""
     places = []
     for _, left, _, right in occluders:
         hidden = (left <= columns[:-1]) & (columns[:-1] + size <= right)
@@ -123,9 +123,9 @@ def _resting_places(columns: np.ndarray, occluders: np.ndarray, size: int) -> li
 
 
 def _lamps(corners: np.ndarray, occluders: np.ndarray, sprites: SpriteConfig) -> np.ndarray:
-    """Boxes [F, S, 4] of the lamps that burn; the last `lamp` frames of corners have none.
+    """Return the boxes [F, S, 4] of lit lamps; the last `lamp` frames of corners have none.
 
-    A lamp burns in the last `lamp` frames before a hidden sprite is seen again: two columns at the
+    A lamp is lit in the last `lamp` frames before a hidden sprite is seen again: two columns at the
     occluder's edge where it will come out, in its rows.
     """
     frames, count, _ = corners.shape

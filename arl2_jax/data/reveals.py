@@ -10,18 +10,18 @@ from arl2_jax.config import Config, SpriteConfig
 from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, check, make_clip
 from arl2_jax.errors import ConfigError
 
-# Clips that are looked at for each pair: at most, and where rare lags are looked for.
+# Clips searched for each pair: at most, at most if enough are found, and at least (for rare lags).
 _MOST_TRIES, _TRIES, _FEWEST_TRIES = 200, 20, 4
 
 
 class Reveal(NamedTuple):
-    """A sprite comes out in frame block `block` and is fully seen again at pixel frame `frame`.
+    """A sprite that comes out in frame block `block`, fully visible at pixel frame `frame`.
 
     Attributes:
       block: index of the frame block.
       sprite: index of the sprite.
       frame: the block's last frame.
-      lag: whole frame blocks directly before `block` in which nothing of the sprite is seen.
+      lag: whole frame blocks directly before `block` in which the sprite is not visible.
     """
 
     block: int
@@ -31,11 +31,11 @@ class Reveal(NamedTuple):
 
 
 def reveals(clip: SpriteClip, frames_per_block: int) -> list[Reveal]:
-    """Finds the moments at which a model must draw a sprite from memory.
+    """Find the moments at which a model must draw a sprite from memory.
 
-    A sprite is revealed in frame block b (at least 2) if nothing of it is seen in any frame of
-    block b - 1, its hidden stretch there is longer than a frame block, it was fully seen in some
-    frame before, and it is fully seen in the last frame of block b.
+    A sprite is revealed in frame block b (at least 2) if it is not visible in any frame of block
+    b - 1, its hidden stretch there is longer than a frame block, it was fully visible in some
+    frame before, and it is fully visible in the last frame of block b.
 
     Returns:
       Reveals in the order of their blocks, then of their sprites.
@@ -59,12 +59,11 @@ def reveals(clip: SpriteClip, frames_per_block: int) -> list[Reveal]:
 
 
 def reveal_clips(config: Config, count: int) -> tuple[list[SpriteClip], list[Reveal]]:
-    """Makes held-out clips with a reveal each, in pairs of twins.
+    """Make held-out clips with a reveal each, in pairs of twins.
 
-    Clips 2 i and 2 i + 1 are twins: equal bit for bit but for the colour and shape of the revealed
-    sprite, which both differ (the colour alone if data.sprites.shapes is 1). Lags take turns as
-    long as the clips looked at have them; identities (colour, shape) do so throughout, in an order
-    that the index of the pair fixes.
+    Clips 2 i and 2 i + 1 are twins: equal bit for bit but for the revealed sprite, which differs in
+    both color and shape (only in color if data.sprites.shapes is 1). Lags alternate as long as the
+    clips have them; identities (color, shape) always do, in an order fixed by the pair's index.
 
     Args:
       config: the run.
@@ -86,7 +85,7 @@ def reveal_clips(config: Config, count: int) -> tuple[list[SpriteClip], list[Rev
         if len(clips) == count:
             break
         pair = _twins(config, seed, event, len(clips) // 2)
-        # A sprite of another shape may hide another one otherwise.
+        # A sprite of another shape may hide others differently.
         if all(event in reveals(clip, config.model.frames_per_block) for clip in pair):
             clips += pair
             events += [event, event]
@@ -102,7 +101,7 @@ def reveal_clips(config: Config, count: int) -> tuple[list[SpriteClip], list[Rev
 
 
 def _candidates(config: Config, pairs: int) -> dict[int, list[tuple[int, Reveal]]]:
-    """Lag -> seeds of held-out clips and a reveal in each; a clip stands under one lag."""
+    """Return lag -> seeds of held-out clips with a reveal in each; a clip has one lag."""
     found: dict[int, list[tuple[int, Reveal]]] = {}
     size = lambda event: len(found.get(event.lag, ()))
     for tried in range(_MOST_TRIES * pairs):
@@ -120,13 +119,13 @@ def _candidates(config: Config, pairs: int) -> dict[int, list[tuple[int, Reveal]
 
 
 def _in_turns(by_lag: dict[int, list[tuple[int, Reveal]]]) -> Iterator[tuple[int, Reveal]]:
-    """One of each lag, then the next of each, and so on."""
+    """Yield the first of each lag, then the second of each, and so on."""
     for turn in itertools.zip_longest(*(by_lag[lag] for lag in sorted(by_lag))):
         yield from (candidate for candidate in turn if candidate is not None)
 
 
 def _twins(config: Config, seed: int, event: Reveal, pair: int) -> list[SpriteClip]:
-    """The clip of a seed twice, with two identities of its revealed sprite."""
+    """Return the clip of a seed twice, with two identities of its revealed sprite."""
     sprites = config.data.sprites
     drawn = make_clip(sprites, config.data, seed)
     clips = []
@@ -138,7 +137,7 @@ def _twins(config: Config, seed: int, event: Reveal, pair: int) -> list[SpriteCl
 
 
 def _identities(sprites: SpriteConfig, pair: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(colour, shape) of a pair's clip and of its twin.
+    """Return (color, shape) of a pair's clip and of its twin.
 
     Every run of colors x shapes pairs has each identity once on either side.
     """

@@ -9,20 +9,20 @@ from arl2_jax.data.reveals import reveals
 from arl2_jax.data.sprites import HELD_OUT_SEED, SpriteClip, make_clip
 from arl2_jax.errors import ConfigError
 
-# Seeds that are tried for one clip, and how far apart they lie: neighbours stay apart.
+# Seeds tried for one clip, and the step between them, so that neighboring seeds share none.
 _TRIES, _STRIDE = 64, 2**40
 
 
 class SpriteClips:
-    """One clip for each seed, the training seeds below 2^62."""
+    """One clip for each seed; training seeds are below 2^62."""
 
     def __init__(self, data: DataConfig, frames_per_block: int, frames: int | None = None):
-        """Set what clips are like.
+        """Configure the clips.
 
         Args:
           data: `frames` counts pixel frames here.
           frames_per_block: pixel frames of a block, for `data.sprites.only_reveals`.
-          frames: pixel frames to give, by default `data.frames`; a longer clip begins with the
+          frames: pixel frames to return, by default `data.frames`; a longer clip begins with the
             shorter one.
         """
         self._data, self._block = data, frames_per_block
@@ -32,12 +32,12 @@ class SpriteClips:
         return 2**31 - 1
 
     def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """Video uint8 [F, H, W, 3] and caption of a clip that `rng` alone determines."""
+        """Return video uint8 [F, H, W, 3] and caption of a clip determined only by `rng`."""
         del index
         return self._clip(int(rng.integers(HELD_OUT_SEED)))
 
     def held_out(self, index: int) -> tuple[np.ndarray, str]:
-        """The same of a held-out seed."""
+        """Return video and caption of a held-out seed."""
         return self._clip(HELD_OUT_SEED + index)
 
     def _clip(self, seed: int) -> tuple[np.ndarray, str]:
@@ -50,7 +50,7 @@ class SpriteClips:
         return clip.video, clip.caption
 
     def _with_reveal(self, seed: int) -> tuple[int, SpriteClip]:
-        """The first of some seeds, all of training or all held out, whose clip has a reveal."""
+        """Return the first seed whose clip has a reveal, of training or held out like `seed`."""
         begin = seed // HELD_OUT_SEED * HELD_OUT_SEED
         for i in range(_TRIES):
             tried = begin + (seed - begin + i * _STRIDE) % HELD_OUT_SEED

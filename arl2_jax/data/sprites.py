@@ -1,8 +1,8 @@
-"""Procedural videos with known truth: sprites move, bounce, and pass behind occluders.
+"""Procedural videos with ground truth: sprites move, bounce, and pass behind occluders.
 
-What a sprite looks like cannot be told while it is hidden, and captions do not tell it: to draw it
-again when it comes out, a model must have remembered it. When and where it comes out is another
-matter, which a lamp on the occluder can tell.
+Neither the frames in which a sprite is hidden nor captions show what it looks like: to draw it
+when it comes out, a model must have remembered it. A lamp on the occluder may show when and where
+it comes out.
 """
 
 import functools
@@ -28,7 +28,7 @@ COLORS = {
     "violet": (128, 0, 255),
 }
 SHAPES = ("square", "triangle", "cross", "disc", "box")
-# Names of their own: a caption must not hold a word that could stand for a sprite.
+# No names of `COLORS`: a caption must not have a word that could describe a sprite.
 BACKGROUNDS = {
     "black": (8, 8, 8),
     "navy": (8, 12, 48),
@@ -36,15 +36,15 @@ BACKGROUNDS = {
     "forest": (8, 36, 14),
 }
 OCCLUDER_COLOR = (128, 128, 128)
-# Of an occluder behind which a sprite rests.
+# Of the lamp on an occluder.
 LAMP_COLOR = (255, 255, 255)
-# Training seeds lie below, held-out seeds from here on.
+# Training seeds are below, held-out seeds from here on.
 HELD_OUT_SEED = 2**62
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 class SpriteClip(NamedTuple):
-    """A clip of F pixel frames with S sprites and O occluders, and the truth about it.
+    """A clip of F pixel frames with S sprites and O occluders, and its ground truth.
 
     Attributes:
       video: uint8 [F, H, W, 3].
@@ -57,8 +57,8 @@ class SpriteClip(NamedTuple):
       occluders: int64 [O, 4], boxes (top, left, bottom, right), the last two exclusive.
       caption: number of sprites and background; nothing that a model should remember.
       background: index of `BACKGROUNDS`.
-      lamps: int64 [F, S, 4], boxes (top, left, bottom, right) of the lamps on occluders that burn
-        because a sprite is about to come out there; zeros where none does.
+      lamps: int64 [F, S, 4], boxes (top, left, bottom, right) of the lamps on occluders that are
+        lit because a sprite is about to come out there; zeros where none is.
     """
 
     video: np.ndarray
@@ -73,7 +73,7 @@ class SpriteClip(NamedTuple):
 
 
 def draw_sprite(shape: int, color: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a sprite.
+    """Draw a sprite.
 
     Args:
       shape: index of `SHAPES`.
@@ -93,14 +93,14 @@ def make_clip(
     seed: int,
     identity: Sequence[tuple[int, int]] | None = None,
 ) -> SpriteClip:
-    """Makes one clip of `data.frames` pixel frames; a pure function of its arguments.
+    """Make one clip of `data.frames` pixel frames; a pure function of its arguments.
 
     Args:
       sprites: what moves.
       data: frames, height and width; nothing else is read.
       seed: not negative.
-      identity: colour and shape of every sprite instead of those that the seed draws; all else
-        stays as it is.
+      identity: color and shape of every sprite instead of those drawn by the seed; all else stays
+        the same.
 
     Raises:
       ValueError: another number of identities than of sprites.
@@ -127,7 +127,7 @@ def make_clip(
 
 
 def check(config: Config) -> None:
-    """Checks that sprites, lanes and occluders fit the frame and that occluders hide for long.
+    """Check that sprites, lanes and occluders fit the frame and that occluders hide for long.
 
     Raises:
       ConfigError: one line naming the field and the remedy.
@@ -196,7 +196,7 @@ def _check_occluders(config: Config) -> None:
 
 
 def _check_pause(config: Config) -> None:
-    """Checks that the shortest pause leaves the fastest sprite time to come out again."""
+    """Check that the shortest pause leaves the fastest sprite time to come out again."""
     data, sprites = config.data, config.data.sprites
     if not sprites.pause[1]:
         return
@@ -223,7 +223,7 @@ def _draw(
     sprites: SpriteConfig,
     data: DataConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paints back to front; returns the video and each sprite's visible share [F, S]."""
+    """Paint back to front; return the video and each sprite's visible share [F, S]."""
     count, frames = len(shapes), np.arange(len(corners))[:, None]
     owner = np.full((len(corners), data.height, data.width), count, np.uint8)
     pixels = []
@@ -245,14 +245,14 @@ def _draw(
 
 @functools.cache
 def _palette(background: int) -> np.ndarray:
-    """uint8 [8 + 3, 3]: the sprites' colours, the background, the occluder, and a lamp."""
+    """Return the colors of sprites, background, occluder and lamp: uint8 [8 + 3, 3]."""
     tones = [*COLORS.values(), list(BACKGROUNDS.values())[background], OCCLUDER_COLOR, LAMP_COLOR]
     return np.array(tones, np.uint8)
 
 
 @functools.cache
 def _mask(shape: int, size: int) -> np.ndarray:
-    """Bool [size, size]; every shape touches all four sides of its bounding box."""
+    """Return a mask [size, size]; every shape touches all four sides of its bounding box."""
     half = size / 2
     y, x = np.mgrid[:size, :size] - (size - 1) / 2
     match SHAPES[shape]:

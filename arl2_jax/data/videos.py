@@ -15,22 +15,22 @@ from arl2_jax.config import DataConfig
 from arl2_jax.errors import DataError
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv")
-# Frames are small after resizing: a gibibyte in each process holds hours of 24 x 48 pixels, so that
-# most folders are decoded once; what does not fit is decoded again from the nearest key frame.
+# Frames are small after resizing: a gibibyte in each process holds hours of 24 x 48 pixels, so most
+# folders are decoded only once; what does not fit is decoded again from the nearest key frame.
 MEMORY_BYTES = 2**30
 # Seconds: containers round time stamps, some to milliseconds.
 _TOLERANCE = 1e-3
 
 
 class Video(NamedTuple):
-    """A video file at the rate of the clips.
+    """A video file, sampled at the frame rate of the clips.
 
     Attributes:
       path: the file.
       times: float64 [N], seconds in the file at which its frames are taken.
-      training: its first frames, from which training clips are cut; held-out clips are cut from
-        the rest.
-      caption: what it shows.
+      training: number of its first frames from which training clips are cut; held-out clips are
+        cut from the rest.
+      caption: description of the video.
     """
 
     path: Path
@@ -40,10 +40,10 @@ class Video(NamedTuple):
 
 
 class VideoClips:
-    """Clips of a folder's video files, resized to cover the frame and cropped at its centre.
+    """Clips of a folder's video files, resized to cover the frame and cropped at its center.
 
     Files are found recursively, in sorted order. The end of each file (a fifth of it, at least one
-    clip) is kept for the held-out clips. The caption is the text of a file beside it (a.txt for
+    clip) is kept for the held-out clips. The caption is the text of a file next to it (a.txt for
     a.mp4) or, without one, the words in the video's name.
 
     Args:
@@ -51,7 +51,7 @@ class VideoClips:
       pixel_frames: frames F of a clip.
 
     Raises:
-      DataError: there is no folder, no video file in it, or none that gives a clip.
+      DataError: there is no folder, no video file in it, or none as long as a clip.
     """
 
     def __init__(self, data: DataConfig, pixel_frames: int):
@@ -71,14 +71,14 @@ class VideoClips:
         return self.__dict__ | {"_kept": {}}
 
     def training(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """Video uint8 [F, H, W, 3] and caption; `rng` draws its start and if it is mirrored."""
+        """Return video uint8 [F, H, W, 3] and caption; `rng` draws the start and mirroring."""
         video = self.videos[int(np.searchsorted(self._first, index, "right")) - 1]
         start = int(rng.integers(video.training - self._frames, endpoint=True))
         frames, caption = self._clip(video, start)
         return (frames[:, :, ::-1] if rng.random() < 0.5 else frames), caption
 
     def held_out(self, index: int) -> tuple[np.ndarray, str]:
-        """Video and caption of a held-out clip; any first few of them are spread over the files."""
+        """Return video and caption of a held-out clip; the first few are spread over the files."""
         spread = index * (np.sqrt(5) - 1) / 2 % 1
         place = int(spread * self._first_held_out[-1])
         chosen = int(np.searchsorted(self._first_held_out, place, "right")) - 1
@@ -97,13 +97,13 @@ class VideoClips:
 
 
 def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np.ndarray:
-    """The first `count` frames of a video file, treated like those of training clips.
+    """Read the first `count` frames of a video file, processed like those of training clips.
 
     Args:
       path: the file.
       fps: frames a second.
       count: number of frames.
-      size: height and width; frames are resized to cover them and cropped at the centre.
+      size: height and width; frames are resized to cover them and cropped at the center.
 
     Returns:
       uint8 [count, height, width, 3].
@@ -129,7 +129,7 @@ def read_frames(path: Path, fps: float, count: int, size: tuple[int, int]) -> np
 
 
 def index_videos(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
-    """Finds the videos of at least one clip, in sorted order; names all others in one warning.
+    """Find the videos as long as a clip, in sorted order; name all others in one warning.
 
     Args:
       folder: searched with its subfolders.
@@ -137,7 +137,7 @@ def index_videos(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
       pixel_frames: frames of a clip.
 
     Raises:
-      DataError: there is no folder, no video file in it, or none that gives a clip.
+      DataError: there is no folder, no video file in it, or none as long as a clip.
     """
     if not folder.is_dir():
         raise DataError(
@@ -181,14 +181,14 @@ def index_videos(folder: Path, fps: float, pixel_frames: int) -> list[Video]:
 
 
 def _caption(path: Path) -> str:
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        return " ".join(beside.read_text(errors="replace").split())
+    text = path.with_suffix(".txt")
+    if text.is_file():
+        return " ".join(text.read_text(errors="replace").split())
     return " ".join(re.findall(r"[^\W_]+", path.stem))
 
 
 def _split(videos: list[Video], pixel_frames: int, data: DataConfig) -> list[Video]:
-    """Keeps the end of each file for held-out clips, or whole files if all are too short for it."""
+    """Hold out the end of each file, or whole files if all are too short to split."""
     split = []
     for video in videos:
         frames = len(video.times)
@@ -209,7 +209,7 @@ def _split(videos: list[Video], pixel_frames: int, data: DataConfig) -> list[Vid
 
 
 def _sample_times(path: Path, fps: float) -> np.ndarray:
-    """Seconds at which the file is sampled, after its first frame has been decoded."""
+    """Return the seconds at which the file is sampled; decode its first frame as a check."""
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
@@ -221,8 +221,8 @@ def _sample_times(path: Path, fps: float) -> np.ndarray:
             raise ValueError("its frames have no time stamps")
         shown *= float(stream.time_base)
     decode_frames(path, shown[:1], (2, 2))
-    # The last frame is shown for as long as the frames before it, on average; a tenth of a frame
-    # makes up for rounded time stamps.
+    # The last frame is shown for the average time of those before it; a tenth of a frame is a
+    # margin for rounded time stamps.
     period = (shown[-1] - shown[0]) / max(len(shown) - 1, 1)
     count = int((shown[-1] - shown[0] + period) * fps + 0.1)
     return shown[0] + np.arange(count) / fps
@@ -231,7 +231,7 @@ def _sample_times(path: Path, fps: float) -> np.ndarray:
 def decode_frames(
     path: Path, times: np.ndarray, size: tuple[int, int], seek: bool = True
 ) -> np.ndarray:
-    """Decodes the frames shown at rising `times` in seconds: uint8 [N, H, W, 3].
+    """Decode the frames shown at rising `times` in seconds: uint8 [N, H, W, 3].
 
     Times past the last frame that can be decoded show that frame.
     """
@@ -246,7 +246,7 @@ def decode_frames(
         for frame in _decodable(container, stream):
             if shown is None and seek and frame.time > times[0] + _TOLERANCE:
                 return decode_frames(path, times, size, seek=False)
-            # The frame before is shown at all times up to this one's.
+            # The previous frame is shown at all times up to this one's.
             stop = int(np.searchsorted(times, frame.time - _TOLERANCE))
             if stop > len(taken):
                 taken += [_fit(shown or frame, size, aspect)] * (stop - len(taken))
@@ -261,7 +261,7 @@ def decode_frames(
 
 
 def _decodable(container: av.container.InputContainer, stream: av.video.VideoStream):
-    """Yields the frames in the order they are shown, passing over damaged packets."""
+    """Yield the frames in the order they are shown, skipping damaged packets."""
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -273,10 +273,10 @@ def _decodable(container: av.container.InputContainer, stream: av.video.VideoStr
 
 
 def _fit(frame: av.VideoFrame, size: tuple[int, int], aspect: float) -> np.ndarray:
-    """Resizes a frame, as it is displayed, to cover (height, width) and crops the centre.
+    """Resize a frame, as displayed, to cover (height, width) and crop the center.
 
     Args:
-      frame: pixels `aspect` times as wide as high, perhaps stored on their side.
+      frame: pixels `aspect` times as wide as high, perhaps stored rotated.
       size: height and width.
       aspect: width of a pixel over its height.
     """

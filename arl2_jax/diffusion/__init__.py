@@ -1,4 +1,4 @@
-"""Flow matching and its samplers; knows functions, not networks."""
+"""Flow matching and its samplers, for any function that predicts the flow."""
 
 from arl2_jax.diffusion.flow_matching import (
     add_noise,
@@ -6,7 +6,7 @@ from arl2_jax.diffusion.flow_matching import (
     draw_noise,
     per_frame,
     predict_x0,
-    warp,
+    shift_noise_levels,
 )
 from arl2_jax.diffusion.samplers import noise_levels, sample, sample_carrying
 
@@ -19,5 +19,5 @@ __all__ = [
     "predict_x0",
     "sample",
     "sample_carrying",
-    "warp",
+    "shift_noise_levels",
 ]

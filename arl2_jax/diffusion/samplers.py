@@ -9,32 +9,32 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from arl2_jax.config import SamplerConfig
-from arl2_jax.diffusion.flow_matching import draw_noise, warp
+from arl2_jax.diffusion.flow_matching import draw_noise, shift_noise_levels
 
 FlowFn = Callable[[Array, Array], Array]
-# With something that is carried from one question to the next.
+# With a carry from one evaluation to the next.
 CarryingFlowFn = Callable[[Array, Array, Any], tuple[Array, Any]]
 
 
 def noise_levels(sampler: SamplerConfig) -> np.ndarray:
-    """Noise levels at which the network is asked, falling from 1, float32 [steps]."""
+    """Return the falling noise levels at which the network is evaluated, float32 [steps]."""
     if sampler.method == "few_step":
         s = np.asarray(sampler.timesteps) / 1000
     else:
         s = np.linspace(1, 0, sampler.steps + 1)[:-1]
-    return warp(s, sampler.shift).astype(np.float32)
+    return shift_noise_levels(s, sampler.shift).astype(np.float32)
 
 
 def sample(
     flow_fn: FlowFn, key: Array, shape: tuple[int, ...], sampler: SamplerConfig
 ) -> Float[Array, "b f rows columns channels"]:
-    """Denoises one frame block.
+    """Denoise one frame block.
 
     Args:
       flow_fn: (x, s) -> flow of the block, both like x; s is a float32 scalar.
       key: random key of the block.
       shape: shape of the block's latents.
-      sampler: few-step predicts x0 and re-noises it with fresh noise; Euler takes the step
+      sampler: few-step predicts x0 and adds fresh noise to it; Euler takes the step
         x + (s' - s) v along the flow.
     """
     return sample_carrying(lambda x, s, _: (flow_fn(x, s), None), None, key, shape, sampler)[0]
@@ -47,11 +47,11 @@ def sample_carrying(
     shape: tuple[int, ...],
     sampler: SamplerConfig,
 ) -> tuple[Float[Array, "b f rows columns channels"], Any]:
-    """Denoises one frame block, with a carry: (block, carry after the last question).
+    """Denoise one frame block, with a carry: (block, carry after the last evaluation).
 
     Args:
       flow_fn: (x, s, carry) -> (flow of the block, carry).
-      carry: the first one, a pytree of arrays.
+      carry: initial carry, a pytree of arrays.
       key, shape, sampler: as in `sample`.
     """
     levels = noise_levels(sampler)

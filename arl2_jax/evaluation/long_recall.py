@@ -1,7 +1,7 @@
-"""Recall in true videos of any length: does a memory that has seen much still remember?
+"""Recall in true videos of any length: does a memory still remember after many blocks?
 
-A long rollout that loses its sprites may have forgotten them, or have drawn them wrong and
-remembered that. Here all that a model has written to its memory is true, which leaves the first.
+A long rollout that loses its sprites may have forgotten them, or may have drawn them wrong and
+remembered that. Here all that a model writes to its memory is true, which rules out the second.
 """
 
 import functools
@@ -24,10 +24,10 @@ from arl2_jax.text import embed_caption
 
 
 class Stretch(NamedTuple):
-    """Blocks of a video that are drawn.
+    """A range of blocks of a video that are drawn.
 
     Attributes:
-      first, last: numbers from 0, the last one included.
+      first, last: block numbers from 0; `last` is included.
     """
 
     first: int
@@ -43,21 +43,21 @@ def long_recall(
     videos: int,
     stretches: Sequence[Stretch],
 ) -> list[dict[str, Any]]:
-    """Recall of sprites that come back, after few and after many true blocks.
+    """Measure recall of sprites that come back, after few and after many true blocks.
 
     Args:
       config: the run, on synthetic clips whose sprites keep to lanes.
-      codec: one whose frames have no past.
+      codec: a codec that decodes each frame by itself.
       model: the model.
       key: random key.
       videos: held-out videos, those of `arl2_jax.evaluation.drift.beginnings`.
-      stretches: where to ask, in order; a sprite counts where it comes back in one.
+      stretches: blocks to draw, in order; sprites that come back within one count.
 
     Returns:
       For each stretch "blocks" [first, last], the "count" of the sprites that come back there and
-      the "videos" they are in; of these "recall", the share that is drawn right, and its
+      the number of "videos" they are in; of these "recall", the share that is drawn right, and its
       "interval"; "other", the share in whose place a whole sprite of another identity is drawn.
-      What is missing to 1 is not drawn, or in part.
+      The rest is not drawn, or only in part.
     """
     f, blocks = config.model.frames_per_block, max(part.last for part in stretches) + 1
     clips = [true_clip(config, i, blocks * f) for i in range(videos)]
@@ -89,7 +89,7 @@ def draw_along(
 
     Args:
       model: the model; memory does not grow with the videos if all of its layers are hybrid.
-      sampler: how blocks are drawn and remembered.
+      sampler: how blocks are drawn and written.
       text: embeddings [B, L, text_dim].
       blocks: latents [B, f, rows, columns, channels] of one block after the other.
       asked: numbers of the blocks to draw, from 0.
@@ -106,7 +106,7 @@ def draw_along(
         own = jax.random.fold_in(key, i)
         if state is None:
             patches = cfg.patch_size[1] * cfg.patch_size[2]
-            context, state = rollout.start(
+            context, state = rollout.init_rollout(
                 params, cfg, sampler, jnp.asarray(text), own,
                 frames=count * cfg.frames_per_block,
                 tokens_per_frame=block.shape[2] * block.shape[3] // patches,
@@ -136,13 +136,13 @@ def long_recall_scores(
     wanted: Int[np.ndarray, "clips lanes"],
     stretches: Sequence[Stretch],
 ) -> list[dict[str, Any]]:
-    """Share of the sprites that come back which are drawn right, as `long_recall` returns it.
+    """Compute the share of returning sprites that are drawn right, as in `long_recall`.
 
     Args:
       shown: readings of the true blocks, see `arl2_jax.evaluation.lanes.read_lanes`.
       drawn: number of a block -> readings of what was drawn in its place.
       wanted: identities of the sprites.
-      stretches: where to ask.
+      stretches: blocks that were drawn.
     """
     back, scores = returns(shown, wanted)[0], []
     for part in stretches:

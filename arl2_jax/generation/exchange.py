@@ -1,8 +1,8 @@
 """One block drawn from memories that are exchanged between twin clips.
 
-Which memory carries what a block knows of the past? Two clips are twins if they differ in what is
-asked for and in nothing else. A clip whose block reads one memory of its twin, and all else of its
-own, draws what that memory says.
+This shows which memory carries what a block knows of the past. Two clips are twins if they differ
+only in what is tested. If a block reads one memory of its twin and otherwise its own, the drawing
+shows what that memory contains.
 """
 
 import functools
@@ -19,9 +19,9 @@ from arl2_jax.config import ModelConfig, SamplerConfig
 from arl2_jax.diffusion import draw_noise
 from arl2_jax.generation import rollout
 
-# What is read of the one kind of memory that an exchange is about; of the other it is the own.
+# What is read for the kind of memory that an exchange replaces; the other kind is the clip's own.
 _OWN, _TWIN, _ZERO = range(3)
-# Of each exchange: whether it is about the layers that conversion changed, or about the others.
+# For each exchange: whether it replaces memories of converted or of other layers, and by what.
 _READ = {
     "none": (True, _OWN),
     "states": (True, _TWIN),
@@ -32,7 +32,7 @@ EXCHANGES = tuple(_READ)
 
 
 class OfLayers(NamedTuple):
-    """An exchange in some layers alone; the others read what is their own.
+    """An exchange in some layers only; the others read their own memories.
 
     Attributes:
       name: one of `EXCHANGES`.
@@ -48,7 +48,7 @@ Exchange = str | OfLayers
 
 
 def exchanges_of(cfg: ModelConfig) -> tuple[str, ...]:
-    """Names of the exchanges that a model has the memories for, "none" first."""
+    """Return the exchanges that a model has the memories for, "none" first."""
     states = bool(cfg.converted_layers) and cfg.memory_gate == "learned"
     caches = len(cfg.converted_layers) < cfg.num_layers
     has = {"none": True, "states": states, "caches": caches, "zeroed": states}
@@ -67,21 +67,20 @@ def draw_exchanged(
     *,
     exchanges: tuple[Exchange, ...] = ("none",),
 ) -> Float[Array, "exchanges drawings b f rows columns channels"]:
-    """Draws one block of each clip from noise after its clean past, under several exchanges.
+    """Draw one block of each clip from noise after its clean past, under several exchanges.
 
     Neighbours in the batch are twins. The past is written block by block; then the block is drawn,
-    which is remembered nowhere. Under an exchange every read, in either part, sees in the place of
-    one kind of memory
+    but not written. An exchange replaces one kind of memory in every read, of the past and of the
+    drawing:
 
-      "none": nothing else, all are the clip's own;
-      "states": its twin's states of the layers that conversion changed;
-      "caches": its twin's caches, of all other layers;
+      "none": nothing is replaced, all memories are the clip's own;
+      "states": the twin's states, in converted layers;
+      "caches": the twin's caches, in all other layers;
       "zeroed": zeros as states.
 
-    The twin's memories are those that the twin has with nothing exchanged. What a clip itself
-    writes follows from what it has read: an identity that it no longer reads cannot reach it by
-    way of another layer's memory. With sampler.context_noise, twins and exchanges share the noise
-    with which the past is written.
+    The twin's memories are those without an exchange. What a clip writes follows from what it has
+    read, so an identity that it no longer reads cannot reach it through another layer's memory.
+    With sampler.context_noise, twins and exchanges share the noise with which the past is written.
 
     Args:
       params, cfg, sampler: as in `arl2_jax.generation.rollout.rollout`.
@@ -90,18 +89,18 @@ def draw_exchanged(
         The first is also the source of the noise in the past.
       clips: clean latents, whole blocks; an even number of clips.
       block: index of the frame block to draw, may be traced.
-      exchanges: those to make, names of `EXCHANGES`, or `OfLayers` for some layers alone.
+      exchanges: names of `EXCHANGES`, or `OfLayers` for some layers only.
 
     Returns:
       The drawn blocks for every exchange and key, float32.
 
     Raises:
-      ValueError: an odd number of clips, an unknown exchange, or one of layers without the memory.
+      ValueError: an odd number of clips, an unknown exchange, or layers without that memory.
     """
     if len(clips) % 2:
         raise ValueError(f"{len(clips)} clips are given; twins come in pairs")
     f, tokens = cfg.frames_per_block, clips.shape[2] * clips.shape[3]
-    context, empty = rollout.start(
+    context, empty = rollout.init_rollout(
         params, cfg, sampler, text, keys[0],
         frames=clips.shape[1],
         tokens_per_frame=tokens // (cfg.patch_size[1] * cfg.patch_size[2]),
@@ -148,7 +147,7 @@ def draw_exchanged(
 
 
 def _codes(cfg: ModelConfig, exchange: Exchange) -> Int[np.ndarray, "layers"]:
-    """What each layer reads under an exchange."""
+    """Return the code of what each layer reads under an exchange."""
     name, layers = exchange if isinstance(exchange, OfLayers) else (exchange, None)
     if name not in _READ:
         raise ValueError(f"exchanges has {[name]}; known are {', '.join(EXCHANGES)}")
@@ -164,7 +163,7 @@ def _codes(cfg: ModelConfig, exchange: Exchange) -> Int[np.ndarray, "layers"]:
 def _read(
     runs: list[tuple[int, int]], memory: tuple, undisturbed: tuple, code: Int[Array, "layers"]
 ) -> tuple:
-    """What is read: the clip's memory, its twin's undisturbed one, or zeros, layer by layer."""
+    """Select what each layer reads: the clip's memory, its twin's undisturbed one, or zeros."""
     seen = []
     for (start, stop), own, theirs in zip(runs, memory, undisturbed, strict=True):
         choose = functools.partial(_choose, code[start:stop])
@@ -173,18 +172,18 @@ def _read(
 
 
 def _choose(code: Int[Array, "layers"], own: Array, theirs: Array) -> Array:
-    """One array of a run's memories, [layers, B, ...]."""
+    """Select one array of a run's memories, [layers, B, ...]."""
     code = code.reshape(-1, *(1,) * (own.ndim - 1))
     return jnp.where(code == _OWN, own, jnp.where(code == _TWIN, swap_twins(theirs, axis=1), 0))
 
 
 def swap_twins(x: Array, axis: int = 0) -> Array:
-    """Swaps neighbours along an axis of even length."""
+    """Swap neighbors along an axis of even length."""
     shape = x.shape
     pairs = x.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
     return jnp.flip(pairs, axis + 1).reshape(shape)
 
 
 def twin_noise(key: Array, shape: tuple[int, ...]) -> Array:
-    """Draw standard normal noise of a batch of twins, the same for both of a pair."""
+    """Draw standard normal noise for a batch of twins, the same for both clips of a pair."""
     return jnp.repeat(draw_noise(key, (shape[0] // 2, *shape[1:])), 2, axis=0)

@@ -30,17 +30,17 @@ def write_from_run(
     leak: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Generates a video with one of a run's models and writes it as an mp4 file.
+    """Generate a video with one of a run's models and write it as an mp4 file.
 
     Args:
       run: the run's folder.
       model: one of `MODELS`.
-      prompt: words, embedded as the captions of training are.
+      prompt: text, embedded like the captions in training.
       frames: pixel frames to generate, whole blocks; by default four training clips.
-      out: the file.
+      out: file to write.
       paths: text encoder and VAE, for runs on latents of Wan's VAE.
       condition: a video file; its beginning, half a training clip, comes first and is continued.
-      negative_prompt: what guidance leads away from, where the text encoder is Wan's.
+      negative_prompt: text that guidance leads away from, if the text encoder is Wan's.
       leak: as `make_video` takes it.
       seed: seed of the noise.
 
@@ -65,7 +65,7 @@ def write_from_run(
 
 
 def teacher_of_run(run: epath.PathLike) -> Config:
-    """The configuration of a run, with the weights of its teacher in `teacher.weights`.
+    """Return the configuration of a run, with its teacher's weights in `teacher.weights`.
 
     Raises:
       StorageError: there is no such run.
@@ -80,7 +80,7 @@ def teacher_of_run(run: epath.PathLike) -> Config:
 
 
 def read_run_config(run: epath.PathLike) -> Config:
-    """The configuration that a run keeps in its folder.
+    """Read the configuration that a run keeps in its folder.
 
     Raises:
       StorageError: there is none, or it is damaged.
@@ -114,7 +114,7 @@ def _find(run: epath.Path, model: str, config: Config, paths: ReleasePaths) -> V
     codec = (
         paths.load_codec(config.data.vae) if config.data.codec == "wan_vae" else make_codec(config)
     )
-    assert codec is not None  # only Wan's may lack its weights
+    assert codec is not None  # only Wan's codec may lack weights
     return VideoModel(
         dataclasses.replace(cfg, memory_gate=gates.get(model, cfg.memory_gate)),
         lambda: load_params_folder(run / model / "weights")[0],

@@ -1,4 +1,4 @@
-"""Videos as a stream of frame blocks: of any length, from one compiled program."""
+"""Videos as a stream of frame blocks, of any length, from one compiled program."""
 
 import functools
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from arl2_jax.generation.rollout import (
     RolloutState,
     enter_phase,
     generate_block,
-    start,
+    init_rollout,
     write_block,
 )
 
@@ -24,10 +24,10 @@ AnyArray = Array | np.ndarray
 
 
 class Generator:
-    """Generates videos block by block, and hands out each block as soon as it is made.
+    """Generates videos block by block, and yields each block as soon as it is made.
 
-    The blocks are those of `rollout` with the same key. A model whose memories are all of fixed
-    size streams without end; full softmax caches need to know how many frames to keep room for.
+    The blocks are those of `rollout` with the same key. A model whose memories are all bounded
+    streams without end; for full softmax caches the number of frames must be known.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Generator:
         latent_shape: tuple[int, int, int],
         codec: Codec | None = None,
     ):
-        """Stacks the parameters once for all videos.
+        """Stack the parameters once for all videos.
 
         Args:
           cfg, params: the model.
-          sampler: how each block is denoised and remembered.
+          sampler: how each block is denoised and written.
           latent_shape: rows, columns and channels of a latent frame.
-          codec: decodes the blocks as they come; without one the blocks are latents.
+          codec: decodes each block; without one the blocks are latents.
 
         Raises:
           ValueError: the latents are not the model's or the codec's.
@@ -66,7 +66,7 @@ class Generator:
         self._params = jax.jit(lambda p: models.compute_params(p, cfg))(params)
         tokens = rows * columns // (patch_rows * patch_columns)
         self._start = jax.jit(
-            lambda params, text, null_text, key, frames: start(
+            lambda params, text, null_text, key, frames: init_rollout(
                 params,
                 cfg,
                 sampler,
@@ -78,7 +78,7 @@ class Generator:
             ),
             static_argnames="frames",
         )
-        # Memories are updated in place; the key is not, for it may be the caller's.
+        # Memories are updated in place; the key is not donated, as it may be the caller's.
         program = functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
         self._next, self._remember = program(self._make_block), program(self._write_block)
         self._enter = jax.jit(
@@ -99,26 +99,26 @@ class Generator:
         capacity: int | None = None,
         null_text: Float[AnyArray, "l text_dim"] | None = None,
     ) -> Iterator[Array]:
-        """Generates a video, or continues one; arguments are checked at the call.
+        """Generate a video, or continue one; arguments are checked at the call.
 
         Args:
           text_embedding: [L, text_dim] for one video, or [B, L, text_dim].
           key: random key.
-          past: clean latents to continue, whole blocks; they are remembered, not handed out.
-          frames: latent frames to generate, whole blocks; None goes on without end.
-          capacity: latent frames, the past's included, that memories which grow have room for; by
-            default as many as are asked for. Models without such memories have no use for it.
-          null_text: what guidance leads away from, see `rollout.start`.
+          past: clean latents to continue, whole blocks; they are written, but not yielded.
+          frames: latent frames to generate, whole blocks; None never ends.
+          capacity: latent frames, the past included, that growing memories have room for; by
+            default past and `frames`. Models without such memories ignore it.
+          null_text: embedding that guidance leads away from, see `rollout.init_rollout`.
 
         Returns:
           Iterator of latents [B, f, rows, columns, channels] float32 or, with a codec, of pixels
-          [B, F, H, W, 3] uint8. A codec that compresses time gives the first block of a video
-          fewer frames than those after it.
+          [B, F, H, W, 3] uint8. With a codec that compresses time, the first block of a video has
+          fewer frames than the later ones.
 
         Raises:
           ValueError: before anything is compiled, if shapes do not fit, or if frames are endless
-            or more than capacity in a model whose memory grows; and on the way, when an endless
-            stream has filled its capacity.
+            or more than capacity in a model whose memory grows; and during the stream, when an
+            endless one has filled its capacity.
         """
         text = jnp.asarray(text_embedding)
         text = text[None] if text.ndim == 2 else text
@@ -151,7 +151,7 @@ class Generator:
         capacity: int | None = None,
         null_text: Float[AnyArray, "l text_dim"] | None = None,
     ) -> np.ndarray:
-        """Collects `frames` latent frames of a stream in host memory; the past is not repeated.
+        """Collect `frames` latent frames of a stream in host memory; the past is not repeated.
 
         Args:
           text_embedding, frames, key, past, capacity, null_text: as in `stream`. Videos of several
@@ -183,7 +183,7 @@ class Generator:
                     context, *state, before=cfg, after=phases[position], frames=room
                 )
                 cfg = phases[position]
-            if position < known:
+            if past is not None and position < known:
                 block = past[:, position : position + f]
                 state = self._remember(context, *state, cfg=cfg, block=block)
                 position += f
@@ -208,7 +208,7 @@ class Generator:
         return write_block(context, cfg, self.sampler, state, block)
 
     def _check_past(self, past, batch: int) -> int:
-        """Latent frames of the past."""
+        """Check the shape of the past and return its latent frames."""
         if past is None:
             return 0
         f, *frame = self._shape
@@ -220,7 +220,7 @@ class Generator:
         return past.shape[1]
 
     def _room(self, known: int, frames: int | None, capacity: int | None) -> int | None:
-        """Latent frames that memories which grow get room for; None without such memories."""
+        """Return the latent frames that growing memories have room for; None without any."""
         growing = len(models.unbounded_layers(self.cfg))
         if not growing:
             return None
@@ -241,7 +241,7 @@ class Generator:
 def _decoded(
     blocks: Iterator[Array], codec: Codec, past: AnyArray | None, shape: tuple[int, ...]
 ) -> Iterator[Array]:
-    """Pixels of the blocks; a codec with a memory sees the past first."""
+    """Decode the blocks to pixels; the codec's state takes in the past first."""
     batch, f, rows, columns, _ = shape
     state, first = codec.init_state(batch, rows, columns), True
     if past is not None:
@@ -256,5 +256,5 @@ def _decoded(
 
 @jax.jit
 def _to_uint8(pixels: Array) -> Array:
-    """Colours in [-1, 1] as whole numbers in 0..255."""
+    """Convert colors in [-1, 1] to integers in 0..255."""
     return jnp.clip(jnp.rint((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -21,11 +21,11 @@ from arl2_jax.models import Params
 
 
 class VideoModel(NamedTuple):
-    """What a video is made with.
+    """A network and all it needs to make a video.
 
     Attributes:
       cfg: the network.
-      load_params: reads its parameters, which may be large: after the text has been encoded.
+      load_params: reads its parameters; called after the text is encoded, as they may be large.
       sampler: how each block is denoised.
       codec: decodes the latents.
       latent_shape: rows, columns and channels of a latent frame.
@@ -50,13 +50,13 @@ def make_video(
     leak: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Generates a video and writes it as an mp4 file; memory does not grow with its length.
+    """Generate a video and write it as an mp4 file; host memory does not grow with its length.
 
     Args:
-      model: what it is made with.
+      model: the network with its sampler and codec.
       encode_text: called once, before the model's parameters are read.
       frames: pixel frames to generate, whole blocks.
-      out: the file.
+      out: file to write.
       past: uint8 [F, H, W, 3], whole blocks; it comes first and is continued.
       leak: share of a gated delta state that every block loses in addition to decay and writes; by
         default that of the model.
@@ -98,12 +98,12 @@ def make_video(
 def read_past(
     path: str, model: VideoModel, latent_frames: int, pixels: tuple[int, int]
 ) -> np.ndarray:
-    """The beginning of a video file, in whole blocks: uint8 [F, H, W, 3]."""
+    """Read the beginning of a video file, in whole blocks: uint8 [F, H, W, 3]."""
     return read_frames(Path(path), model.fps, model.codec.pixel_frames(latent_frames), pixels)
 
 
 def _with_leak(cfg: ModelConfig, leak: float) -> ModelConfig:
-    """The model with another leak of its states."""
+    """Return the model with another leak of its states."""
     if not cfg.hybrid_layers or cfg.memory_gate != "learned":
         raise ConfigError(
             "has no effect: no layer of this model reads a gated delta state",
@@ -115,7 +115,7 @@ def _with_leak(cfg: ModelConfig, leak: float) -> ModelConfig:
 
 
 def _whole_blocks(frames: int, known: int, codec: Codec, block: int) -> int:
-    """Latent frames that decode to `frames` pixel frames behind `known` latent frames."""
+    """Return the latent frames that decode to `frames` pixel frames after `known` latent ones."""
     before = codec.pixel_frames(known) if known else 0
     pixels = lambda blocks: codec.pixel_frames(known + blocks * block) - before
     blocks = 1

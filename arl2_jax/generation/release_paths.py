@@ -61,7 +61,7 @@ class ReleasePaths:
         return load_wan_codec(_known("vae", self.vae or default), tile=self.vae_tile)
 
     def vae_fingerprint(self) -> str:
-        """Return what tells the VAE's weights from others."""
+        """Return a fingerprint of the VAE's weights."""
         return fingerprint(vae_weights(_known("vae", self.vae)))
 
 

@@ -1,4 +1,4 @@
-"""Videos from released weights, whatever their layout."""
+"""Videos from released weights, in any known layout."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from arl2_jax.generation.release_paths import ReleasePaths
 from arl2_jax.generation.text_conditioning import encode_text
 from arl2_jax.weights import find_release, load_params, model_config
 
-# Of every Wan2.1 model.
+# Frames a second of every Wan2.1 model.
 FPS = 16.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """Rows and columns of the video in pixels."""
+class Resolution:
+    """Rows and columns of a video in pixels."""
 
     height: int = 480
     width: int = 832
@@ -32,7 +32,7 @@ def write_from_weights(
     out: epath.PathLike,
     paths: ReleasePaths,
     sampler: SamplerConfig,
-    picture: Picture = Picture(),
+    resolution: Resolution = Resolution(),
     condition: str | None = None,
     negative_prompt: str = "",
     frames_per_block: int | None = None,
@@ -41,19 +41,19 @@ def write_from_weights(
     leak: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Generates a video from a prompt and writes it as an mp4 file.
+    """Generate a video from a prompt and write it as an mp4 file.
 
     Args:
       weights: a release's folder, a file of its transformer, or a folder of `save_params`.
-      prompt: what is to be seen.
+      prompt: description of the video.
       frames: pixel frames to generate, whole blocks; by default about five seconds.
-      out: the file.
-      paths: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
+      out: file to write.
+      paths: text encoder, tokenizer and VAE; those that are None are looked for in `weights`.
       sampler: how each block is denoised.
-      picture: size of the video.
+      resolution: size of the video.
       condition: a video file, whose first block comes first and is continued.
-      negative_prompt: what guidance leads away from.
-      frames_per_block: latent frames denoised together, where the weights do not say.
+      negative_prompt: text that guidance leads away from.
+      frames_per_block: latent frames denoised together, if the weights do not say.
       entry: which of the models in a .pt file.
       dtype: compute type; by default bfloat16, on CPUs float32.
       leak: as `make_video` takes it.
@@ -64,7 +64,7 @@ def write_from_weights(
     """
     paths = paths.within(weights)
     found = find_video_model(
-        weights, paths, sampler, picture, frames_per_block, entry=entry, dtype=dtype
+        weights, paths, sampler, resolution, frames_per_block, entry=entry, dtype=dtype
     )
     f = found.cfg.frames_per_block
     if frames is None:
@@ -73,7 +73,7 @@ def write_from_weights(
         frames = found.codec.pixel_frames(whole) - found.codec.pixel_frames(given)
     past = None
     if condition is not None:
-        past = read_past(condition, found, f, (picture.height, picture.width))
+        past = read_past(condition, found, f, (resolution.height, resolution.width))
     text = lambda: encode_text(
         paths.open_text_encoder(), prompt, negative_prompt, found.cfg, sampler
     )
@@ -84,21 +84,21 @@ def find_video_model(
     weights: str,
     paths: ReleasePaths,
     sampler: SamplerConfig,
-    picture: Picture,
+    resolution: Resolution,
     frames_per_block: int | None = None,
     *,
     entry: str | None = None,
     dtype: str | None = None,
 ) -> VideoModel:
-    """The transformer of `weights` with the VAE of `paths`; its parameters are not read yet.
+    """Return the transformer of `weights` with the VAE of `paths`, without reading parameters.
 
     Args:
-      weights, paths, sampler, picture, frames_per_block, entry, dtype: as in
+      weights, paths, sampler, resolution, frames_per_block, entry, dtype: as in
         `write_from_weights`.
 
     Raises:
       WeightsError: a file is missing or of another model.
-      ConfigError: the picture does not fit the model.
+      ConfigError: the resolution does not fit the model.
     """
     path = find_release(weights).transformer or weights
     choices = {} if frames_per_block is None else {"frames_per_block": frames_per_block}
@@ -118,15 +118,15 @@ def find_video_model(
         lambda: load_params(path, cfg, precision="compute", entry=entry),
         sampler,
         codec,
-        _latent_shape(picture, codec.spatial_factor, cfg),
+        _latent_shape(resolution, codec.spatial_factor, cfg),
         FPS,
     )
 
 
-def _latent_shape(picture: Picture, factor: int, cfg: ModelConfig) -> tuple[int, int, int]:
+def _latent_shape(resolution: Resolution, factor: int, cfg: ModelConfig) -> tuple[int, int, int]:
     sizes = []
     for i, name in enumerate(("height", "width"), start=1):
-        pixels, unit = getattr(picture, name), factor * cfg.patch_size[i]
+        pixels, unit = getattr(resolution, name), factor * cfg.patch_size[i]
         if pixels < 1 or pixels % unit:
             near = max(round(pixels / unit), 1) * unit
             raise ConfigError(

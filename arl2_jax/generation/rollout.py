@@ -14,10 +14,10 @@ from arl2_jax.diffusion import add_noise, draw_noise, sample_carrying
 
 
 class RolloutState(NamedTuple):
-    """What generation carries from block to block.
+    """State carried from block to block.
 
     Attributes:
-      memory: memories of all layers; with guidance, of the batch with and without text.
+      memory: memories of all layers; with guidance, for the batch with and without text.
       position: index of the next latent frame, int32.
       key: random key.
     """
@@ -28,13 +28,13 @@ class RolloutState(NamedTuple):
 
 
 class RolloutContext(NamedTuple):
-    """What stays the same over a rollout: `models.compute_params`, and the encoded text."""
+    """Constants of a rollout: parameters of `models.compute_params`, and the encoded text."""
 
     params: models.Params
     text: tuple
 
 
-def start(
+def init_rollout(
     params,
     cfg: ModelConfig,
     sampler: SamplerConfig,
@@ -45,18 +45,18 @@ def start(
     tokens_per_frame,
     null_text=None,
 ) -> tuple[RolloutContext, RolloutState]:
-    """Prepares a rollout, whose state is that of the model's first phase.
+    """Return the constants and the first state of a rollout, in the model's first phase.
 
     Args:
       params, cfg: the model.
-      sampler: with guidance above 1, the batch is doubled by its copy with `null_text`.
+      sampler: with guidance above 1, the batch is doubled by a copy with `null_text`.
       text: text embeddings [B, L, text_dim].
       key: random key.
-      frames: latent frames of the whole video; None if no end is known, see
+      frames: latent frames of the whole video; None for an endless one, see
         `arl2_jax.init_memory`.
       tokens_per_frame: tokens of a latent frame.
       null_text: embedding [L, text_dim] that guidance leads away from: of the empty or of a
-        negative prompt. By default zeros, which is the text that training drops.
+        negative prompt. By default zeros, to which training drops the text.
     """
     if sampler.guidance > 1:
         null = jnp.zeros_like(text) if null_text is None else null_text
@@ -82,12 +82,12 @@ def enter_phase(
     frames: int | None,
     tokens_per_frame: int,
 ) -> RolloutState:
-    """Goes on from one phase of generation to the next, see `ModelConfig.phases`.
+    """Convert the memories from one phase of generation to the next, see `ModelConfig.phases`.
 
     Args:
       context, state: the rollout, at the latent frame at which the phase begins.
       before, after: models of both phases.
-      frames, tokens_per_frame: as in `start`.
+      frames, tokens_per_frame: as in `init_rollout`.
     """
     memory = models.hand_over(
         before,
@@ -111,14 +111,14 @@ def write_block(
     eps: Float[Array, "b f rows columns channels"] | None = None,
     aux: Any = None,
 ) -> RolloutState:
-    """Runs a block at noise level sampler.context_noise through the network and remembers it.
+    """Write a block to the memories, at noise level sampler.context_noise.
 
     Args:
-      context, cfg, sampler, state: the rollout; its key is split at levels above 0 alone.
+      context, cfg, sampler, state: the rollout; its key is split only at levels above 0.
       block: clean latents [B, f, rows, columns, channels].
-      read: memories that the block sees instead of those of `state`, which it is written to.
+      read: memories that the block reads instead of those of `state`, to which it is written.
       eps: noise for the block, standard normal; by default drawn with the key of `state`.
-      aux: what the memories have gathered while the block was denoised; None if it was not.
+      aux: what the memories gathered while the block was denoised; None if it was not.
     """
     level = jnp.full(block.shape[:2], sampler.context_noise, jnp.float32)
     if sampler.context_noise > 0:
@@ -126,7 +126,7 @@ def write_block(
             key, own = jax.random.split(state.key)
             state, eps = state._replace(key=key), draw_noise(own, block.shape)
         block = add_noise(block, eps, level)
-    # With guidance, the batch with and without text remembers the same.
+    # With guidance, the same block is written with and without text.
     copies = context.text[0].k.shape[1] // block.shape[0]
     _, memory, _ = models.apply_pass(
         context.params,
@@ -150,12 +150,12 @@ def denoise_block(
     state: RolloutState,
     shape: tuple[int, ...],
 ) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
-    """Makes the next block, of the given shape, from noise; it is not yet remembered."""
+    """Generate the next block, of the given shape, from noise, without writing it."""
     return _denoise_block(context, cfg, sampler, state, shape)[:2]
 
 
 def _denoise_block(context: RolloutContext, cfg, sampler, state: RolloutState, shape):
-    """`denoise_block`, and what the memories have gathered."""
+    """Do as `denoise_block`; also return what the memories gathered."""
     key, block_key = jax.random.split(state.key)
 
     def flow_fn(x, s, aux):
@@ -179,7 +179,7 @@ def _denoise_block(context: RolloutContext, cfg, sampler, state: RolloutState, s
 
     aux: Any = (None,) * len(state.memory)
     if models.gathers(cfg):
-        # The passes are a scan that carries aux, whose shape has to be known before the first.
+        # The passes are a scan that carries aux, so its shape must be known before the first.
         shapes = jax.eval_shape(lambda: flow_fn(jnp.zeros(shape), jnp.float32(1), None)[1])
         aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     block, aux = sample_carrying(flow_fn, aux, block_key, shape, sampler)
@@ -193,7 +193,7 @@ def generate_block(
     state: RolloutState,
     shape: tuple[int, ...],
 ) -> tuple[RolloutState, Float[Array, "b f rows columns channels"]]:
-    """Denoises the next block and remembers it."""
+    """Denoise the next block and write it to the memories."""
     state, block, aux = _denoise_block(context, cfg, sampler, state, shape)
     return write_block(context, cfg, sampler, state, block, aux=aux), block
 
@@ -210,11 +210,11 @@ def rollout(
     shape: tuple[int, int, int],
     past: Float[Array, "b past rows columns channels"] | None = None,
 ) -> Float[Array, "b t rows columns channels"]:
-    """Generates a video, or continues one.
+    """Generate a video, or continue one.
 
     Args:
       params, cfg: the model.
-      sampler: how each block is denoised and remembered.
+      sampler: how each block is denoised and written.
       text: text embeddings.
       key: random key.
       blocks: frame blocks to generate.
@@ -222,13 +222,13 @@ def rollout(
       past: clean latents to continue, whole blocks; they are written to the memories first.
 
     Returns:
-      The generated blocks alone, [B, blocks * f, rows, columns, channels] float32.
+      Only the generated blocks, [B, blocks * f, rows, columns, channels] float32.
     """
     f, past_frames = cfg.frames_per_block, 0 if past is None else past.shape[1]
     frames = past_frames + blocks * f
     tokens = shape[0] * shape[1] // (cfg.patch_size[1] * cfg.patch_size[2])
     room = dict(frames=frames, tokens_per_frame=tokens)
-    context, state = start(params, cfg, sampler, text, key, **room)
+    context, state = init_rollout(params, cfg, sampler, text, key, **room)
     phases = [phase for phase in cfg.phases() if phase[0] < frames]
     ends, before, made = [*(first for first, _ in phases[1:]), frames], cfg, []
     for (first, model), end in zip(phases, ends, strict=True):
@@ -246,7 +246,7 @@ def rollout(
 
 
 def _remember(context: RolloutContext, cfg, sampler, state: RolloutState, past) -> RolloutState:
-    """Writes whole blocks, one after the other."""
+    """Write whole blocks to the memories, one after the other."""
     blocks = rearrange(past, "b (m f) ... -> m b f ...", f=cfg.frames_per_block)
     step = lambda state, block: (write_block(context, cfg, sampler, state, block), None)
     return jax.lax.scan(step, state, blocks)[0]

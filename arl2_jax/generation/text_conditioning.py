@@ -1,4 +1,4 @@
-"""Text that generation is conditioned on: the prompt, and what guidance leads away from."""
+"""Text that generation is conditioned on: the prompt and the negative prompt of guidance."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from arl2_jax.text import TextEncoder
 
 
 class TextConditioning(NamedTuple):
-    """Embeddings [text_len, text_dim] of the prompt, and of what guidance leads away from."""
+    """Embeddings [text_len, text_dim] of the prompt, and of the text guidance leads away from."""
 
     prompt: np.ndarray
     null: np.ndarray | None = None
@@ -35,7 +35,7 @@ def encode_text(
 def encode_null_text(
     encoder: TextEncoder, negative_prompt: str, cfg: ModelConfig, sampler: SamplerConfig
 ) -> np.ndarray | None:
-    """Encode what guidance leads away from, [text_len, text_dim]; None without guidance.
+    """Encode the text that guidance leads away from, [text_len, text_dim]; None without guidance.
 
     Raises:
       ConfigError, WeightsError: as `encode_text`, but the negative prompt may be empty.

@@ -16,18 +16,18 @@ from jaxtyping import UInt8
 
 from arl2_jax.storage import move_whole
 
-# Pixels [F, H, W, 3], of sizes that may differ within a call.
+# Pixels [F, H, W, 3]; sizes may differ within a call.
 Frames = UInt8[np.ndarray, "_ _ _ 3"]
 
-# Narrower videos are shown as a blur by most players, which smooth when they enlarge.
+# Most players smooth when they enlarge, so narrower videos would look blurred.
 MIN_WIDTH = 384
 
 
 class VideoWriter:
     """Writes an mp4 file frame by frame; a context manager.
 
-    The file is one that common players and browsers show. It gets its name when it is complete;
-    after an exception there is none. What is held in memory does not grow with the video.
+    Common players and browsers show the file. It gets its name when it is complete; after an
+    exception there is no file. Memory does not grow with the video.
 
     Args:
       path: local or remote file; a file of that name is replaced.
@@ -50,7 +50,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Appends frames; small ones are enlarged by whole factors to at least `MIN_WIDTH` columns.
+        """Append frames; small ones are enlarged by integers to at least `MIN_WIDTH` columns.
 
         Raises:
           ValueError: frames are not uint8 [F, H, W, 3] with at least one frame.
@@ -60,7 +60,7 @@ class VideoWriter:
                 f"frames are {frames.dtype} {frames.shape}; uint8 [F, H, W, 3] is needed"
             )
         for picture in frames:
-            # Colours are stored for squares of 2 x 2 pixels.
+            # Colors are stored for squares of 2 x 2 pixels.
             large = enlarge(picture[None], MIN_WIDTH)[0]
             even = [(0, large.shape[0] % 2), (0, large.shape[1] % 2), (0, 0)]
             frame = av.VideoFrame.from_ndarray(np.pad(large, even, mode="edge"), format="rgb24")
@@ -88,20 +88,20 @@ class VideoWriter:
 
 
 def write_video(path: epath.PathLike, frames: Frames, fps: float) -> None:
-    """Writes frames as an mp4 file, whole or not at all; see `VideoWriter`."""
+    """Write frames as an mp4 file, atomically; see `VideoWriter`."""
     with VideoWriter(path, fps) as writer:
         writer.write(frames)
 
 
 def enlarge(frames: Frames, width: int) -> Frames:
-    """Repeats pixels by the least whole factor that gives at least `width` columns."""
+    """Repeat pixels by the least integer factor that gives at least `width` columns."""
     factor = max(math.ceil(width / frames.shape[2]), 1)
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 @functools.cache
 def _codec() -> tuple[str, dict[str, str]]:
-    """Name and options of the best encoder that this build of FFmpeg has."""
+    """Return name and options of the best encoder that this build of FFmpeg has."""
     try:
         av.Codec("libx264", "w")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Stored latents for training: made by the teacher, or of videos."""
+"""Stored latents for training, from the teacher's rollouts or from videos."""
 
 from arl2_jax.preparation.describe import describe
 from arl2_jax.preparation.rollouts import store_rollouts

@@ -1,4 +1,4 @@
-"""What is to be said of a folder of stored latents."""
+"""Summary of a folder of stored latents."""
 
 import textwrap
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 from arl2_jax.data.latents import check_latents
 from arl2_jax.errors import DataError
 
-# Faults that are shown; a folder that was damaged as a whole has one in every record.
+# Most faults to show; a folder damaged as a whole has one in every record.
 _SHOWN = 20
 
 
 def describe(path: str | Path) -> str:
-    """Reads every clip of a folder of stored latents, and tells in a few lines what it holds.
+    """Read every clip of a folder of stored latents and return a summary of a few lines.
 
     Raises:
-      DataError: the folder has faults; a line for each of the first of them.
+      DataError: the folder has faults; the first ones are listed, a line each.
     """
     check = check_latents(path)
     if check.problems:

@@ -1,10 +1,8 @@
-"""Clips that the frozen teacher makes from a list of prompts: no video is needed."""
+"""Clips that the frozen teacher generates from a list of prompts: no video is needed."""
 
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,18 +12,30 @@ from arl2_jax.errors import ConfigError, DataError
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.make_video import VideoModel
 from arl2_jax.generation.release_paths import ReleasePaths
-from arl2_jax.generation.released import Picture, find_video_model
+from arl2_jax.generation.released import Resolution, find_video_model
 from arl2_jax.generation.text_conditioning import encode_null_text
 from arl2_jax.preparation.store import Plan, store
 from arl2_jax.text import TextEncoder
 from arl2_jax.weights import find_release, fingerprint
 
 
-class Rolling(NamedTuple):
-    """The teacher at work, and what guidance leads it away from, [text_len, text_dim]."""
+class LazyTeacher:
+    """A teacher that is loaded at first use: until then the text encoder has the memory."""
 
-    generator: Generator
-    null_text: np.ndarray | None
+    def __init__(self, model: VideoModel, encoder: TextEncoder, negative_prompt: str):
+        self._model, self._encoder, self._negative_prompt = model, encoder, negative_prompt
+
+    @functools.cached_property
+    def null_text(self) -> np.ndarray | None:
+        """Encode the text that guidance leads away from, [text_len, text_dim]."""
+        model = self._model
+        return encode_null_text(self._encoder, self._negative_prompt, model.cfg, model.sampler)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """Load the teacher's parameters and return its generator of latents."""
+        cfg, params, sampler = self._model.cfg, self._model.load_params(), self._model.sampler
+        return Generator(cfg, params, sampler, latent_shape=self._model.latent_shape)
 
 
 def store_rollouts(
@@ -36,29 +46,29 @@ def store_rollouts(
     weights: str | None,
     sampler: SamplerConfig,
     frames: int,
-    picture: Picture,
+    resolution: Resolution,
     frames_per_block: int | None = None,
     entry: str | None = None,
     negative_prompt: str = "",
     seed: int = 0,
     **stored,
 ) -> int:
-    """Rolls the teacher out on prompts, one clip each, and stores the clips.
+    """Roll the teacher out on prompts, one clip each, and store the clips.
 
-    A clip depends on its prompt, its place in the list and the seed alone, so that a list that was
-    interrupted gives the clips that it would have given.
+    A clip depends only on its prompt, its index in the list and the seed, so an interrupted list
+    gives the same clips when it is continued.
 
     Args:
-      prompts: text file, one prompt a line; empty lines are passed over.
-      out: folder of stored latents; one that is unfinished is continued.
-      paths: text encoder, tokenizer and VAE; what is None is looked for in `weights`.
-      weights, sampler, picture, frames_per_block, entry, negative_prompt, seed: as in
+      prompts: text file, one prompt a line; empty lines are skipped.
+      out: folder of stored latents; an unfinished one is continued.
+      paths: text encoder, tokenizer and VAE; those that are None are looked for in `weights`.
+      weights, sampler, resolution, frames_per_block, entry, negative_prompt, seed: as in
         `generation.released.write_from_weights`.
       frames: latent frames T of a clip, whole blocks.
       **stored: dtype and records_per_shard of `store`.
 
     Returns:
-      Clips in the folder.
+      The number of clips in the folder.
 
     Raises:
       UserError: what is wrong, in one line with the remedy.
@@ -69,16 +79,17 @@ def store_rollouts(
         )
     captions = read_prompts(prompts)
     paths = paths.within(weights)
-    teacher = find_video_model(weights, paths, sampler, picture, frames_per_block, entry=entry)
+    teacher = find_video_model(weights, paths, sampler, resolution, frames_per_block, entry=entry)
     block = teacher.cfg.frames_per_block
     if frames < 1 or frames % block:
         raise ConfigError(
             f"must be a multiple of the {block} of a block", field="frames", value=frames
         )
     encoder = paths.open_text_encoder()
+    lazy_teacher = LazyTeacher(teacher, encoder, negative_prompt)
     plan = Plan(
         captions=captions,
-        make=functools.partial(_roll_out, _once(teacher, encoder, negative_prompt), frames, seed),
+        make=functools.partial(_roll_out, lazy_teacher, frames, seed),
         latent_shape=(frames, *teacher.latent_shape),
         codec_weights=paths.vae_fingerprint(),
         source={
@@ -98,7 +109,7 @@ def store_rollouts(
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Reads a text file with one prompt a line.
+    """Read a text file with one prompt a line.
 
     Raises:
       DataError: the file cannot be read, or has no prompt.
@@ -118,22 +129,9 @@ def read_prompts(path: str | Path) -> list[str]:
     return found
 
 
-def _once(teacher: VideoModel, encoder: TextEncoder, negative_prompt: str) -> Callable[[], Rolling]:
-    """Makes the generator at its first use: until then the text encoder has the room."""
-
-    def make() -> Rolling:
-        null_text = encode_null_text(encoder, negative_prompt, teacher.cfg, teacher.sampler)
-        params, shape = teacher.load_params(), teacher.latent_shape
-        return Rolling(
-            Generator(teacher.cfg, params, teacher.sampler, latent_shape=shape), null_text
-        )
-
-    return functools.cache(make)
-
-
 def _roll_out(
-    rolling: Callable[[], Rolling], frames: int, seed: int, index: int, text: np.ndarray
+    teacher: LazyTeacher, frames: int, seed: int, index: int, text: np.ndarray
 ) -> np.ndarray:
-    generator, null_text = rolling()
+    null_text = teacher.null_text  # encoded before the teacher's parameters are read
     key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), index)
-    return generator.generate(text, frames=frames, key=key, null_text=null_text)[0]
+    return teacher.generator.generate(text, frames=frames, key=key, null_text=null_text)[0]

@@ -1,4 +1,4 @@
-"""Makes clips one by one and stores them; what a kill interrupts is continued."""
+"""Makes clips one by one and stores them; a killed run can be continued."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,15 +16,15 @@ from arl2_jax.text import TextEncoder
 
 
 class Plan(NamedTuple):
-    """Clips that are to be made.
+    """Clips to make.
 
     Attributes:
       captions: text of each clip.
       make: (index, text embedding [text_len, text_dim]) -> latents [T, h, w, C] of the clip.
       latent_shape: (T, h, w, C).
       codec_weights: fingerprint of the VAE's weights.
-      source: all that decides what `make` returns, as JSON. A folder is continued only with the
-        same, and with the same text encoder.
+      source: all that determines what `make` returns, as JSON. A folder is continued only with
+        the same source and the same text encoder.
     """
 
     captions: list[str]
@@ -44,20 +44,20 @@ def store(
     dtype: str = "bfloat16",
     records_per_shard: int = 64,
 ) -> int:
-    """Makes the clips of a plan that `out` does not have yet.
+    """Make the clips of a plan that `out` does not have yet.
 
     Args:
       plan: the clips.
-      out: folder of stored latents; one that is unfinished is continued.
-      encoder: captions are encoded shard by shard, so that those of a
-        long plan are never in memory together.
+      out: folder of stored latents; an unfinished one is continued.
+      encoder: text encoder. Captions are encoded shard by shard, so that those of a long plan are
+        never in memory together.
       text_len: text slots.
-      text_dim: width that the text encoder must have, if that matters.
-      dtype: of what is stored.
-      records_per_shard: clips in a file, which is also what a kill can cost.
+      text_dim: width that the text encoder must have; None allows any.
+      dtype: dtype of the stored numbers.
+      records_per_shard: clips in a file, and the most clips that a kill can lose.
 
     Returns:
-      Clips in the folder.
+      The number of clips in the folder.
 
     Raises:
       ConfigError: the folder was begun with another plan.
@@ -86,7 +86,7 @@ def store(
     )
     total = len(plan.captions)
     if writer.count:
-        logging.info("%s has %d of %d clips; going on behind them", out, writer.count, total)
+        logging.info("%s has %d of %d clips; continuing after them", out, writer.count, total)
     with writer, tqdm(total=total, initial=writer.count, unit="clip") as progress:
         for first in range(writer.count, total, records_per_shard):
             captions = plan.captions[first : first + records_per_shard]

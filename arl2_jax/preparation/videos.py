@@ -1,4 +1,4 @@
-"""A folder of videos through the VAE."""
+"""Clips of a folder of videos, encoded with the VAE."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from arl2_jax.data.videos import Video, decode_frames, index_videos
 from arl2_jax.errors import ConfigError
 from arl2_jax.generation.release_paths import ReleasePaths
-from arl2_jax.generation.released import Picture
+from arl2_jax.generation.released import Resolution
 from arl2_jax.preparation.store import Plan, store
 
 
@@ -18,25 +18,25 @@ def store_videos(
     paths: ReleasePaths,
     *,
     frames: int,
-    picture: Picture,
+    resolution: Resolution,
     fps: float,
     text_len: int = 512,
     **stored,
 ) -> int:
-    """Cuts every video into clips, one behind the other, and stores them; a rest is dropped.
+    """Cut every video into consecutive clips and store them; the remainder is dropped.
 
     Args:
-      folder: video files, also in subfolders; a.txt beside a.mp4 is its caption.
-      out: folder of stored latents; one that is unfinished is continued.
+      folder: video files, also in subfolders; a.txt next to a.mp4 is its caption.
+      out: folder of stored latents; an unfinished one is continued.
       paths: text encoder, tokenizer and VAE.
       frames: latent frames T of a clip.
-      picture: frames are resized to cover it and cropped at the centre.
+      resolution: size of the clips; frames are resized to cover it and cropped at the center.
       fps: frames a second at which the videos are sampled.
       text_len: text slots.
       **stored: dtype and records_per_shard of `store`.
 
     Returns:
-      Clips in the folder.
+      The number of clips in the folder.
 
     Raises:
       UserError: what is wrong, in one line with the remedy.
@@ -45,7 +45,8 @@ def store_videos(
     if frames < 1:
         raise ConfigError("must be positive", field="frames", value=frames)
     rows, columns = (
-        _latents(name, getattr(picture, name), codec.spatial_factor) for name in ("height", "width")
+        _latents(name, getattr(resolution, name), codec.spatial_factor)
+        for name in ("height", "width")
     )
     pixel_frames = codec.pixel_frames(frames)
     videos = index_videos(Path(folder), fps, pixel_frames)
@@ -59,7 +60,7 @@ def store_videos(
         del text
         video, start = clips[index]
         times = video.times[start : start + pixel_frames]
-        size = picture.height, picture.width
+        size = resolution.height, resolution.width
         pixels = decode_frames(video.path, times, size).astype(np.float32) / 127.5 - 1
         return np.asarray(codec.encode(pixels[None])[0], np.float32)
 
@@ -87,7 +88,7 @@ def _latents(name: str, pixels: int, factor: int) -> int:
 
 
 def _digest(videos: list[Video], folder: Path) -> str:
-    """Tells whether a folder still holds the same videos with the same captions."""
+    """Return a digest of the videos' names, sizes and captions."""
     digest = hashlib.sha256()
     for video in videos:
         name, size = video.path.relative_to(folder), video.path.stat().st_size

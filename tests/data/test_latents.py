@@ -77,7 +77,7 @@ def test_batches_and_held_out(tmp_path):
 
 
 def write_some(path, clips, stop, **options):
-    """Writes the clips that are not there yet, and breaks off before clip `stop`."""
+    """Write the missing clips, and stop before clip `stop`."""
     with make_writer(path, **options) as writer:
         for index in range(writer.count, len(clips[0])):
             if index == stop:
@@ -181,7 +181,7 @@ def test_a_look_finds_every_bad_clip_of_another_program(tmp_path):
     np.testing.assert_array_equal(LatentFolder(tmp_path)[4]["latents"], latents[4])
 
 
-def test_latents_that_are_not_normalised_are_told(tmp_path):
+def test_latents_that_are_not_normalized_are_reported(tmp_path):
     with make_writer(tmp_path) as writer:
         writer.write(*(part[0] * 100 for part in make_clips(1)))
     assert any("root mean square" in problem for problem in check_latents(tmp_path).problems)

@@ -69,7 +69,7 @@ def test_workers_give_the_same_batches():
     shared.close()
 
 
-def test_processes_share_out_the_batch(monkeypatch):
+def test_processes_get_equal_parts_of_the_batch(monkeypatch):
     data = open_data(make_config())
     whole = data.train_batches(6, seed=2)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
@@ -117,7 +117,7 @@ def test_training_seeds_lie_below_the_held_out_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("only", [False, True])
-def test_only_reveals_leaves_out_clips_that_ask_nothing(only):
+def test_only_reveals_leaves_out_clips_without_a_reveal(only):
     sprites = make_sprites(
         count=(1, 1), size=5, speed=(5.0, 5.0), occluder_width=10, pause=(2, 13), lamp=2,
         only_reveals=only,

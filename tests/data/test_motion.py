@@ -1,4 +1,4 @@
-"""Sprites rest where and as long as they should, and lamps burn before they come out."""
+"""Sprites rest where and as long as they should, and lamps are lit before they come out."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ def paths(sprites, seeds=20):
 
 
 def steps_of(clip, moving, sprite):
-    """Step of the path without pauses that each frame shows; a path may stand still by rounding."""
+    """Step of the path without pauses that each frame shows; rounding may repeat a position."""
     step, steps = 0, []
     for frame, place in enumerate(clip.positions[:, sprite]):
         follows = frame > 0 and (moving.positions[step + 1, sprite] == place).all()
@@ -65,7 +65,7 @@ def test_sprites_rest_once_a_passage_near_the_middle(sprites):
 
 
 @CONFIGS
-def test_a_lamp_burns_just_before_a_sprite_comes_out(sprites):
+def test_a_lamp_is_lit_just_before_a_sprite_comes_out(sprites):
     """In its rows, at the edge where it will be seen; and nothing else is lit."""
     for seed in range(20):
         clip = make_clip(sprites, DATA, seed)

@@ -90,7 +90,7 @@ def test_reveal_clips_are_held_out_and_hold_their_event(found):
         np.testing.assert_array_equal(shown[mask], rgb[mask])
 
 
-def test_neighbours_are_twins(found):
+def test_neighbors_are_twins(found):
     clips, events = found
     assert len(clips) == len(events) == 96
     for one, other, event, same in zip(
@@ -124,7 +124,7 @@ def test_identities_and_lags_are_balanced(found):
     assert len({(event.lag, identity) for event, identity in zip(events, each, strict=True)}) > 40
 
 
-def test_one_shape_leaves_the_colour_to_tell_twins_apart():
+def test_with_one_shape_twins_differ_in_color():
     clips, events = reveal_clips(make_config(shapes=1, count=(1, 1)), 16)
     for one, other, event in zip(clips[::2], clips[1::2], events[::2], strict=True):
         assert one.colors[event.sprite] != other.colors[event.sprite]

@@ -40,7 +40,7 @@ def test_clip_is_a_function_of_configs_and_seed(sprites):
 
 @CONFIGS
 def test_video_is_what_the_truth_says(sprites):
-    """Repaints every frame pixel by pixel out of the clip's positions, colours and shapes."""
+    """Repaint every frame pixel by pixel from the clip's positions, colors and shapes."""
     for clip in clips(sprites):
         assert clip.video.shape == (12, 24, 48, 3) and clip.video.dtype == np.uint8
         background = np.array(list(BACKGROUNDS.values())[clip.background], np.uint8)
@@ -63,7 +63,7 @@ def test_video_is_what_the_truth_says(sprites):
 
 
 @CONFIGS
-def test_numbers_are_in_range_and_sprites_start_beside_the_occluders(sprites):
+def test_numbers_are_in_range_and_sprites_start_clear_of_the_occluders(sprites):
     for clip in clips(sprites):
         count = len(clip.shapes)
         assert sprites.count[0] <= count <= sprites.count[1]
@@ -76,7 +76,7 @@ def test_numbers_are_in_range_and_sprites_start_beside_the_occluders(sprites):
             assert ((column + sprites.size <= left) | (column >= right)).all()
 
 
-def test_sprites_move_at_constant_speed_in_lanes_of_their_own():
+def test_sprites_move_at_constant_speed_in_separate_lanes():
     for clip in clips(LANES, 100):
         rows, columns = clip.positions[..., 0], clip.positions[..., 1]
         assert (rows == rows[0]).all()
@@ -101,7 +101,7 @@ def test_fractional_speeds_are_drawn_from_the_whole_range():
 
 
 @CONFIGS
-def test_captions_tell_number_and_background_and_nothing_else(sprites):
+def test_captions_have_number_and_background_and_nothing_else(sprites):
     secrets = {*COLORS, *SHAPES}
     for clip in clips(sprites, 60):
         words = clip.caption.split()

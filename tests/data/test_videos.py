@@ -31,7 +31,7 @@ def write_video(path, frames, fps=8, codec=None, gop=4, aspect=None):
 
 
 def brightness_ramp(count, height=48, width=96, slope=2):
-    """A video whose brightness is its time: frame t has the grey level 20 + slope t."""
+    """A video whose brightness is its time: frame t has the gray level 20 + slope t."""
     levels = (20 + slope * np.arange(count)).astype(np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
 
@@ -41,14 +41,14 @@ def data_config(path, **changes):
 
 
 def levels(clip):
-    """Mean grey level of each frame."""
+    """Mean gray level of each frame."""
     return clip[0].astype(float).mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("suffix", sorted(CODECS))
 @pytest.mark.parametrize("fps", [8, 16, 24])
 def test_frames_are_taken_at_the_asked_rate(tmp_path, suffix, fps):
-    """Two seconds hold 16 frames at 8 fps, whatever the rate of the file; brightness is time."""
+    """Two seconds have 16 frames at 8 fps for any frame rate of the file; brightness is time."""
     write_video(tmp_path / f"ramp{suffix}", brightness_ramp(2 * fps, slope=4), fps)
     clips = VideoClips(data_config(tmp_path), 16 // 2)
     video = clips.videos[0]
@@ -111,7 +111,7 @@ def test_short_files_hold_out_whole_files(tmp_path):
     assert captions == {"a", "b"} and clips.held_out(0)[1] == clips.held_out(5)[1] == "c"
 
 
-def test_resize_covers_crops_the_centre_and_heeds_the_shape_of_pixels(tmp_path):
+def test_resize_covers_crops_the_center_and_respects_the_shape_of_pixels(tmp_path):
     """A disc in the middle of a wide frame stays round and in the middle."""
     y, x = np.mgrid[:96, :256]
     wide = np.where((y - 47.5) ** 2 + (x - 127.5) ** 2 < 30**2, 255, 0).astype(np.uint8)
@@ -126,7 +126,7 @@ def test_resize_covers_crops_the_centre_and_heeds_the_shape_of_pixels(tmp_path):
         assert abs(rows.mean() - 11.5) <= 0.5 and abs(columns.mean() - 23.5) <= 0.5
 
 
-def test_files_on_their_side_are_turned(tmp_path):
+def test_rotated_files_are_turned(tmp_path):
     """A display matrix that says: turn a quarter clockwise, as telephones write it."""
     frames = np.zeros((8, 96, 48, 3), np.uint8)
     frames[:, 48:] = 255

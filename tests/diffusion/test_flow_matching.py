@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arl2_jax.diffusion import add_noise, draw_levels, predict_x0, warp
+from arl2_jax.diffusion import add_noise, draw_levels, predict_x0, shift_noise_levels
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,17 @@ def test_flow_implies_the_data(latents):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-def test_warp_keeps_the_ends_and_rises(shift):
+def test_shift_keeps_the_ends_and_rises(shift):
     s = np.linspace(0, 1, 101)
-    warped = warp(s, shift)
-    assert warped[0] == 0 and warped[-1] == pytest.approx(1) and np.all(np.diff(warped) > 0)
+    shifted = shift_noise_levels(s, shift)
+    assert shifted[0] == 0 and shifted[-1] == pytest.approx(1) and np.all(np.diff(shifted) > 0)
     # Odds s / (1 - s) are multiplied by the shift.
     np.testing.assert_allclose(
-        warped[1:-1] / (1 - warped[1:-1]), shift * s[1:-1] / (1 - s[1:-1]), rtol=1e-9
+        shifted[1:-1] / (1 - shifted[1:-1]), shift * s[1:-1] / (1 - s[1:-1]), rtol=1e-9
     )
 
 
-def test_levels_are_warped_uniform_and_equal_within_a_block():
+def test_levels_are_shifted_uniform_and_equal_within_a_block():
     s = np.asarray(draw_levels(jax.random.key(0), 500, 8, 3, 5.0)).reshape(500, 8, 3)
     assert np.all(s == s[..., :1])
     uniform = np.sort(s[..., 0].ravel() / (5 - 4 * s[..., 0].ravel()))

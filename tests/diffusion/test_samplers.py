@@ -15,7 +15,7 @@ FEW_STEP = SamplerConfig()
 EULER = SamplerConfig(method="euler", steps=20)
 
 
-def test_few_step_levels_are_the_warped_list():
+def test_few_step_levels_are_the_shifted_list():
     np.testing.assert_allclose(noise_levels(FEW_STEP), [1, 0.9375, 5 / 6, 0.625], rtol=1e-7)
     two = SamplerConfig(timesteps=(1000.0, 500.0), shift=1.0)
     np.testing.assert_allclose(noise_levels(two), [1, 0.5])
@@ -51,7 +51,7 @@ def test_levels_reach_the_network_in_order(sampler):
 
 
 def test_few_step_adds_fresh_noise_at_every_step():
-    """A network that always predicts x0 = 0 is shown the noise alone."""
+    """A network that always predicts x0 = 0 sees only the noise."""
     seen = []
 
     def flow(x, s):

@@ -94,7 +94,7 @@ def test_reading_the_own_memory_is_the_default_bit_for_bit(params, cfg, clip):
 
 
 def test_what_is_read_is_not_what_is_written(params, cfg, clip, apply):
-    """The first layer's memory depends on its own past and tokens, whatever is read."""
+    """The first layer's memory depends only on its past and tokens, not on what is read."""
     empty = models.init_memory(cfg, batch=4, frames=8, tokens_per_frame=6)
     block, level = clip.clean[:, :2], clip.timestep[:, :2]
     run = lambda memory, **now: apply(
@@ -173,14 +173,14 @@ def test_nothing_exchanged_continues_the_past_like_a_rollout(params, cfg, clip, 
     assert error(found[0, 0], wanted) < 2e-5  # float32 rounding, in another order of sums
 
 
-def test_an_exchange_does_not_depend_on_those_beside_it(params, cfg, clip):
+def test_an_exchange_does_not_depend_on_the_others(params, cfg, clip):
     together = draw(params, cfg, clip, 3, *EXCHANGES)
     np.testing.assert_array_equal(draw(params, cfg, clip, 3, "zeroed", "states"), together[[3, 1]])
 
 
 @pytest.mark.parametrize("hybrid", [(0, 1, 2), ()], ids=["states", "caches"])
 def test_all_memories_of_the_twin_draw_what_the_twin_draws(cfg, make_params, clip, hybrid):
-    """From the same noise, exactly: of the past nothing but memories reaches a block."""
+    """From the same noise, exactly: a block sees the past only through memories."""
     cfg = dataclasses.replace(cfg, hybrid_layers=hybrid)
     params, made = make_params(cfg), exchanges_of(cfg)
     twins = clip._replace(clean=swap_twins(clip.clean))
@@ -193,7 +193,7 @@ def test_all_memories_of_the_twin_draw_what_the_twin_draws(cfg, make_params, cli
 
 
 def test_twins_are_written_with_the_same_noise(cfg, make_params, clip):
-    """Only so is one of them, with all memories of the other, that other."""
+    """Otherwise one of them, with all memories of the other, would differ from the other."""
     cfg = dataclasses.replace(cfg, hybrid_layers=(0, 1, 2))
     params, noisy = make_params(cfg), dataclasses.replace(SAMPLER, context_noise=0.3)
     run = lambda clean: draw_exchanged(

@@ -1,4 +1,4 @@
-"""A finished run generates videos, and whatever is wrong is said in one line."""
+"""A finished run generates videos, and errors are one line."""
 
 import json
 import os

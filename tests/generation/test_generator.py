@@ -160,7 +160,7 @@ def test_windows_and_states_stream_in_flat_memory():
 
 
 def test_no_pass_copies_a_cache():
-    """In the text of the compiled block nothing but the block's write makes a whole cache."""
+    """In the text of the compiled block only the block's write produces a whole cache."""
     cfg = dataclasses.replace(HYBRID, num_layers=5, hybrid_layers=(0,), memories=(WINDOWS,))
     generator = make_generator(cfg)
     context, state = generator._start(generator._params, make_text(1), None, make_key(0), frames=50)

@@ -16,7 +16,7 @@ from arl2_jax.errors import UserError
 from arl2_jax.generation import make_video as making
 from arl2_jax.generation.generator import Generator
 from arl2_jax.generation.release_paths import ReleasePaths
-from arl2_jax.generation.released import Picture, write_from_weights
+from arl2_jax.generation.released import Resolution, write_from_weights
 from arl2_jax.generation.rollout import rollout
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import param_shapes
@@ -35,7 +35,7 @@ def release(tmp_path_factory):
 def write(release, out, **options):
     fixed = dict(
         prompt="a red sprite", frames=9, paths=ReleasePaths(), sampler=SAMPLER,
-        picture=Picture(16, 32), frames_per_block=1,
+        resolution=Resolution(16, 32), frames_per_block=1,
     )  # fmt: skip
     write_from_weights(release, out=out, **(fixed | options))
 
@@ -95,7 +95,7 @@ def test_a_continued_stream_decodes_like_the_whole(release):
     pixels = np.asarray(codec.decode(whole))[:, codec.pixel_frames(past.shape[1]) :]
     wanted = np.clip(np.rint((pixels + 1) * 127.5), 0, 255)
     assert shown.shape == wanted.shape == (1, 16, 16, 32, 3)
-    # A last bit of the latents may round a colour to its neighbour.
+    # A last bit of the latents may round a color to its neighbor.
     assert np.abs(shown.astype(int) - wanted).max() <= 1
 
 
@@ -131,7 +131,7 @@ def test_every_layout_gives_the_same_latents(tmp_path):
         ({"frames": 0}, ["frames=0", "1"]),
         ({"prompt": ""}, ["empty"]),
         ({"prompt": "corgi " * 1667}, ["1668", "8"]),
-        ({"picture": Picture(17, 32)}, ["height=17", "16"]),
+        ({"resolution": Resolution(17, 32)}, ["height=17", "16"]),
         ({"paths": ReleasePaths(vae="nowhere")}, ["nowhere"]),
         ({"paths": ReleasePaths(tokenizer="nowhere")}, ["nowhere", "tokenizer"]),
         ({"out": "file/a.mp4"}, ["file/a.mp4"]),

@@ -1,4 +1,4 @@
-"""A rollout is a loop of `apply`: denoise, write, go on."""
+"""A rollout is a loop of `apply`: denoise, write, repeat."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ KEY = jax.random.key(7)
 
 
 def by_hand(apply, params, cfg, sampler, text, *, blocks, past=None):
-    """Blocks made one by one; without text in a memory of its own if guided."""
+    """Generate blocks one by one; with guidance, those without text have a separate memory."""
     f, batch = cfg.frames_per_block, text.shape[0]
     given = 0 if past is None else past.shape[1]
     empty = models.init_memory(cfg, batch=batch, frames=given + blocks * f, tokens_per_frame=6)
@@ -86,12 +86,12 @@ def test_rollout_from_nothing_begins_at_position_zero(params, cfg, clip, apply, 
 
 
 def test_level_zero_is_a_clean_pass_bit_for_bit(params, cfg, clip):
-    """The same program as one that writes at timestep 0 and knows of no other level."""
+    """The same result as a program that always writes at timestep 0."""
     sampler, shape = SAMPLERS["few_step"], (2, 2, *FRAME)
 
     @jax.jit
     def clean_pass(params, text, past):
-        context, state = rollouts.start(
+        context, state = rollouts.init_rollout(
             params, cfg, sampler, text, KEY, frames=6, tokens_per_frame=6
         )
 
@@ -110,7 +110,7 @@ def test_level_zero_is_a_clean_pass_bit_for_bit(params, cfg, clip):
 
     @jax.jit
     def with_level(params, text, past):
-        context, state = rollouts.start(
+        context, state = rollouts.init_rollout(
             params, cfg, sampler, text, KEY, frames=6, tokens_per_frame=6
         )
         state = rollouts.write_block(context, cfg, sampler, state, past)
@@ -136,7 +136,7 @@ def test_past_has_its_influence(params, cfg, clip):
 def test_memory_grows_with_softmax_layers_alone(cfg, clip):
     def size(cfg, frames):
         def begin(text):
-            return rollouts.start(
+            return rollouts.init_rollout(
                 models.init_params(cfg, KEY), cfg, SAMPLERS["guided"], text, KEY,
                 frames=frames, tokens_per_frame=6,
             )[1].memory  # fmt: skip

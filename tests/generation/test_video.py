@@ -1,4 +1,4 @@
-"""Video files: what is written is what players read."""
+"""Video files: players read what was written."""
 
 import av
 import numpy as np
@@ -13,7 +13,7 @@ from arl2_jax.generation.video import (
 
 
 def make_frames(count, height, width, seed=0):
-    """Coarse squares of random colours that change from frame to frame."""
+    """Coarse squares of random colors that change from frame to frame."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(256, size=(count, -(-height // 4), -(-width // 4), 3), dtype=np.uint8)
     return coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
@@ -33,8 +33,8 @@ def test_file_holds_the_frames(tmp_path, fps):
     write_video(tmp_path / "a.mp4", frames, fps)
     found, rate, codec = read(tmp_path / "a.mp4")
     assert found.shape == (7, 144, 384, 3) and rate == fps and codec == "h264"
-    centres = found[:, 6::12, 6::12].astype(int)
-    assert np.abs(centres - frames).mean() < 12
+    centers = found[:, 6::12, 6::12].astype(int)
+    assert np.abs(centers - frames).mean() < 12
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 

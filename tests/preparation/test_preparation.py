@@ -30,14 +30,14 @@ from arl2_jax.data import open_data
 from arl2_jax.data.latents import LatentFolder
 from arl2_jax.errors import ConfigError, DataError, StorageError, UserError, WeightsError
 from arl2_jax.generation.release_paths import ReleasePaths
-from arl2_jax.generation.released import Picture
+from arl2_jax.generation.released import Resolution
 from arl2_jax.generation.video import write_video
 from arl2_jax.models import layer_of
 from arl2_jax.preparation import rollouts, videos
 from arl2_jax.training.pipeline import convert, prepare
 
 ROOT = Path(__file__).parents[2]
-PICTURE, FRAMES = Picture(16, 32), 2
+RESOLUTION, FRAMES = Resolution(16, 32), 2
 SAMPLER = SamplerConfig(timesteps=(1000.0, 500.0))
 STORED = {"dtype": "float32", "records_per_shard": 2}
 
@@ -54,7 +54,7 @@ def paths(release):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two videos of a square that moves; the second has its caption beside it."""
+    """Two videos of a square that moves; the second has a caption file."""
     folder = tmp_path_factory.mktemp("videos")
     for name, count in (("red_sprite", 27), ("b", 12)):
         frames = np.full((count, 16, 32, 3), 40, np.uint8)
@@ -66,13 +66,13 @@ def clips(tmp_path_factory):
 
 
 def store_videos(clips, out, paths, **options):
-    fixed = dict(frames=FRAMES, picture=PICTURE, fps=16.0, text_len=MODEL.text_len) | STORED
+    fixed = dict(frames=FRAMES, resolution=RESOLUTION, fps=16.0, text_len=MODEL.text_len) | STORED
     return preparation.store_videos(clips, out, paths, **(fixed | options))
 
 
 def store_rollouts(prompts, out, release, paths, **options):
     fixed = dict(
-        weights=release, sampler=SAMPLER, frames=FRAMES, picture=PICTURE, frames_per_block=1
+        weights=release, sampler=SAMPLER, frames=FRAMES, resolution=RESOLUTION, frames_per_block=1
     )
     fixed |= STORED
     return preparation.store_rollouts(prompts, out, paths, **(fixed | options))
@@ -94,7 +94,7 @@ def test_videos_are_cut_encoded_and_captioned(stored, clips, paths, release):
     # 12 frames give two clips of 5, 27 give five; "b" comes first.
     assert len(folder) == 7 and folder.manifest.latent_shape == (2, 2, 4, MODEL.in_dim)
     codec = load_wan_codec(release)
-    size = PICTURE.height, PICTURE.width
+    size = RESOLUTION.height, RESOLUTION.width
     [first, second] = videos.index_videos(clips, 16.0, 5)
     assert first.caption == "two blue sprites" and second.caption == "red sprite"
     pixels = videos.decode_frames(second.path, second.times[5:10], size)
@@ -170,7 +170,7 @@ def test_other_encoders_do_not_continue(clips, paths, tmp_path, monkeypatch):
         assert_one_line(error, "unfinished.json")
 
 
-def test_rollouts_depend_on_prompt_place_and_seed_alone(release, paths, tmp_path, monkeypatch):
+def test_rollouts_depend_only_on_prompt_index_and_seed(release, paths, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red sprite\n\n two blue sprites \none corgi on navy\n")
     assert store_rollouts(prompts, tmp_path / "whole", release, paths) == 3
@@ -212,14 +212,14 @@ def test_what_cannot_be_stored_is_one_line(release, paths, clips, tmp_path, monk
         (long, {}, ["8"]),
         (good, {"frames": 0}, ["frames=0"]),
         (good, {"weights": None}, ["weights is missing"]),
-        (good, {"picture": Picture(20, 32)}, ["height=20", "16"]),
+        (good, {"resolution": Resolution(20, 32)}, ["height=20", "16"]),
         (good, {"records_per_shard": 0}, ["records_per_shard=0"]),
     ):
         with pytest.raises(UserError) as error:
             store_rollouts(prompts, out, *(options.pop("weights", release), paths), **options)
         assert_one_line(error, *parts)
     for options, parts in (
-        ({"picture": Picture(16, 33)}, ["width=33"]),
+        ({"resolution": Resolution(16, 33)}, ["width=33"]),
         ({"frames": 100}, ["none of its 2 video files"]),
         ({"out": None}, ["out is missing"]),
         ({"paths": dataclasses.replace(paths, vae=None)}, ["vae is missing"]),
@@ -316,7 +316,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
+def test_a_killed_command_is_continued_and_trains(release, clips, stored, tmp_path):
     """The commands themselves: prepare_data, killed with no warning, and again; train; then the
     model out, in again, and to work."""
     out = tmp_path / "latents"
@@ -373,8 +373,10 @@ def test_a_killed_command_goes_on_and_trains(release, clips, stored, tmp_path):
         f"--run={tmp_path / 'run'}",
         f"--out={tmp_path / 'arl2'}",
     )
-    told = launch("import_weights", f"--weights={tmp_path / 'arl2'}", f"--out={tmp_path / 'own'}")
-    assert "layout      ARL2" in told
+    printed = launch(
+        "import_weights", f"--weights={tmp_path / 'arl2'}", f"--out={tmp_path / 'own'}"
+    )
+    assert "layout      ARL2" in printed
     shown = [f"--release={release}", "--prompt=a red sprite", "--frames=5", "--cache="]
     model = {
         "run": [f"--run={tmp_path / 'run'}"],
