@@ -3,11 +3,11 @@
     PYTHONPATH=. python benchmarks/closed_form_start.py --workdir=runs/teacher \
         --out=benchmarks/results/closed_form_cpu.json
 
-A teacher of configs/tiny.py is trained once in the folder (or found there). Then stage 1 runs from
+A teacher of configs/tiny.py is trained once in the folder, or read from it. Then stage 1 runs from
 random starts and from fits of `stage1.start_clips` clips, with weights, clips and noise by seed.
-Errors are those of the loss of stage 1, means over the hybrid layers, on held-out clips, of the
-averaged parameters that the stage would hand on. A fit's run has a schedule of its own, as many
-steps as `--short`; so has one more random start.
+Errors are the loss of stage 1 on held-out clips, averaged over the hybrid layers, with the averaged
+parameters that the stage would return. The run of a fit has a shorter schedule of `--short` steps;
+so has one further random start.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ _TEST_CLIPS = 64
 
 
 def main(_):
-    """Trains from both starts, prints errors and writes them as JSON."""
+    """Train from both starts, print errors and write them as JSON."""
     teacher = _teacher()
     rows = []
     for memory_init in ("published", "by_block"):
@@ -128,7 +128,7 @@ def _delta(params: Params, layer: str) -> Params:
 
 
 _noise = jax.jit(losses.noise_clip, static_argnums=(1, 4))
-_distil = jax.jit(losses.distil_layers, static_argnums=1)
+_distill = jax.jit(losses.distill_layers, static_argnums=1)
 
 
 def _noised(config: Config, batch: Any, key: jax.Array) -> losses.NoisedClip:
@@ -139,7 +139,7 @@ def _noised(config: Config, batch: Any, key: jax.Array) -> losses.NoisedClip:
 def _check(config: Config, params: Params, fitted: Params, clips, errors) -> None:
     """The fit's errors must be those of the loss of stage 1, and none may rise."""
     for tree, name in ((params, "before"), (fitted, "after")):
-        found = [_distil(tree, config.model, clip).errors for clip in clips]
+        found = [_distill(tree, config.model, clip).errors for clip in clips]
         for layer, each in errors.items():
             mean = np.mean([float(error[layer]) for error in found])
             np.testing.assert_allclose(getattr(each, name), mean, rtol=1e-3)
@@ -162,7 +162,7 @@ def train(
     result: dict[str, list] = {"steps": [], "mean": []}
     for i in range(steps + 1):
         if i % _EVERY.value == 0 or i == steps:
-            errors = _distil(merge_params(state.ema, frozen), config.model, test).errors
+            errors = _distill(merge_params(state.ema, frozen), config.model, test).errors
             result["steps"].append(i)
             result["mean"].append(float(np.mean([float(e) for e in errors.values()])))
             for layer, error in errors.items():

@@ -14,7 +14,7 @@ from arl2_jax.codecs import Codec
 from arl2_jax.config import Config
 from arl2_jax.data import ClipData
 from arl2_jax.data.sprite_clips import SpriteClips
-from arl2_jax.evaluation.gap import Model, place_beside
+from arl2_jax.evaluation.gap import Model, put_like_params
 from arl2_jax.evaluation.labels import LABELS
 from arl2_jax.evaluation.plots import Row, contact_sheet
 from arl2_jax.evaluation.side_by_side import side_by_side, timeline
@@ -39,7 +39,7 @@ class Continuations(NamedTuple):
 def continue_clips(
     config: Config, data: ClipData, found: Mapping[str, Model], key
 ) -> Continuations | None:
-    """Continues the beginning of held-out clips past the length of the training clips.
+    """Continue the beginning of held-out clips past the length of the training clips.
 
     Args:
       config: the run.
@@ -60,7 +60,7 @@ def continue_clips(
         return None
     frames = blocks * f
     logging.info("report: continuing %d held-out clips to %d latent frames", count, frames)
-    # Enough to see how things move, and no more.
+    # Just enough to see how things move.
     given = min(math.ceil(config.blocks / 4), blocks - 1)
     batch = data.held_out(count)
     past = batch["latents"][:, : given * f]
@@ -69,7 +69,7 @@ def continue_clips(
         if name not in found:
             continue
         params, cfg = found[name]
-        placed = place_beside(params, {"past": past, "text": batch["text"]})
+        placed = put_like_params(params, {"past": past, "text": batch["text"]})
         made = rollout(
             params,
             cfg,
@@ -87,7 +87,7 @@ def continue_clips(
 
 
 def truth(config: Config, codec: Codec, latents: np.ndarray, frames: int) -> np.ndarray:
-    """Held-out clips as they are, and as they go on where that is known: uint8 [B, F, H, W, 3]."""
+    """Return held-out clips, with their continuation if it is known: uint8 [B, F, H, W, 3]."""
     if config.data.source != "synthetic":
         return to_uint8(codec.decode(latents))
     data = dataclasses.replace(config.data, frames=codec.pixel_frames(config.data.frames))
@@ -97,7 +97,7 @@ def truth(config: Config, codec: Codec, latents: np.ndarray, frames: int) -> np.
 
 
 def continuation_sheet(continued: Continuations) -> bytes:
-    """Draws frames of the continuations, the last that is given and ever later ones: a PNG file."""
+    """Draw frames of the continuations, from the last given one to the end: a PNG file."""
     videos, given, trained = continued
     count = max(video.shape[1] for video in videos.values())
     later = np.linspace(trained, count, min(4, count // trained)).astype(int) - 1
@@ -113,7 +113,7 @@ def continuation_sheet(continued: Continuations) -> bytes:
 
 
 def write_continuations(continued: Continuations, folder: epath.Path, fps: float) -> None:
-    """Writes one mp4 file for each clip, with all models side by side."""
+    """Write one mp4 file for each clip, with all models side by side."""
     for i in range(len(continued.videos["truth"])):
         videos = {LABELS[name]: video[i] for name, video in continued.videos.items()}
         frames = side_by_side(videos, given=continued.given, trained=continued.trained)
@@ -121,5 +121,5 @@ def write_continuations(continued: Continuations, folder: epath.Path, fps: float
 
 
 def to_uint8(pixels) -> np.ndarray:
-    """Pixels in [-1, 1] as uint8."""
+    """Convert pixels in [-1, 1] to uint8."""
     return np.clip(np.rint((np.asarray(pixels) + 1) * 127.5), 0, 255).astype(np.uint8)

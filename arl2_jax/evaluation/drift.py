@@ -1,4 +1,4 @@
-"""Where a long rollout loses the sprites that went in."""
+"""Drift: where a long rollout loses the sprites of its past."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,16 +15,16 @@ from arl2_jax.evaluation.lanes import Lanes, lanes_of, read_lanes
 from arl2_jax.evaluation.recall import NOTHING, wilson
 from arl2_jax.text import embed_caption
 
-# Seeds apart from those of the other held-out clips.
+# Seeds that no other held-out clips have.
 _FIRST_SEED = HELD_OUT_SEED + 2**41
 
 
 class Beginnings(NamedTuple):
-    """Held-out clips of which a model is given the beginning.
+    """Beginnings of held-out clips, which a model is given.
 
     Attributes:
-      clips: as long as what is given.
-      lanes: of the clips.
+      clips: the clips, as long as the given beginning.
+      lanes: their lanes.
       batch: "latents" [N, given frames, rows, columns, channels] and "text".
     """
 
@@ -34,11 +34,11 @@ class Beginnings(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """What was read of a rollout of M blocks.
+    """Sprites read from a rollout of M blocks.
 
     Attributes:
       identities: reading of every lane in every block, see `arl2_jax.evaluation.lanes.read_lanes`.
-      frames: block -> its last frame in the first videos.
+      frames: block -> its last frame, for the first few videos.
     """
 
     identities: Int[np.ndarray, "blocks clips lanes"]
@@ -48,12 +48,12 @@ class Readings(NamedTuple):
 def beginnings(config: Config, codec: Codec, count: int, blocks: int) -> Beginnings:
     """Make the first blocks of held-out clips.
 
-    Sprites begin in full sight, so that each has been seen.
+    Sprites are fully visible at first, so that each has been seen.
 
     Args:
       config: the run, on synthetic clips.
-      codec: makes latents of pixels.
-      count: clips.
+      codec: encodes pixels to latents.
+      count: number of clips.
       blocks: frame blocks of each.
     """
     model = config.model
@@ -68,7 +68,7 @@ def beginnings(config: Config, codec: Codec, count: int, blocks: int) -> Beginni
 def true_clip(
     config: Config, index: int, frames: int, identity: Sequence[tuple[int, int]] | None = None
 ) -> SpriteClip:
-    """Make the clip of which `beginnings` gives the first frames, of any length.
+    """Make a clip of any length whose first frames are those of `beginnings`.
 
     Args:
       config: the run.
@@ -83,10 +83,10 @@ def true_clip(
 def true_blocks(
     clips: Sequence[SpriteClip], block: int, first: int = 0
 ) -> Iterator[Float[np.ndarray, "clips frames height width 3"]]:
-    """Pixels of clips in [-1, 1], one frame block after the other.
+    """Yield the pixels of clips in [-1, 1], one frame block after the other.
 
     Args:
-      clips: of one length.
+      clips: clips of equal length.
       block: frames of a block.
       first: frame to begin with.
     """
@@ -108,10 +108,10 @@ def read_rollout(
 
     Args:
       blocks: latents [N, f, rows, columns, channels] of one block after the other.
-      codec: one whose frames have no past.
+      codec: a codec that decodes each frame by itself.
       lanes, sprites: as in `read_lanes`.
       kept: blocks whose last frame is kept.
-      videos: of how many of the videos.
+      videos: number of videos whose frames are kept.
     """
     read = jax.jit(lambda latents: _decode_and_read(codec, latents, lanes, sprites))
     found, frames = [], {}
@@ -122,7 +122,7 @@ def read_rollout(
             shown = np.clip(np.rint((np.asarray(last[:videos]) + 1) * 127.5), 0, 255)
             frames[i] = shown.astype(np.uint8)
         if i % 16 == 15:
-            # Bounds what is waiting on the device.
+            # Bounds the number of pending results on the device.
             found = [np.asarray(x, np.int8) for x in found]
     return Readings(np.stack([np.asarray(x, np.int8) for x in found]), frames)
 
@@ -137,21 +137,21 @@ def drift_scores(
     wanted: Int[np.ndarray, "clips lanes"],
     edges: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Shares of what a rollout shows, by block number.
+    """Compute shares of what a rollout shows, by block number.
 
     Args:
       identities: readings, as in `Readings`.
-      wanted: identities that went in, as in `Lanes`.
+      wanted: identities of the past, as in `Lanes`.
       edges: first block of each part, from 0; by default 0, 1, 3, 7, 15, ...
 
     Returns:
       For each part "blocks" [first, last]; "seen", the share of lanes and blocks in which a whole
-      sprite is seen; "nothing", in which nothing is; "right", the share of those seen that show the
-      sprite that went in, its "interval", "videos" with any, and their "count". "returns" and
-      "same" have the like of the sprites that come back, whole after a block in which nothing was
-      seen: the share that shows what went in, and the share that shows what the lane showed last. A
-      share of nothing is None. Intervals count videos: the lanes and blocks of one are not
-      independent.
+      sprite is seen; "nothing", the share in which none is; "right", the share of seen sprites that
+      are those of the past, its "interval", the number of "videos" with any, and the "count" of
+      sprites. "returns" and "same" have the same fields for sprites that come back, whole after a
+      block in which none was seen: the share that is that of the past, and the share that is what
+      the lane showed last. A share of zero sprites is None. Intervals count videos, as the lanes
+      and blocks of one video are not independent.
     """
     blocks = len(identities)
     known = np.broadcast_to(wanted != NOTHING, identities.shape)
@@ -180,14 +180,14 @@ def drift_scores(
 def returns(
     identities: Int[np.ndarray, "blocks clips lanes"], wanted: Int[np.ndarray, "clips lanes"]
 ) -> tuple[Bool[np.ndarray, "blocks clips lanes"], Int[np.ndarray, "blocks clips lanes"]]:
-    """Where sprites come back: whole ones after a block in which their lane showed nothing.
+    """Find where sprites come back: whole ones after a block in which their lane was empty.
 
     Args:
-      identities: readings of the blocks, as in `Readings`; before them all sprites were in sight.
-      wanted: identities that went in, as in `Lanes`.
+      identities: readings of the blocks, as in `Readings`; before them all sprites were visible.
+      wanted: identities of the past, as in `Lanes`.
 
     Returns:
-      Whether a sprite comes back, and which one its lane has shown last.
+      Whether a sprite comes back, and which one its lane showed last.
     """
     shown, gone = np.array(wanted), np.zeros(wanted.shape, bool)
     back, last = np.zeros(identities.shape, bool), np.empty_like(identities)
@@ -207,7 +207,7 @@ def _parts(blocks: int, edges: Sequence[int] | None) -> list[tuple[int, int]]:
 
 
 def _shares(asked: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Share of what was asked that is right, [blocks, videos, lanes] both."""
+    """Compute the share of `asked` that is right; both are [blocks, videos, lanes]."""
     count, videos = int(asked.sum()), int(asked.any(axis=(0, 2)).sum())
     share = float(right.sum() / count) if count else None
     interval = None if share is None else wilson(share, videos)

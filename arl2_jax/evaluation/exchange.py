@@ -1,4 +1,4 @@
-"""Whose memory carries identity: what models draw with memories of the twin clip."""
+"""Which memory carries identity: what models draw with memories of the twin clip."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from arl2_jax.generation.exchange import (
     exchanges_of,
 )
 
-# Clips that a device draws together, whole pairs.
+# Clips that a device draws together; whole pairs.
 _CLIPS = 16
 # What a drawing can show: the clip's own sprite, its twin's, another one, or nothing.
 OUTCOMES = ("own", "twin", "other", "nothing")
@@ -28,10 +28,10 @@ _OWN, _TWIN, _OTHER, _NOTHING = range(4)
 
 
 class Drawings(NamedTuple):
-    """What a model has drawn of a recall test, by the exchange under which it did.
+    """Drawings of a recall test by one model, by exchange.
 
     Attributes:
-      readings: exchange -> colour and shape that each of K drawings of N clips shows, [K, N, 2].
+      readings: exchange -> color and shape that each of K drawings of N clips shows, [K, N, 2].
       frames: the frame that was read, of the first drawing of the first clips, uint8 [n, H, W, 3].
     """
 
@@ -50,23 +50,23 @@ def draw_test(
     kept: int = 0,
     draw: Callable[..., Any] = draw_exchanged,
 ) -> Drawings:
-    """Draws the block of every clip in which its sprite comes out, under each exchange.
+    """Draw the block of every clip in which its sprite comes out, under each exchange.
 
     Args:
       config: the run.
-      codec: turns what is drawn into pixels.
+      codec: decodes the drawings.
       model: the model.
       test: the clips.
-      key: random key; the same key draws from the same noise for every model.
-      exchanges: those to make; by default all that the model has the memories for.
+      key: random key; the same key gives every model the same noise.
+      exchanges: by default all that the model has the memories for.
       kept: number of clips whose frames are kept.
-      draw: what draws, with the signature of `draw_exchanged`.
+      draw: function that draws, with the signature of `draw_exchanged`.
     """
     exchanges, noises = exchanges or exchanges_of(model.cfg), config.evaluation.recall_noises
     f, size = config.model.frames_per_block, (config.data.height, config.data.width)
     shape = (len(exchanges), noises, len(test.clips), codec.pixel_frames(f), *size, 3)
     pixels = np.empty(shape, np.float32)
-    # Clips that are drawn together are drawn in one block; its index decides nothing else.
+    # Clips that are drawn together share the index of the drawn block.
     of_clip = np.array([event.block for event in test.events])
     for block in np.unique(of_clip):
         places = np.flatnonzero(of_clip == block)
@@ -92,11 +92,11 @@ def draw_test(
 def outcomes(
     readings: Int[np.ndarray, "drawings clips 2"], identities: Int[np.ndarray, "clips 2"]
 ) -> Int[np.ndarray, "drawings clips"]:
-    """What each drawing shows, as index of `OUTCOMES`.
+    """Classify what each drawing shows, as index of `OUTCOMES`.
 
     Args:
-      readings: colour and shape of K drawings of each clip.
-      identities: colour and shape of its sprite; neighbours are twins.
+      readings: color and shape of K drawings of each clip.
+      identities: color and shape of its sprite; neighbors are twins.
     """
     own = (readings == identities).all(axis=-1)
     of_twin = identities[np.arange(len(identities)) ^ 1]
@@ -108,13 +108,13 @@ def outcomes(
 def exchange_scores(
     drawings: Drawings, identities: Int[np.ndarray, "clips 2"]
 ) -> dict[str, dict[str, Any] | None]:
-    """Shares of what is drawn under every exchange, and what each kind of memory carries.
+    """Compute the share of each outcome by exchange, and what each kind of memory carries.
 
     Returns:
-      For each of `EXCHANGES` the share of every outcome and their "intervals", or None where the
+      For each of `EXCHANGES` the share of every outcome and their "intervals", or None if the
       model has no such memory. "carried" has "states" and "caches": of the drawings that show the
       own sprite or the twin's while that memory is the twin's, the share that shows the twin's;
-      None where there are none.
+      None if there are none.
     """
     scores: dict[str, dict[str, Any] | None] = dict.fromkeys(EXCHANGES)
     for name, readings in drawings.readings.items():
@@ -124,16 +124,17 @@ def exchange_scores(
 
 
 def layer_flips(drawings: Drawings, identities: Int[np.ndarray, "clips 2"]) -> dict[str, Any]:
-    """What the cache of each layer alone carries of identity.
+    """Measure how much of identity the cache of each single layer carries.
 
     Args:
       drawings: with nothing exchanged, and with `OfLayers` of single layers.
-      identities: colour and shape of the sprites; neighbours are twins.
+      identities: color and shape of the sprites; neighbors are twins.
 
     Returns:
       "recall", the share of drawings that show the own sprite with nothing exchanged; "clips"; and
       "layers": layer -> the share of every outcome under its exchange, their "intervals", and
-      "flip", the share of all drawings that show the own sprite without it and the twin's with it.
+      "flip", the share of all drawings that show the own sprite without the exchange and the
+      twin's with it.
     """
     before, layers = outcomes(drawings.readings["none"], identities), {}
     for exchange, readings in drawings.readings.items():
@@ -161,11 +162,11 @@ def _carried(shares: Mapping[str, Any] | None) -> float | None:
 
 
 def _decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
-    """Pixels of drawn blocks with leading axes; sprite clips have a codec without a past."""
+    """Decode drawn blocks with leading axes; the codec of sprite clips has no past."""
     pixels = codec.decode(latents.reshape(-1, *latents.shape[-4:]))
     return np.asarray(pixels).reshape(*latents.shape[:-4], *pixels.shape[1:])
 
 
 def _fetch(x) -> np.ndarray:
-    """An array of all processes on each host."""
+    """Gather an array from all processes on each host."""
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

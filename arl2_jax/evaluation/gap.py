@@ -19,12 +19,12 @@ from arl2_jax.training.losses import NoisedClip
 
 Batch = Mapping[str, np.ndarray]
 
-# Clips that a device computes together: what bounds the memory.
+# Clips that a device computes together; bounds its memory.
 MICRO_BATCH = 8
 
 
 class Model(NamedTuple):
-    """Parameters and what they are parameters of."""
+    """Parameters and the configuration of their model."""
 
     params: Params
     cfg: ModelConfig
@@ -45,12 +45,12 @@ class TeacherError(NamedTuple):
 def held_out_losses(
     params: Params, cfg: ModelConfig, clips: Batch, sampler: SamplerConfig, key: Array
 ) -> float:
-    """Flow-matching loss, every block at a random noise level.
+    """Compute the flow-matching loss, with every block at a random noise level.
 
     Args:
       params, cfg: the model.
       clips: "latents" [N, T, rows, columns, channels] and "text" [N, L, text_dim].
-      sampler: names the shift of the noise levels, and the level of what is remembered.
+      sampler: gives the shift of the noise levels, and the level at which the past is written.
       key: random key; the same key gives every model the same noise.
     """
     clip, sums = noise_clips(key, clips, cfg, sampler), []
@@ -67,7 +67,7 @@ def teacher_error(
     sampler: SamplerConfig,
     key: Array,
 ) -> TeacherError:
-    """Distance of a student's x0 from its teacher's, at the same noisy input.
+    """Compute the distance of a student's x0 from its teacher's, at the same noisy input.
 
         error = sum |x0_student - x0_teacher|^2 / sum |x0_teacher|^2
 
@@ -76,9 +76,9 @@ def teacher_error(
 
     Args:
       student, cfg: the student.
-      teacher: parameters of the softmax model, as `arl2_jax.models.without_delta` gives them.
+      teacher: parameters of the softmax model, as `arl2_jax.models.without_delta` returns them.
       clips: as in `held_out_losses`.
-      sampler: names the noise levels, and the level of what is remembered.
+      sampler: gives the noise levels, and the level at which the past is written.
       key: random key of the noise.
     """
     original = Model(teacher, cfg.teacher())
@@ -92,7 +92,7 @@ def teacher_errors(
     sampler: SamplerConfig,
     key: Array,
 ) -> dict[str, TeacherError]:
-    """`teacher_error` of several students; the teacher is computed once."""
+    """Compute `teacher_error` of several students; the teacher is computed once."""
     flows = {name: functools.partial(_flow, *student) for name, student in students.items()}
     return flow_errors(flows, teacher, clips, sampler, key)
 
@@ -117,39 +117,39 @@ def flow_errors(
     return {name: _relative(jax.device_get(pairs), len(levels)) for name, pairs in sums.items()}
 
 
-def place_beside(params: Params, batch: Any) -> Any:
-    """Puts a batch where the parameters are, shared out over the devices if it can be."""
+def put_like_params(params: Params, batch: Any) -> Any:
+    """Put a batch on the devices of the parameters, sharded if its size allows it."""
     layout = jax.tree.leaves(params)[0].sharding
     if not isinstance(layout, NamedSharding):
         return batch
-    divides = len(jax.tree.leaves(batch)[0]) % _shares(params) == 0
+    divides = len(jax.tree.leaves(batch)[0]) % _batch_shards(params) == 0
     spec = sharding.BATCH if divides else PartitionSpec()
     return jax.device_put(batch, NamedSharding(layout.mesh, spec))
 
 
 def micro_batches(params: Params, batch: Any, size: int | None = None) -> Iterator[tuple[Any, int]]:
-    """Splits a batch into parts of equal size, so that one compilation serves all.
+    """Split a batch into parts of equal size, so that one compilation serves all.
 
     Args:
-      params: parameters beside which the parts are placed.
+      params: parameters on whose devices the parts are put.
       batch: arrays of one length.
-      size: clips of a part on each device that shares out the batch; by default `MICRO_BATCH`, or
-        fewer if the whole batch is one part.
+      size: clips of a part in each shard of the batch; by default `MICRO_BATCH`, or fewer if the
+        whole batch is one part.
 
     Yields:
-      A part, placed beside the parameters, and how many of its clips are new: the last part is
-      filled up with clips that were seen before.
+      A part, put like the parameters, and how many of its clips are new: the last part is padded
+      with clips that were yielded before.
     """
-    count = len(jax.tree.leaves(batch)[0])
-    size = size * _shares(params) if size else min(MICRO_BATCH * _shares(params), count)
+    count, shards = len(jax.tree.leaves(batch)[0]), _batch_shards(params)
+    size = size * shards if size else min(MICRO_BATCH * shards, count)
     for start in range(0, count, size):
         places = np.arange(start, start + size) % count
         part = jax.tree.map(lambda x, places=places: x[places], batch)
-        yield place_beside(params, part), min(size, count - start)
+        yield put_like_params(params, part), min(size, count - start)
 
 
-def _shares(params: Params) -> int:
-    """Devices that share out a batch."""
+def _batch_shards(params: Params) -> int:
+    """Return the number of parts in which the mesh shards a batch."""
     layout = jax.tree.leaves(params)[0].sharding
     shape = layout.mesh.shape if isinstance(layout, NamedSharding) else {}
     return shape.get("data", 1) * shape.get("fsdp", 1)
@@ -178,14 +178,14 @@ def _at_level(clip: NoisedClip, level) -> NoisedClip:
 
 @jax.jit
 def _loss_sum(flow, clip: NoisedClip, new: int | Int[Array, ""]) -> Array:
-    """Sum over the first `new` clips."""
+    """Sum the loss over the first `new` clips."""
     each = jnp.mean(jnp.square(flow - (clip.eps - clip.clean)), axis=(1, 2, 3, 4))
     return jnp.sum(each, where=jnp.arange(len(each)) < new)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _error_sums(flow, target, clip: NoisedClip, new: int | Int[Array, ""], first: int) -> Array:
-    """Sums of |x0 - x0_teacher|^2 and |x0_teacher|^2 of `new` clips from frame `first` on."""
+    """Sum |x0 - x0_teacher|^2 and |x0_teacher|^2 over `new` clips from frame `first` on."""
     s = per_frame(clip.s)
     pair = jnp.stack([s * (target - flow), clip.noisy - s * target])[:, :, first:]
     squares = jnp.sum(jnp.square(pair), axis=(2, 3, 4, 5))

@@ -1,4 +1,4 @@
-"""What the memories of stored weights keep: weights and clips to measures, a file and a picture."""
+"""Retention of the memories of stored weights: measures, a JSON file and a picture."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ _BLOCKS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ClipChoice:
-    """Which clips the memories are measured on.
+    """Clips that the memories are measured on.
 
     Attributes:
-      data: folder of stored latents; None for latents that are standard normal, without a text.
-      clips: their number.
+      data: folder of stored latents; None for standard normal latents without text.
+      clips: number of clips.
       blocks: frame blocks of each, from its start; by default all, and 4 of random latents.
       latent_shape: rows and columns of a frame of random latents.
     """
@@ -56,20 +56,19 @@ def inspect_memory(
     dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure what the memories of stored weights keep; write a JSON file and a picture beside it.
+    """Measure what the memories of stored weights keep; write a JSON file and a picture.
 
-    Clips are remembered clean: weights do not say at which noise level they were trained to
-    remember.
+    Clips are written clean: weights do not say at which noise level they were trained to write.
 
     Args:
       weights: what `arl2_jax.weights.load_params` reads, or a release's folder.
       choice: the clips.
       out: the JSON file; the picture has the same name and ends in .png.
-      hybrid_layers: for weights without hybrid layers, those that a conversion would begin with.
-      frames_per_block: latent frames of a block, where the weights do not say.
+      hybrid_layers: for weights without hybrid layers, the layers to make hybrid, untrained.
+      frames_per_block: latent frames of a block, if the weights do not say.
       entry: which of the models in a .pt file.
       dtype: compute type; by default bfloat16, on CPUs float32.
-      seed: seed of random latents and of memories that the weights do not have.
+      seed: seed of random latents and of memories that the weights lack.
 
     Returns:
       The content of the JSON file, see `arl2_jax.training.retention.retention`.
@@ -99,7 +98,7 @@ def inspect_memory(
 def _with_memories(
     cfg: ModelConfig, path: epath.PathLike, hybrid_layers: Sequence[int] | None
 ) -> ModelConfig:
-    """The model with hybrid layers: its own, or those that were named."""
+    """Return the model with hybrid layers: its own, or the given ones."""
     if cfg.hybrid_layers and hybrid_layers is not None:
         own = in_ranges(list(cfg.hybrid_layers))
         raise ConfigError(
@@ -125,7 +124,7 @@ def _with_memories(
 
 
 def _warn_of_other_blocks(cfg: ModelConfig, shape: Sequence[int]) -> None:
-    """Warns where clips have blocks of another size than the memory was started for."""
+    """Warn if clips have blocks of another size than the memory was initialized for."""
     rows, columns = shape[2] // cfg.patch_size[1], shape[3] // cfg.patch_size[2]
     tokens, wanted = cfg.frames_per_block * rows * columns, cfg.delta.block_tokens
     if wanted and tokens != wanted:
@@ -137,7 +136,9 @@ def _warn_of_other_blocks(cfg: ModelConfig, shape: Sequence[int]) -> None:
 
 
 def read_clips(choice: ClipChoice, cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Clips of a folder, or random ones: "latents" [N, T, rows, columns, C] and "text", float32.
+    """Read stored clips or draw random ones: "latents" [N, T, rows, columns, C] and "text".
+
+    Both are float32.
 
     Raises:
       ConfigError: they do not fit the model, or there are too few.

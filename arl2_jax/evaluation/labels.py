@@ -1,4 +1,4 @@
-"""How the report names its models, in pictures and tables."""
+"""Labels of the models in pictures and tables of the report."""
 
 LABELS = {
     "truth": "held-out truth",

@@ -1,4 +1,4 @@
-"""Which sprite a video shows in every lane, wherever in the lane it is."""
+"""Reads which sprite a video shows in every lane, at any position in the lane."""
 
 import functools
 import itertools
@@ -14,19 +14,19 @@ from arl2_jax.config import SpriteConfig
 from arl2_jax.data.sprites import BACKGROUNDS, SpriteClip, draw_sprite
 from arl2_jax.evaluation.recall import NOTHING
 
-# The reading of a lane whose sprite is not wholly seen: a part does not always tell what it is.
+# The reading of a lane whose sprite is partly visible: a part does not always show what it is.
 PARTLY = -2
 
 AnyArray = Array | np.ndarray
 
 
 class Lanes(NamedTuple):
-    """What stays the same over a video of sprites that keep to their lanes.
+    """Constants of videos whose sprites keep to their lanes.
 
     Attributes:
       rows: top row of each of S lanes in N videos.
-      identities: colour x number of shapes + shape of the sprite that went in; `NOTHING` where a
-        video has fewer than S sprites.
+      identities: color x number of shapes + shape of the true sprite; `NOTHING` where a video has
+        fewer than S sprites.
       backgrounds: index of `BACKGROUNDS`.
       covered: columns behind an occluder.
     """
@@ -38,7 +38,7 @@ class Lanes(NamedTuple):
 
 
 def lanes_of(clips: Sequence[SpriteClip], sprites: SpriteConfig) -> Lanes:
-    """The lanes of clips.
+    """Return the lanes of clips.
 
     Raises:
       ValueError: sprites move up and down, so that they have no lanes.
@@ -65,17 +65,17 @@ def read_lanes(
     """Read the sprite that each lane of a frame block shows.
 
     Every identity at every column of the lane is compared with the bare background, over the
-    columns that no occluder covers. The best of all is read; of the block's frames the one that
-    shows a sprite whole and clearest.
+    columns that no occluder covers, and the best is read, from the frame of the block that shows a
+    whole sprite most clearly.
 
     Args:
       pixels: frames of a block, in [-1, 1].
-      lanes: of the videos.
-      sprites: how many colours and shapes there are to choose from, and their size.
+      lanes: lanes of the videos.
+      sprites: numbers of colors and shapes to choose from, and the size of sprites.
 
     Returns:
       Identities as in `Lanes`; `NOTHING` where all frames are nearest to the background, `PARTLY`
-      where something is seen and in no frame the whole of it.
+      where a sprite is seen, but whole in no frame.
     """
     drawings, tones = (jnp.asarray(x, jnp.float32) for x in _templates(sprites))
 
@@ -93,15 +93,15 @@ def _read_strips(
     tone: Float[Array, "3"],
     seen: Bool[Array, "width"],
 ) -> Int[Array, ""]:
-    """The reading of one lane in a block."""
+    """Read one lane in a block."""
     size, width = drawings.shape[1], strips.shape[2]
     places = width - size + 1
-    # |x - drawing|^2 - |x - background|^2 of every column of the strip and of the drawing.
+    # |x - drawing|^2 - |x - background|^2 for every column of the strip and of the drawing.
     difference = drawings - tone
     squares = jnp.sum(drawings**2 - tone**2, axis=(1, 3))
     columns = jnp.einsum("frwc,irjc->fiwj", strips, difference, precision="highest")
     gains = (squares[None, :, None] - 2 * columns) * seen[:, None]
-    # Of the drawing at each place of the strip.
+    # The same for the whole drawing, at each place of the strip.
     errors = jnp.sum(
         jnp.stack([gains[:, :, j : j + places, j] for j in range(size)]), axis=0
     ).reshape(len(strips), -1)
@@ -116,7 +116,7 @@ def _read_strips(
 
 @functools.cache
 def _templates(sprites: SpriteConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Drawings [backgrounds, identities, size, size, 3] and tones [backgrounds, 3], in [-1, 1]."""
+    """Draw sprites [backgrounds, identities, size, size, 3], with tones [backgrounds, 3]."""
     tones = np.array(list(BACKGROUNDS.values()), np.float32)
     pairs = itertools.product(range(sprites.colors), range(sprites.shapes))
     drawn = [draw_sprite(shape, color, sprites.size) for color, shape in pairs]

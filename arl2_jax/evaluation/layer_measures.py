@@ -1,4 +1,4 @@
-"""What tells that a layer of a softmax model needs softmax: a value for every layer."""
+"""Measures of how much a layer of a softmax model needs softmax: a value for every layer."""
 
 import dataclasses
 import functools
@@ -19,16 +19,16 @@ from arl2_jax.evaluation.swap import swap_errors
 from arl2_jax.generation.exchange import OfLayers
 from arl2_jax.models import Params, layer_of, unstack_params, without_delta
 from arl2_jax.training.loop import run_phase
-from arl2_jax.training.losses import NoisedClip, distil_layers
+from arl2_jax.training.losses import NoisedClip, distill_layers
 from arl2_jax.training.retention import retention
 
-# Clips that the retention is measured on; it differs little between them.
+# Clips on which retention is measured; it differs little between them.
 _RETENTION_CLIPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """All layers of a model after stage 1, and what they are measured with.
+    """All layers of a model after stage 1, and the means to measure them.
 
     Attributes:
       config: the run; all layers of its model are hybrid.
@@ -46,39 +46,39 @@ class Candidates:
 
     @property
     def clips(self) -> dict[str, np.ndarray]:
-        """Held-out clips to measure on."""
+        """Return the held-out clips to measure on."""
         return self.data.held_out(self.config.evaluation.clips)
 
     @property
     def key(self) -> jax.Array:
-        """Random key of all noise."""
+        """Return the random key of all noise."""
         return jax.random.key(self.config.train.seed)
 
     @property
     def layers(self) -> range:
-        """Indices of the layers."""
+        """Return the indices of the layers."""
         return range(self.config.model.num_layers)
 
 
 def layer_errors(candidates: Candidates) -> list[float]:
-    """Relative squared error of every layer's attention at the teacher's input, after Wo."""
+    """Compute the relative squared error of each layer's attention at the teacher's input."""
     config = candidates.config
     clip = noise_clips(candidates.key, candidates.clips, config.model, config.sampler)
     count, sums = len(clip.clean), np.zeros(config.model.num_layers)
     for part, new in micro_batches(candidates.params, clip):
-        errors = jax.device_get(_distil(candidates.params, config.model, part))
-        # A last part that is not full is filled up with clips from the beginning.
+        errors = jax.device_get(_distill(candidates.params, config.model, part))
+        # A last part that is not full is padded with clips from the beginning.
         sums += new * np.array([errors[str(i)] for i in candidates.layers], float)
     return (sums / count).tolist()
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _distil(params: Params, cfg: ModelConfig, clip: NoisedClip) -> dict[str, jax.Array]:
-    return distil_layers(params, cfg, clip).errors
+def _distill(params: Params, cfg: ModelConfig, clip: NoisedClip) -> dict[str, jax.Array]:
+    return distill_layers(params, cfg, clip).errors
 
 
 def retentions(candidates: Candidates) -> list[float]:
-    """Share of a state that is left of it after a block, the median head of every layer."""
+    """Measure the share of a state that is left after a block, for each layer's median head."""
     count = min(_RETENTION_CLIPS, candidates.config.evaluation.clips)
     measures = retention(
         candidates.params, candidates.config.model, candidates.data.held_out(count)
@@ -87,7 +87,7 @@ def retentions(candidates: Candidates) -> list[float]:
 
 
 def swaps(candidates: Candidates) -> list[float]:
-    """Relative squared error of the model's x0 if one layer alone is hybrid, for every layer."""
+    """Compute the relative squared error of x0 with each layer as the only hybrid one."""
     config = candidates.config
     return swap_errors(
         candidates.params, config.model, candidates.clips, config.sampler, candidates.key
@@ -95,13 +95,13 @@ def swaps(candidates: Candidates) -> list[float]:
 
 
 def flips(candidates: Candidates) -> dict[str, Any]:
-    """What the softmax model draws if one layer alone reads the cache of the twin clip.
+    """Measure what the softmax model draws if a single layer reads the twin clip's cache.
 
     Returns:
       As `arl2_jax.evaluation.exchange.layer_flips`.
     """
     config, codec = candidates.config, candidates.data.codec
-    assert codec is not None  # clips that are made on the fly have one
+    assert codec is not None  # synthetic clips have one
     test = recall_test(config, codec)
     teacher = Model(without_delta(candidates.params), config.model.teacher())
     exchanges = ("none", *(OfLayers("caches", (i,)) for i in candidates.layers))
@@ -110,11 +110,11 @@ def flips(candidates: Candidates) -> dict[str, Any]:
 
 
 def train_alone(candidates: Candidates, steps: int) -> dict[str, Model]:
-    """Stage 2 of every model in which one layer alone is hybrid: layer -> its model.
+    """Run stage 2 with each layer as the only hybrid one: layer -> its model.
 
     Args:
       candidates: the layers, after stage 1.
-      steps: optimizer steps; a quarter of them at most warms up.
+      steps: optimizer steps; at most a quarter of them is warm-up.
     """
     config, students = candidates.config, {}
     fewer = with_steps(config.stage2, steps)
@@ -133,7 +133,7 @@ def train_alone(candidates: Candidates, steps: int) -> dict[str, Model]:
 
 
 def errors_alone(students: Mapping[str, Model], candidates: Candidates) -> list[float]:
-    """Relative squared error of the x0 of each of the students, by layer."""
+    """Compute the relative squared error of each student's x0, by layer."""
     config = candidates.config
     teacher = Model(without_delta(candidates.params), config.model.teacher())
     errors = teacher_errors(students, teacher, candidates.clips, config.sampler, candidates.key)
@@ -141,6 +141,6 @@ def errors_alone(students: Mapping[str, Model], candidates: Candidates) -> list[
 
 
 def _with_memory_of(params: Params, layer: int) -> Params:
-    """The parameters in which one layer alone is hybrid."""
+    """Return parameters in which only one layer is hybrid."""
     teacher = unstack_params(without_delta(params))
     return teacher | {"blocks": teacher["blocks"] | {str(layer): layer_of(params, layer)}}

@@ -1,4 +1,4 @@
-"""What the report measures of a run's models: losses, errors, recall and exchanges."""
+"""Measures of a run's models for the report: losses, errors, recall and exchanges."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _PER_MODEL = ("recall", "recall_by_lag", "exchange")
 
 
 def models_of(config: Config, converted: Converted) -> dict[str, Model]:
-    """The models that the run has; "student" is the last of its hybrids that was trained."""
+    """Return the run's models; "student" is the last hybrid that was trained."""
     params = models.teacher_params(converted.untrained, config.model)
     teacher = Model(params, config.model.teacher())
     if not config.model.converted_layers:
@@ -49,7 +49,7 @@ def models_of(config: Config, converted: Converted) -> dict[str, Model]:
 
 
 def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key) -> dict[str, Any]:
-    """Losses of teacher and student, and the hybrids' errors against the teacher.
+    """Compute losses of teacher and student, and the hybrids' errors against the teacher.
 
     Args:
       config: the run.
@@ -74,7 +74,7 @@ def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key)
     mean = {name: errors[name].mean if name in errors else None for name in compared}
 
     def gone(name: str) -> float | None:
-        """Share of a model's error that the converted hybrid does not have."""
+        """Return the share of a model's error that the converted hybrid does not have."""
         converted, other = mean["stage2"], mean[name]
         return 1 - converted / other if other and converted is not None else None
 
@@ -94,18 +94,18 @@ def measure_gap(config: Config, data: ClipData, found: Mapping[str, Model], key)
 
 
 def recall_reason(config: Config) -> str | None:
-    """Why a run has no recall test; None if it has one."""
+    """Return why a run has no recall test; None if it has one."""
     if config.data.source != "synthetic":
-        return f"nobody knows what is hidden in clips of data.source={config.data.source}"
+        return f"clips of data.source={config.data.source} have no ground truth of hidden objects"
     if config.evaluation.recall_clips <= 0:
         return f"evaluation.recall_clips={config.evaluation.recall_clips} leaves it out"
     return None
 
 
 def draw_recall(config: Config, data: ClipData, model: Model, test: RecallTest, key) -> Drawings:
-    """What a model draws in the recall test, with the frames that its picture shows."""
+    """Draw the recall test with a model, and keep the frames that its picture shows."""
     codec = data.codec
-    assert codec is not None  # clips that are made on the fly have one
+    assert codec is not None  # synthetic clips have one
     logging.info("report: %d clips drawn from memory", len(test.clips))
     return draw_test(config, codec, model, test, key, kept=2 * SHEET_PAIRS)
 
@@ -113,12 +113,12 @@ def draw_recall(config: Config, data: ClipData, model: Model, test: RecallTest, 
 def recall_scores(
     config: Config, test: RecallTest | None, drawn: Mapping[str, Drawings]
 ) -> dict[str, Any]:
-    """Recall of hidden sprites, by lag, and through whose memory: a part of the report.
+    """Score recall of hidden sprites, also by lag and by exchange: a part of the report.
 
     Args:
       config: the run.
-      test: the clips; None if the run has no such test, whose scores are None then.
-      drawn: name of the model -> what it has drawn.
+      test: the clips; None if the run has no such test, then all scores are None.
+      drawn: name of the model -> its drawings.
     """
     if test is None:
         return dict.fromkeys((*_PER_MODEL, "baseline")) | {"recall_reason": recall_reason(config)}

@@ -37,7 +37,7 @@ _TITLES = {
     "stage1": "Stage 1: layers alone",
     "stage2": "Stage 2: end to end",
 }
-# Outlines of what is drawn: the clip's own sprite, its twin's; anything else is wrong.
+# Outlines of drawings that show the clip's own sprite, or its twin's; anything else is wrong.
 _OUTLINES = {"own": "#1f9d55", "twin": "#f08c00"}
 _WRONG = "#d43b3b"
 
@@ -47,8 +47,8 @@ class Row(NamedTuple):
 
     Attributes:
       label: its name.
-      frames: uint8 [H, W, 3] each, or None where there is nothing to show.
-      marks: per frame, what it shows: "own", "twin" or else; None if that is not asked.
+      frames: uint8 [H, W, 3] each, or None for an empty cell.
+      marks: per frame, what it shows: "own", "twin" or other; None if the row has no marks.
       opens: whether the row begins a new group.
     """
 
@@ -59,12 +59,12 @@ class Row(NamedTuple):
 
 
 def curves(folder: epath.PathLike, phases: Sequence[str]) -> bytes | None:
-    """Draws the metrics that the phases of a run have logged.
+    """Draw the metrics that the phases of a run have logged.
 
     Args:
       folder: the run; `folder/<phase>/metrics.jsonl` is read.
-      phases: in the order they are shown, the controls among them; phases without metrics are
-        left out.
+      phases: phases and controls, in the order they are shown; those without metrics are left
+        out.
 
     Returns:
       A PNG file; None if no phase has metrics.
@@ -86,7 +86,7 @@ def curves(folder: epath.PathLike, phases: Sequence[str]) -> bytes | None:
 
 
 def _panels(logged: dict[str, Records]) -> list[tuple[str, str, dict]]:
-    """(title, y label, {name: records and key of a line}) of everything there is to draw."""
+    """Return (title, y label, {name: records and key of a line}) of every panel."""
     panels = []
     for phase in ("teacher", "stage1", "stage2"):
         if phase in logged:
@@ -141,13 +141,13 @@ def _draw_panel(axes: Axes, title: str, ylabel: str, lines: dict) -> None:
 
 
 def _thinned(points: np.ndarray) -> np.ndarray:
-    """Means over neighbouring points, so that a long run is a line and not a band."""
+    """Average neighboring points, so that a long run is a line and not a band."""
     parts = np.array_split(points, min(len(points), 80) or 1)
     return np.array([part.mean(axis=0) for part in parts if len(part)]).reshape(-1, 2)
 
 
 def _line_colors(names: list[str]) -> list:
-    """Layers run through a colour map, phases have colours of their own."""
+    """Return the color of each line: layers follow a color map, phases have fixed colors."""
     if names[0].startswith("layer"):
         return list(colormaps["viridis"](np.linspace(0, 0.9, len(names))))
     return [_COLORS[name] for name in names]
@@ -160,7 +160,7 @@ def _records(path: epath.Path) -> Records:
 
 
 def lag_curves(by_model: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: float) -> bytes:
-    """Draws recall over the number of blocks for which a sprite was hidden.
+    """Draw recall over the number of blocks for which a sprite was hidden.
 
     Args:
       by_model: label of the model -> lag -> "recall" and its "interval" [low, high].
@@ -199,14 +199,14 @@ def contact_sheet(
     boxes: Sequence[Box] = (),
     width: int = 192,
 ) -> bytes:
-    """Draws frames as a table.
+    """Draw frames as a table.
 
     Args:
       rows: its rows, each with one frame a column; frames are all of one size.
       columns: titles of the columns.
-      title: what is seen, over the whole.
-      boxes: per column, (top, left, bottom, right) in pixels of what `Row.marks` speaks of;
-        outlined in the rows that have it: "own" green, "twin" orange, all else red.
+      title: title of the whole.
+      boxes: per column, (top, left, bottom, right) in pixels of the object that `Row.marks`
+        describes; outlined in the rows that have marks: "own" green, "twin" orange, all else red.
       width: least number of columns of pixels that a frame is enlarged to.
 
     Returns:
@@ -247,7 +247,7 @@ def _draw_box(axes: Axes, box: Box, scale: int, outline: str) -> None:
 
 
 class _Sheet:
-    """Places on a contact sheet, in pixels from the top left corner."""
+    """Positions on a contact sheet, in pixels from the top left corner."""
 
     gap, header = 8, 68
 
@@ -275,7 +275,7 @@ class _Sheet:
         return 1 - pixels / self._size[0]
 
     def cell(self, row: int, column: int) -> Axes:
-        """Axes for one frame, pixel by pixel."""
+        """Return axes for one frame, pixel by pixel."""
         bottom = self.y(self.top(row) + self.height)
         size = self.x(self.width), self.height / self._size[0]
         axes = self.figure.add_axes((self.x(self.left(column)), bottom, *size))

@@ -1,4 +1,4 @@
-"""What is asked of a ranking of layers, and what is refused before anything is compiled."""
+"""Settings of a ranking of layers, and their checks before anything is compiled."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from arl2_jax.weights import model_config
 
 @dataclasses.dataclass(frozen=True)
 class RankChoice:
-    """What to measure, and how to choose by it.
+    """Measures of a ranking, and how to choose layers by them.
 
     Attributes:
       measures: names of `arl2_jax.evaluation.ranking.MEASURES`; () takes all that the clips allow.
-      by: the measure that chooses; None takes the dearest of them.
+      by: the measure to choose by; None takes the most expensive of them.
       share: share of the layers to convert, in (0, 1].
-      stage2_steps: steps of stage 2 that every layer gets alone for "swap_after_stage2"; 0 leaves
-        the measure out.
+      stage2_steps: steps of stage 2 for each single layer, for "swap_after_stage2"; 0 leaves the
+        measure out.
     """
 
     measures: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class RankChoice:
 
 
 def chosen_measures(config: Config, choice: RankChoice) -> tuple[tuple[str, ...], str]:
-    """The measures, cheapest first, and the one to choose by.
+    """Return the measures, cheapest first, and the one to choose by.
 
     Raises:
       ConfigError: one is unknown, or cannot be taken.
@@ -101,11 +101,11 @@ def all_hybrid(config: Config, out: epath.PathLike) -> Config:
 
 
 def check_ranking(config: Config, choice: RankChoice, measures: Sequence[str]) -> None:
-    """Refuses what the run itself would take.
+    """Reject settings that a training run accepts, but that make no ranking.
 
     Args:
       config: the run, as `all_hybrid` returns it.
-      choice: what is asked.
+      choice: settings of the ranking.
       measures: as `chosen_measures` returns them.
 
     Raises:

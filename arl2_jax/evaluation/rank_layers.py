@@ -1,4 +1,4 @@
-"""Which layers of a softmax model should stay softmax: a configuration to a ranking in files."""
+"""Ranks the layers of a softmax model by how much they need softmax, and writes the ranking."""
 
 import functools
 import json
@@ -38,14 +38,14 @@ from arl2_jax.training.pipeline import convert, prepare
 def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict[str, Any]:
     """Rank the layers of a softmax model by how much they need softmax.
 
-    Stage 1 converts all layers at once, as `config.stage1` says; then each is measured. Started
-    again with the same configuration, it goes on where it stopped.
+    Stage 1 converts all layers at once, with the settings of `config.stage1`; then each is
+    measured. A second call with the same configuration resumes where the first stopped.
 
     Args:
-      config: the run: `teacher.weights` are ranked, on clips of `data`. Its phases, and which
-        layers it calls hybrid, are not read.
-      out: folder of ranking.json, ranking.png and what is trained.
-      choice: what to measure.
+      config: the run: `teacher.weights` are ranked, on clips of `data`. Its phases and hybrid
+        layers are ignored.
+      out: folder of ranking.json, ranking.png and the training.
+      choice: measures, and how to choose by them.
 
     Returns:
       The content of ranking.json: what `arl2_jax.evaluation.ranking.rank` returns, with "seconds",
@@ -76,7 +76,7 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
         if not any(found["exchange"]):
             logging.warning(
                 "no drawing flips with the cache of any one layer (recall %.1f %%): the exchange "
-                "does not tell layers apart", 100 * exchange["recall"],
+                "does not distinguish layers", 100 * exchange["recall"],
             )  # fmt: skip
     _check_finite(found, config)
     facts = {"seconds": seconds, "exchange": exchange, "config": to_config_dict(config)}
@@ -89,10 +89,10 @@ def rank_layers(config: Config, out: epath.PathLike, choice: RankChoice) -> dict
 
 
 def _measure(name: str, candidates: Candidates, stage2_steps: int) -> Any:
-    """What a measure finds for every layer."""
+    """Compute a measure for every layer."""
     measure = _MEASURES.get(name)
     if measure is None:
-        # Training sets the mesh by itself.
+        # Training sets the mesh itself.
         measure = functools.partial(errors_alone, train_alone(candidates, stage2_steps))
     with jax.set_mesh(candidates.mesh):
         return measure(candidates)

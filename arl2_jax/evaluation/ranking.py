@@ -1,4 +1,4 @@
-"""Layers in the order in which they need softmax, by several measures: numbers and their table."""
+"""Ranking of layers by how much they need softmax, by several measures, and its table."""
 
 import itertools
 import textwrap
@@ -14,11 +14,11 @@ _WIDTH = 80
 
 
 class Measure(NamedTuple):
-    """What tells that a layer should keep its softmax cache.
+    """A measure of how much a layer needs its softmax cache.
 
     Attributes:
       title: its name in tables and pictures.
-      unit: what its values are.
+      unit: meaning of its values.
       need: 1 if a layer with a large value needs softmax, -1 if one with a small value does.
     """
 
@@ -38,7 +38,7 @@ MEASURES = {
 
 
 def ranks(measure: str, values: Sequence[float]) -> Float[np.ndarray, "layers"]:
-    """Rank of every layer: 1 needs softmax most; equal values share the mean of their ranks."""
+    """Return each layer's rank: 1 needs softmax most; equal values get their mean rank."""
     need = MEASURES[measure].need * np.asarray(values, float)
     above = np.sum(need[None] > need[:, None], axis=1)
     equal = np.sum(need[None] == need[:, None], axis=1)
@@ -46,14 +46,14 @@ def ranks(measure: str, values: Sequence[float]) -> Float[np.ndarray, "layers"]:
 
 
 def spearman(one: Float[np.ndarray, "layers"], other: Float[np.ndarray, "layers"]) -> float | None:
-    """Spearman's correlation of two rankings; None if one of them has all layers equal."""
+    """Return Spearman's correlation of two rankings; None if one has all layers equal."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
     return float(np.corrcoef(one, other)[0, 1])
 
 
 def hybrid_count(share: float, layers: int) -> int:
-    """Layers that a share of them is, rounded down: 22 of 30 for 0.75, as in ARL2, section 4."""
+    """Return a share of the layers, rounded down: 22 of 30 for 0.75 (ARL2, section 4)."""
     return int(share * layers + 1e-9)
 
 
@@ -62,7 +62,7 @@ def rank(values: Mapping[str, Sequence[float]], by: str, share: float) -> dict[s
 
     Args:
       values: measure -> a value for every layer.
-      by: the measure to choose by. Of equal layers the later one keeps softmax.
+      by: the measure to choose by; among equal layers the later one keeps softmax.
       share: share of the layers to convert, see `hybrid_count`.
 
     Returns:

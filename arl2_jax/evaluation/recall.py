@@ -1,4 +1,4 @@
-"""The recall test: is a sprite that was hidden drawn again as it was?"""
+"""The recall test: is a hidden sprite drawn with its own identity when it comes out?"""
 
 import functools
 import itertools
@@ -13,19 +13,19 @@ from arl2_jax.data.reveals import Reveal, reveal_clips
 from arl2_jax.data.sprites import BACKGROUNDS, SpriteClip, draw_sprite
 from arl2_jax.text import embed_caption
 
-# The colour and the shape of a drawing that is nearer to the bare background than to any sprite.
+# Color and shape of a drawing that is nearer to the bare background than to any sprite.
 NOTHING = -1
-# Of the standard normal distribution, for intervals of 95 %.
+# Quantile of the standard normal distribution, for 95 % intervals.
 _QUANTILE = 1.959964
 
 
 class RecallTest(NamedTuple):
-    """What is asked: held-out clips in which a hidden sprite comes out again.
+    """Held-out clips in which a hidden sprite comes out again.
 
     Attributes:
-      clips: N clips; neighbours are twins, equal but for the identity of the revealed sprite.
+      clips: N clips; neighbors are twins, equal but for the identity of the revealed sprite.
       events: the reveal of each.
-      batch: what a model is given of them, "latents" and "text".
+      batch: inputs of a model, "latents" and "text".
     """
 
     clips: list[SpriteClip]
@@ -34,18 +34,18 @@ class RecallTest(NamedTuple):
 
     @property
     def identities(self) -> Int[np.ndarray, "clips 2"]:
-        """Colour and shape of every revealed sprite."""
+        """Return color and shape of every revealed sprite."""
         pairs = zip(self.clips, self.events, strict=True)
         return np.array([(c.colors[e.sprite], c.shapes[e.sprite]) for c, e in pairs])
 
     @property
     def lags(self) -> Int[np.ndarray, "clips"]:
-        """Frame blocks for which each sprite was hidden."""
+        """Return the number of frame blocks for which each sprite was hidden."""
         return np.array([event.lag for event in self.events])
 
 
 def recall_test(config: Config, codec: Codec) -> RecallTest:
-    """Makes the clips of the recall test.
+    """Make the clips of the recall test.
 
     Raises:
       ConfigError: reveals are too rare for config.evaluation.recall_clips.
@@ -62,15 +62,15 @@ def read_drawings(
     test: RecallTest,
     config: Config,
 ) -> Int[np.ndarray, "*drawings clips 2"]:
-    """Reads the sprite in drawings of the frame block in which each clip's sprite comes out.
+    """Read the sprite in drawings of the frame block in which each clip's sprite comes out.
 
     Args:
       pixels: the drawn block of every clip, in [-1, 1]; leading axes are kept.
       test: the clips.
-      config: the run; its sprites say what there is to choose from.
+      config: the run; its sprites give the identities to choose from.
 
     Returns:
-      Colour and shape of what is nearest to each drawing, or `NOTHING` for both.
+      Color and shape of the nearest sprite to each drawing, or `NOTHING` for both.
     """
     sprites, size = config.data.sprites, config.data.sprites.size
     found = []
@@ -85,12 +85,12 @@ def read_drawings(
 def read_sprites(
     crops: Float[np.ndarray, "*drawings size size 3"], background: int, sprites: SpriteConfig
 ) -> Int[np.ndarray, "*drawings 2"]:
-    """Colour and shape whose drawing is nearest to each crop; `NOTHING` if the background is.
+    """Return the color and shape nearest to each crop; `NOTHING` if the background is nearest.
 
     Args:
       crops: bounding boxes of a sprite, in [-1, 1].
       background: index of the clip's background.
-      sprites: how many colours and shapes there are to choose from, and their size.
+      sprites: numbers of colors and shapes to choose from, and the size of sprites.
     """
     templates, identities = _templates(background, sprites.colors, sprites.shapes, sprites.size)
     distances = [np.mean((crops - drawing) ** 2, axis=(-3, -2, -1)) for drawing in templates]
@@ -99,9 +99,9 @@ def read_sprites(
 
 @functools.cache
 def _templates(background: int, colors: int, shapes: int, size: int):
-    """Drawings [1 + colors x shapes, size, size, 3] and what they show; the first shows nothing.
+    """Draw all answers [1 + colors x shapes, size, size, 3]: (drawings, identities).
 
-    Nothing is one of the readings, so that a faint smear is not taken for the smallest sprite.
+    The first has no sprite, so that a faint smear is not read as the smallest sprite.
     """
     tone = np.array(list(BACKGROUNDS.values())[background])
     drawings, identities = [np.broadcast_to(tone, (size, size, 3))], [(NOTHING, NOTHING)]
@@ -115,10 +115,10 @@ def _templates(background: int, colors: int, shapes: int, size: int):
 def recall(
     readings: Int[np.ndarray, "drawings clips 2"], identities: Int[np.ndarray, "clips 2"]
 ) -> dict[str, float | list[float]]:
-    """Shares of revealed sprites that were drawn right, as means over K drawings of each clip.
+    """Compute the shares of revealed sprites drawn right, means over K drawings of each clip.
 
     Returns:
-      "recall" (colour and shape both right), "color", "shape", and the "interval" of recall.
+      "recall" (color and shape both right), "color", "shape", and the "interval" of recall.
     """
     right = readings == identities
     both = right.all(axis=-1)
@@ -133,7 +133,7 @@ def recall(
 def recall_by_lag(
     right: Bool[np.ndarray, "drawings clips"], lags: Int[np.ndarray, "clips"]
 ) -> dict[int, dict[str, float | int | list[float]]]:
-    """Recall of the clips of every lag: lag -> "recall", its "interval", and "clips"."""
+    """Compute recall for each lag: lag -> "recall", its "interval", and "clips"."""
     found = {}
     for lag in np.unique(lags).tolist():
         own = right[:, lags == lag]
@@ -147,12 +147,12 @@ def recall_by_lag(
 
 
 def best_blind_answer(identities: Int[np.ndarray, "clips 2"]) -> float:
-    """The largest recall of any constant answer on these clips."""
+    """Return the largest recall of any constant answer on these clips."""
     return float(np.unique(identities, axis=0, return_counts=True)[1].max() / len(identities))
 
 
 def wilson(share: float, clips: int) -> list[float]:
-    """Wilson's 95 % interval of a share: [low, high].
+    """Compute Wilson's 95 % interval of a share: [low, high].
 
     Args:
       share: in [0, 1]; the mean over the drawings of each clip, if there are several.

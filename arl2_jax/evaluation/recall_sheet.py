@@ -1,4 +1,4 @@
-"""The picture of the recall test: what models draw with their own memories and their twins'."""
+"""Picture of the recall test: what models draw with their own and their twins' memories."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,13 @@ from arl2_jax.evaluation.labels import LABELS, SCORED
 from arl2_jax.evaluation.plots import Row, contact_sheet
 from arl2_jax.evaluation.recall import RecallTest
 
-# Pairs of twins that are shown, of each the first clip: the first pairs, not chosen ones.
+# Number of pairs to show, the first clip of each: the first pairs, without selection.
 SHEET_PAIRS = 6
 _TITLE = (
     "A hidden sprite comes out. Outlined: green its own, orange the twin's, red neither; "
     "lag: frame blocks hidden"
 )
-# Rows of the student, whose memories are the question.
+# Rows of the student's exchanges.
 _EXCHANGED = {
     "states": "hybrid, twin's states",
     "caches": "hybrid, twin's caches",
@@ -26,7 +26,7 @@ _EXCHANGED = {
 
 
 def recall_sheet(config: Config, test: RecallTest, drawn: Mapping[str, Drawings]) -> bytes:
-    """Draws the revealed sprite as each model draws it, and what was given before: a PNG file.
+    """Draw each model's drawing of the revealed sprite, and the given frames: a PNG file.
 
     Args:
       config: the run.
@@ -74,7 +74,7 @@ def _row(
 
 
 def _title(test: RecallTest, i: int) -> str:
-    """The sprite, for how many blocks it is hidden, and the twin's sprite."""
+    """Return a column's title: the sprite, its lag, and the twin's sprite."""
     name = lambda identity: f"{list(COLORS)[identity[0]]} {SHAPES[identity[1]]}"
     own, twin = test.identities[i], test.identities[i + 1]
     return f"{name(own)}, lag {test.events[i].lag}\ntwin: {name(twin)}"

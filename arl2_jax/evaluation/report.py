@@ -1,4 +1,4 @@
-"""What a run has achieved: numbers, curves, pictures and videos, in one folder."""
+"""The report of a run: numbers, curves, pictures and videos, in one folder."""
 
 import contextlib
 import json
@@ -42,11 +42,11 @@ from arl2_jax.training.pipeline import Converted, control_name
 def write_report(
     config: Config, folder: epath.PathLike, data: ClipData, converted: Converted
 ) -> dict[str, Any]:
-    """Evaluates a run on held-out clips and writes `folder/report`.
+    """Evaluate a run on held-out clips and write `folder/report`.
 
     The folder gets report.json, curves.png, contact_sheet.png, recall_by_lag.png, retention.png,
-    and one mp4 for each continued clip. What the run leaves out (a stage, a control, the recall
-    test) is null.
+    and one mp4 for each continued clip. Parts that the run leaves out (a stage, a control, the
+    recall test) are null.
 
     Args:
       config: the run.
@@ -63,7 +63,7 @@ def write_report(
     codec = data.codec
     test = recall_test(config, codec) if codec and not recall_reason(config) else None
 
-    # On a CPU, compilation takes one core, and small products do not fill many.
+    # On a CPU, compilation uses one core, and small matrix products do not use many.
     workers = 3 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
     layout = jax.tree.leaves(converted.untrained)[0].sharding
     with ThreadPoolExecutor(workers) as pool:
@@ -92,14 +92,14 @@ def write_report(
 
 
 def _retention(config: Config, data: ClipData, found: Mapping[str, Model]):
-    """What the hybrids keep of one held-out clip, and its picture."""
+    """Measure how much the hybrids keep of one held-out clip, and draw it."""
     hybrids = {n: found[n].params for n in ("untrained", "stage1", "student") if n in found}
     level = config.sampler.context_noise
     return retention_of_models(hybrids, config.model, data.held_out(1), context_noise=level)
 
 
 def _on_mesh(layout: Sharding, function: Callable[..., Any], *arguments) -> Any:
-    """Calls a function under the mesh of a layout, if it has one; each thread has its own."""
+    """Call a function under the mesh of a sharding, if any; the mesh is set per thread."""
     mesh = layout.mesh if isinstance(layout, NamedSharding) else None
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
         return function(*arguments)
@@ -112,7 +112,7 @@ def _write_recall(
     drawn: dict[str, Drawings],
     scores: dict[str, Any],
 ) -> None:
-    """Writes the pictures of the recall test, if the run has one."""
+    """Write the pictures of the recall test, if the run has one."""
     if test is None:
         return
     by_lag = {LABELS[name]: lags for name, lags in scores["recall_by_lag"].items() if lags}
@@ -127,7 +127,7 @@ def _write_recall(
 def _write_pictures(
     config: Config, folder: epath.Path, continued: Continuations | None, *, sheet: bool
 ) -> None:
-    """Writes the curves, and videos of the continuations with their `sheet` if it is wanted."""
+    """Write the curves and the videos of the continuations, and with `sheet` their sheet."""
     controls = map(control_name, config.evaluation.controls)
     png = curves(folder, (*config.phases, *controls))
     if png is not None:

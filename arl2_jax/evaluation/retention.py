@@ -1,4 +1,4 @@
-"""What the memories of models keep, for people: a table, and the part of a report."""
+"""Retention of models' memories: a table, and a part of the report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,12 +29,12 @@ def retention_of_models(
     Args:
       students: parameters by name, in order of training, such as "untrained" and "stage2".
       cfg: the model of all of them.
-      clips: held-out clips, "latents" and "text", as `ClipData.held_out` gives them.
-      context_noise: noise level at which clips are remembered, see `SamplerConfig`.
+      clips: held-out clips, "latents" and "text", as `ClipData.held_out` returns them.
+      context_noise: noise level at which clips are written, see `SamplerConfig`.
 
     Returns:
-      Measures by name, ready for JSON, as `arl2_jax.training.retention.retention` gives them; and a
-      PNG file, or None if there is no memory to measure.
+      Measures by name, ready for JSON, as `arl2_jax.training.retention.retention` returns them; and
+      a PNG file, or None if there is no memory to measure.
     """
     if not students or not measured_layers(cfg):
         return {}, None
@@ -47,7 +47,7 @@ def retention_of_models(
 
 
 def retention_table(measures: dict[str, Any]) -> str:
-    """Write measures as a table: a line per layer, each with median, least and most over heads.
+    """Format measures as a table: a line per layer with median, min and max over heads.
 
     Args:
       measures: what `arl2_jax.training.retention.retention` returns.

@@ -1,4 +1,4 @@
-"""A picture of what the memories of a model keep: layers by heads."""
+"""A picture of the retention of a model's memories: layers by heads."""
 
 import io
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Shares below are as good as nothing, and all of one colour.
+# Smaller shares are negligible, and all have one color.
 _LEAST = 1e-8
 
 
 class _Panel(NamedTuple):
-    """A heat map: its measure, title, label of its colours, and whether they are logarithmic."""
+    """A heat map: measure, title, label of the color scale, and whether it is logarithmic."""
 
     name: str
     title: str
@@ -36,7 +36,7 @@ def retention_picture(measures: dict[str, Any], title: str = "Linear memory") ->
 
     Args:
       measures: what `arl2_jax.training.retention.retention` returns.
-      title: what is seen, over the whole.
+      title: title of the whole.
 
     Returns:
       A PNG file.
@@ -72,7 +72,7 @@ def _draw(axes: Axes, panel: _Panel, values: np.ndarray, layers: list[int], most
         norm = LogNorm(1, max(most or 1, 2))
     else:
         norm = Normalize(0, max(values.max(), 1e-3))
-    # Zero has no logarithm: it gets the lowest colour.
+    # Zero has no logarithm: it gets the lowest color.
     shown = np.clip(values, norm.vmin, norm.vmax)
     image = axes.imshow(
         shown, norm=norm, cmap=colormaps["viridis"], aspect="auto", interpolation="nearest"
@@ -94,7 +94,7 @@ def _draw(axes: Axes, panel: _Panel, values: np.ndarray, layers: list[int], most
 
 
 def _write_values(axes: Axes, values: np.ndarray, shown: np.ndarray, norm: Normalize) -> None:
-    """Write the numbers into the cells, where there are few; dark on light and light on dark."""
+    """Write the numbers into the cells, dark on light and light on dark."""
     for (row, column), value in np.ndenumerate(values):
         light = float(norm(shown[row, column])) > 0.6
         axes.text(
@@ -104,7 +104,7 @@ def _write_values(axes: Axes, values: np.ndarray, shown: np.ndarray, norm: Norma
 
 
 def short(value: float) -> str:
-    """A number in at most five characters, for tables and cells: 8e-06, 0.345, 36.6, 4680."""
+    """Format a number in at most five characters: 8e-06, 0.345, 36.6, 4680."""
     if value == 0 or not np.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) < 0.1:

@@ -1,4 +1,4 @@
-"""Sizes and times of a run, and what it ran on."""
+"""Sizes, times and environment of a run."""
 
 import functools
 import importlib.metadata
@@ -17,7 +17,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "arl
 
 
 def run_facts(config: Config, converted: Converted) -> dict[str, Any]:
-    """Return sizes, times and surroundings of a run, as report.json holds them."""
+    """Return sizes, times and environment of a run, as in report.json."""
     teacher = _count(models.teacher_params(converted.untrained, config.model))
     frames = [config.data.frames, config.data.frames * config.evaluation.rollout_length]
     student = config.model if config.model.converted_layers else None
@@ -46,7 +46,7 @@ def _count(params: Params) -> int:
 
 
 def _memory_bytes(config: Config, cfg: ModelConfig, frames: int) -> int:
-    """Return the bytes of the memories of one video of so many latent frames."""
+    """Return the bytes of all memories for one video of `frames` latent frames."""
     size = {"batch": 1, "frames": frames, "tokens_per_frame": config.tokens_per_frame}
     memory = jax.eval_shape(functools.partial(models.init_memory, cfg, **size))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))

@@ -1,4 +1,4 @@
-"""Several videos in one picture, over a time line."""
+"""Several videos in one picture, above a time line."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ _GAP, _BORDER, _TITLE, _FOOTER = 12, 4, 30, 46
 
 
 class Part(NamedTuple):
-    """A part of the time line: frames [start, stop), what they are, and their colour."""
+    """A part of the time line: frames [start, stop) with their label and color."""
 
     label: str
     color: tuple[int, int, int]
@@ -26,13 +26,13 @@ class Part(NamedTuple):
 def side_by_side(
     videos: Mapping[str, Frames], *, given: int, trained: int, width: int = MIN_WIDTH
 ) -> Frames:
-    """Puts videos next to each other under their names, over a time line.
+    """Put videos next to each other under their names, above a time line.
 
-    Borders and the time line tell frames that were given from generated ones, and those that lie
-    beyond the length of the training clips.
+    The colors of borders and time line distinguish given frames, generated ones, and those beyond
+    the length of the training clips.
 
     Args:
-      videos: label -> frames, all of one size; where a shorter one has ended its place is empty.
+      videos: label -> frames, all of one size; after the end of a shorter one its place is empty.
       given: frames at the start that the models were given.
       trained: frames of a training clip.
       width: least number of columns of each video.
@@ -72,7 +72,7 @@ def side_by_side(
 
 
 def timeline(count: int, given: int, trained: int) -> list[Part]:
-    """The parts of a video of `count` frames that are not empty."""
+    """Return the non-empty parts of a video of `count` frames."""
     parts = [
         Part("given", (86, 148, 255), 0, min(given, count)),
         Part("generated", (64, 190, 112), given, min(trained, count)),
@@ -82,7 +82,7 @@ def timeline(count: int, given: int, trained: int) -> list[Part]:
 
 
 def _columns(count: int, height: int, width: int) -> int:
-    """Number of columns that brings the whole near to 16 : 9 and leaves few places empty."""
+    """Return the number of columns that comes near to 16 : 9 and leaves few places empty."""
 
     def fault(columns: int) -> float:
         rows = math.ceil(count / columns)
@@ -93,7 +93,7 @@ def _columns(count: int, height: int, width: int) -> int:
 
 
 def _canvas(size, corners, panel, part: Part, length) -> np.ndarray:
-    """Everything of a part's frames that does not move."""
+    """Draw all that stays the same over the frames of a part."""
     image = Image.new("RGB", size[::-1], BACKGROUND)
     draw = ImageDraw.Draw(image)
     for label, (top, left) in corners.items():
@@ -120,7 +120,7 @@ def _draw_cursor(frame: np.ndarray, t: int, count: int) -> None:
 
 
 def _time(width: int, t: int, count: int) -> int:
-    """Column at which frame t starts on the time line."""
+    """Return the column at which frame t starts on the time line."""
     return _GAP + round((width - 2 * _GAP) * t / count)
 
 

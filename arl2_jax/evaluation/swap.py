@@ -1,4 +1,4 @@
-"""How far a model's own prediction moves when one of its layers alone is hybrid."""
+"""How far a model's prediction changes when only one of its layers is hybrid."""
 
 import functools
 
@@ -23,7 +23,7 @@ from arl2_jax.training.losses import NoisedClip, embed_noised
 def swap_errors(
     params: Params, cfg: ModelConfig, clips: Batch, sampler: SamplerConfig, key: Array
 ) -> list[float]:
-    """Relative squared error of x0 for every layer that is swapped alone, by index.
+    """Compute the relative squared error of x0 with each layer swapped alone, by index.
 
     The measure is `arl2_jax.evaluation.gap.teacher_error`. One compilation serves all layers.
 
@@ -43,9 +43,9 @@ def swap_errors(
 def swapped_flow(
     params: Params, cfg: ModelConfig, layer: Int[Array, ""], clip: NoisedClip
 ) -> Float[Array, "b t rows columns channels"]:
-    """The flow of a clip if one layer is hybrid and all others are the teacher's.
+    """Predict the flow of a clip with one hybrid layer; all others are the teacher's.
 
-    It is that of `apply_clip` for the model with this one hybrid layer. The layer may be traced.
+    It equals `apply_clip` of the model with this one hybrid layer. The layer may be traced.
 
     Args:
       params, cfg: the model with all layers hybrid.

@@ -11,7 +11,7 @@ from arl2_jax.evaluation.labels import LABELS, SCORED
 
 _WIDTH = 80
 _LABEL = 20
-# label, then where its loss, error, recall and size of memory stand in the report.
+# Label, then the keys of its loss, error, recall and memory size in the report.
 _ROWS = (
     (LABELS["teacher"], "teacher_loss", "", "teacher", "teacher"),
     (LABELS["untrained"], "", "error_untrained", "", "student"),
@@ -30,10 +30,10 @@ _LAGS_A_LINE = 5
 
 
 def summary_table(report: dict[str, Any]) -> str:
-    """The report's main numbers as text of at most 80 columns.
+    """Format the report's main numbers as text of at most 80 columns.
 
     Args:
-      report: what `write_report` has returned, or the content of its report.json.
+      report: what `write_report` returned, or the content of its report.json.
     """
     parts = [_models(report)]
     if report["recall"]:
@@ -43,7 +43,7 @@ def summary_table(report: dict[str, Any]) -> str:
 
 def _models(report: dict[str, Any]) -> str:
     recalled, memory = report["recall"] or {}, report["memory_bytes"]
-    rows = [["", "loss", "error", "recall", "colour", "shape"]]
+    rows = [["", "loss", "error", "recall", "color", "shape"]]
     rows[0] += [f"{frames} frames" for frames in memory["frames"]]
     for label, loss, error, score, size in _ROWS:
         found = recalled.get(score) or {}
@@ -58,7 +58,7 @@ def _models(report: dict[str, Any]) -> str:
 
 
 def _exchange(report: dict[str, Any]) -> str:
-    """What is drawn with the twin's memories, one line a model."""
+    """Format what is drawn with the twin's memories, one line a model."""
     rows = [["own/twin's/nothing %", *_EXCHANGES.values()]]
     for name in SCORED:
         if scores := report["exchange"][name]:
@@ -74,7 +74,7 @@ def _outcomes(shares: dict[str, Any] | None) -> str:
 
 
 def _lags(report: dict[str, Any]) -> list[str]:
-    """Recall by lag with its interval; several tables if lags are many."""
+    """Format recall by lag with its interval; several tables if there are many lags."""
     by_model = {name: lags for name in SCORED if (lags := report["recall_by_lag"][name])}
     lags = sorted({lag for found in by_model.values() for lag in found}, key=int)
     tables = []
@@ -103,13 +103,13 @@ def _lines(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What the columns mean, and the numbers that are not of one model."""
+    """Return the meaning of the columns, and the numbers that belong to no single model."""
     notes = ["loss: flow matching; error: x0 against the teacher's; frames: size of the memory"]
     if recalled := report["recall"]:
         notes += [
-            "recall: hidden sprites drawn again in the right colour and shape, in "
+            "recall: hidden sprites drawn again in the right color and shape, in "
             f"{recalled['clips']} clips drawn from {recalled['noises']} noises each",
-            "twin: the same clip with another colour and shape of the hidden sprite",
+            "twin: the same clip with another color and shape of the hidden sprite",
             "lag: frame blocks for which it was hidden; in brackets 95 % intervals (Wilson), which "
             "count clips, not drawings",
         ]
@@ -130,7 +130,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _kept(retention: dict[str, Any]) -> str:
-    """What the states keep of themselves, by model."""
+    """Return a line on how much of a state is kept, by model."""
     median = lambda table: _percent(float(np.median(table)))
     parts = []
     for name, measures in retention.items():
@@ -142,7 +142,7 @@ def _kept(retention: dict[str, Any]) -> str:
 
 
 def _carried(report: dict[str, Any], name: str) -> str:
-    """Which kind of memory carries identity."""
+    """Return a line on which kind of memory carries identity; empty if unknown."""
     carried = (report["exchange"][name] or {}).get("carried", {})
     parts = [f"{kind} {_percent(share)}" for kind, share in carried.items() if share is not None]
     return f"identity follows {', '.join(parts)}" if parts else ""

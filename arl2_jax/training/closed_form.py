@@ -1,6 +1,6 @@
 """Least squares for the parameters that read a layer's memory, with the state fixed.
 
-Stage 1 minimises, layer by layer and at the teacher's own input, the squared error after Wo of
+Stage 1 minimizes, layer by layer and at the teacher's own input, the squared error after Wo of
 
     sum over heads h of  g_h y_h P_v,h Wo_h   against   (softmax over past and block
                                                          - softmax inside the block) Wo
@@ -99,7 +99,7 @@ def value_sums(readout: Readout, readings: Readings) -> ValueSums:
 def solve_values(
     sums: ValueSums, output: Float[Array, "c c"], start: Float[Array, "h d d"], ridge: float = RIDGE
 ) -> Float[Array, "h d d"]:
-    """Compute the P_v of all heads that minimises the error after Wo.
+    """Compute the P_v of all heads that minimizes the error after Wo.
 
         sum |sum_h F_h P_h Wo_h - R Wo|^2 + sum_h ridge_h |P_h - start_h|^2
 

@@ -156,8 +156,8 @@ class LayerDistillation(NamedTuple):
         return [logged["error"] for logged in self.diagnostics if "error" in logged]
 
 
-def distil_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
-    """Distil the softmax attention of each converted layer (stage 1; ARL2, section 3).
+def distill_layers(params: Params, cfg: ModelConfig, clip: NoisedClip) -> LayerDistillation:
+    """Distill the softmax attention of each converted layer (stage 1; ARL2, section 3).
 
     Each layer gets the teacher's own input, so that errors do not accumulate, and is compared
     after Wo. The gradient is taken inside the scan over layers, so only one layer's activations

@@ -114,7 +114,7 @@ def _teacher_gradients(config: Config, trained: Params, frozen: Params, clip: No
 
 
 def _stage1_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
-    result = losses.distil_layers(merge_params(trained, frozen), config.model, clip)
+    result = losses.distill_layers(merge_params(trained, frozen), config.model, clip)
     metrics = {"loss": result.mean_error} | _by_run(config, result.diagnostics)
     return select_trained(trained, result.gradients), metrics
 
@@ -122,7 +122,7 @@ def _stage1_gradients(config: Config, trained: Params, frozen: Params, clip: Noi
 def _stage2_gradients(config: Config, trained: Params, frozen: Params, clip: NoisedClip):
     params, weight = merge_params(trained, frozen), config.stage2.layer_loss
     if weight:
-        local = losses.distil_layers(params, config.model, clip)
+        local = losses.distill_layers(params, config.model, clip)
         target = local.teacher_flow
     else:
         local, target = None, losses.teacher_flow(params, config.model, clip)

@@ -1,4 +1,4 @@
-"""Constructed rollouts, whose truth is known, are read as they are."""
+"""Constructed rollouts with known truth are read correctly."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ CODEC = make_codec(CONFIG)
 
 @pytest.fixture(scope="module")
 def rollout():
-    """Beginnings, and the true clips as blocks that go on from them."""
+    """Beginnings, and the blocks of the true clips that follow them."""
     given = beginnings(CONFIG, CODEC, VIDEOS, GIVEN)
     clips = [true_clip(CONFIG, i, (GIVEN + BLOCKS) * F) for i in range(VIDEOS)]
     return given, clips

@@ -1,4 +1,4 @@
-"""Planted models, whose memories are known to carry identity or not, get the scores they earn."""
+"""Planted models, whose memories are known to carry identity or not, get the right scores."""
 
 import dataclasses
 from collections import Counter
@@ -40,7 +40,7 @@ def held_out():
 
 
 def planted(carrier, seen=None):
-    """A model that draws the block as it is, of the clip in whose `carrier` it is remembered.
+    """A model that draws the true block of the clip whose `carrier` memory it reads.
 
     It keeps every call in `seen`. Without the memory it draws nothing but the background.
     """
@@ -106,7 +106,7 @@ def test_a_model_that_draws_nothing_carries_nothing(held_out):
     assert scores["carried"] == {"states": None, "caches": None}
 
 
-def test_every_clip_is_drawn_once_beside_its_twin_in_its_own_block(held_out):
+def test_every_clip_is_drawn_once_with_its_twin_in_its_own_block(held_out):
     seen = []
     drawn(held_out, planted("states", seen))
     wanted = Counter(
@@ -116,7 +116,7 @@ def test_every_clip_is_drawn_once_beside_its_twin_in_its_own_block(held_out):
     found = Counter((clip.tobytes(), block) for clips, block, _ in seen for clip in clips)
     # Parts of a group are filled up with clips of the same group.
     assert found.keys() == wanted.keys() and all(found[x] >= wanted[x] for x in wanted)
-    assert len({keys for *_, keys in seen}) == len(seen), "each part has noise of its own"
+    assert len({keys for *_, keys in seen}) == len(seen), "parts have different noise"
     assert {clips.shape for clips, *_ in seen} == {(16, 16, 4, 16, 12)}
     index = {clip.tobytes(): i for i, clip in enumerate(held_out.batch["latents"])}
     for clips, *_ in seen:
@@ -133,7 +133,7 @@ def test_frames_are_those_that_are_read(held_out):
         np.testing.assert_array_equal(made.frames["states"][i], twin)
 
 
-def test_outcomes_tell_own_twin_other_and_nothing():
+def test_outcomes_are_own_twin_other_and_nothing():
     identities = np.array([[0, 1], [2, 0]])
     readings = np.array(
         [

@@ -76,7 +76,7 @@ def test_loss_is_that_of_training(params, clips, clip):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_what_is_remembered_may_be_noised(params, clips, clip):
+def test_what_is_written_may_be_noised(params, clips, clip):
     """In the loss and in the teacher's and the student's flow alike."""
     sampler = dataclasses.replace(SAMPLER, timesteps=(400.0,), context_noise=0.3)
     noise = jax.jit(losses.noise_clip, static_argnums=(1, 4))
@@ -149,11 +149,11 @@ def test_every_clip_is_seen_once_and_parts_are_of_one_size():
 def test_batches_go_where_the_parameters_are(params, clips):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     placed = sharding.put(params, sharding.tree_shardings(params, mesh))
-    batch = gap.place_beside(placed, clips)
+    batch = gap.put_like_params(placed, clips)
     assert batch["latents"].sharding.is_equivalent_to(
         jax.sharding.NamedSharding(mesh, sharding.BATCH), 5
     )
     expected = gap.held_out_losses(params, CFG, clips, SAMPLER, KEY)
     found = gap.held_out_losses(placed, CFG, clips, SAMPLER, KEY)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert gap.place_beside(params, clips) is clips
+    assert gap.put_like_params(params, clips) is clips

@@ -1,4 +1,4 @@
-"""Layers with planted faults get the ranks they earn; files are whole; bad input is refused."""
+"""Layers with planted faults get the right ranks; files are complete; bad input is refused."""
 
 import dataclasses
 import functools
@@ -259,7 +259,7 @@ def test_a_folder_of_another_ranking_is_refused(ranking, config):
 
 
 @pytest.mark.slow
-def test_layers_are_trained_alone_for_the_dearest_measure(ranking, config):
+def test_layers_are_trained_alone_for_the_most_expensive_measure(ranking, config):
     out, found = ranking
     choice = RankChoice(measures=("swap",), stage2_steps=3)
     after = rank_layers(config, out, choice)
@@ -304,7 +304,7 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("choice", "told"),
+    ("choice", "message"),
     [
         (dict(share=0.0), "share=0 must be in (0, 1]"),
         (dict(share=1.1), "share=1.1 must be in (0, 1]"),
@@ -316,11 +316,11 @@ def command(*arguments):
         (dict(stage2_steps=-1), "stage2_steps=-1"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(config, tmp_path, choice, told):
+def test_what_cannot_be_ranked_is_refused(config, tmp_path, choice, message):
     out = tmp_path / "out"
     with pytest.raises(ConfigError) as error:
         rank_layers(config, out, RankChoice(**choice))
-    assert_one_line(error, told)
+    assert_one_line(error, message)
     assert not out.exists()
 
 
@@ -331,7 +331,7 @@ def change(config, part, **changes):
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "told"),
+    ("part", "changes", "message"),
     [
         ("teacher", dict(weights="random"), "teacher.weights=random is an untrained model"),
         ("teacher", dict(weights="nowhere"), "nowhere"),
@@ -339,11 +339,11 @@ def change(config, part, **changes):
         ("model", dict(memory_gate="zero"), "model.memory_gate=zero"),
     ],
 )
-def test_runs_that_cannot_be_ranked_are_refused(config, tmp_path, part, changes, told):
+def test_runs_that_cannot_be_ranked_are_refused(config, tmp_path, part, changes, message):
     run = change(config, part, **changes)
     with pytest.raises(UserError) as error:
         rank_layers(run, tmp_path / "out", RankChoice(stage2_steps=2))
-    assert_one_line(error, told)
+    assert_one_line(error, message)
 
 
 def test_batches_that_devices_cannot_share_are_refused(config, tmp_path, monkeypatch):
@@ -354,31 +354,31 @@ def test_batches_that_devices_cannot_share_are_refused(config, tmp_path, monkeyp
     assert_one_line(error, "stage2.batch_size=3")
 
 
-def test_the_exchange_needs_clips_whose_secret_is_known(config, tmp_path):
+def test_the_exchange_needs_clips_with_ground_truth(config, tmp_path):
     latents = change(config, "data", source="latents", path=str(tmp_path))
     without = change(config, "evaluation", recall_clips=0)
-    for run, told in ((latents, "data.source=latents"), (without, "recall_clips=0")):
+    for run, message in ((latents, "data.source=latents"), (without, "recall_clips=0")):
         with pytest.raises(ConfigError) as error:
             rank_layers(run, tmp_path / "out", RankChoice(measures=("exchange",)))
-        assert_one_line(error, "measures=exchange", told)
+        assert_one_line(error, "measures=exchange", message)
         names, by = chosen_measures(run, RankChoice())
         assert names == ("layer_error", "retention", "swap") and by == "swap"
 
 
 @pytest.mark.parametrize(
-    ("hybrid", "told"), [((0, 1, 2), "leave none softmax"), ((1,), "leave 2 of 3 softmax")]
+    ("hybrid", "message"), [((0, 1, 2), "leave none softmax"), ((1,), "leave 2 of 3 softmax")]
 )
-def test_weights_that_are_hybrid_already_are_refused(config, tmp_path, make_params, hybrid, told):
+def test_hybrid_weights_are_refused(config, tmp_path, make_params, hybrid, message):
     cfg = dataclasses.replace(config.model, hybrid_layers=hybrid)
     save_params(tmp_path / "weights", make_params(cfg), to_config_dict(cfg))
     run = change(config, "teacher", weights=str(tmp_path / "weights"))
     with pytest.raises(ConfigError) as error:
         rank_layers(run, tmp_path / "out", RankChoice())
-    assert_one_line(error, told)
+    assert_one_line(error, message)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "config"),
         (["--run=a", "--config=b"], "config"),
@@ -387,6 +387,6 @@ def test_weights_that_are_hybrid_already_are_refused(config, tmp_path, make_para
         ([f"--config={ROOT / 'configs' / 'tiny.py'}"], "teacher.weights=random"),
     ],
 )
-def test_wrong_flags_are_told_in_one_line(arguments, told):
+def test_wrong_flags_are_one_line(arguments, message):
     done = command(*arguments)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and told in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr

@@ -1,4 +1,4 @@
-"""The recall test reads what is in the pixels: the truth scores 1, what is not there does not."""
+"""The recall test reads the pixels: the truth scores 1, and what is not there does not."""
 
 import itertools
 
@@ -105,7 +105,7 @@ def test_wrong_colors_are_wrong(held_out):
     assert (found["recall"], found["color"], found["shape"]) == (0, 0, 1)
 
 
-def test_the_twin_is_wrong_in_colour_and_shape(held_out):
+def test_the_twin_is_wrong_in_color_and_shape(held_out):
     videos = [clip.video for clip in held_out.clips]
     twins = [videos[i + 1 - 2 * (i % 2)] for i in range(len(videos))]
     found = score(twins, held_out)
@@ -164,7 +164,7 @@ def test_intervals_are_those_of_the_literature(hits, clips, low, high):
 
 
 def test_intervals_count_clips_not_drawings(held_out):
-    """Two drawings of each clip that agree tell no more than one."""
+    """Two equal drawings of each clip give no narrower interval than one."""
     rng = np.random.default_rng(0)
     one = np.where(rng.random((1, 96, 1)) < 0.5, held_out.identities, NOTHING)
     assert recall(np.repeat(one, 2, axis=0), held_out.identities) == recall(

@@ -1,4 +1,4 @@
-"""The report is complete, whatever a run leaves out, and its pictures and videos can be opened."""
+"""The report is complete, also for partial runs, and its pictures and videos can be opened."""
 
 import dataclasses
 import functools
@@ -154,7 +154,7 @@ def test_report_exchanges_the_memories_that_a_model_has(full):
         assert scores["none"]["own"] == full[0]["recall"][model]["recall"]
 
 
-def test_table_tells_what_was_exchanged(full):
+def test_table_shows_what_was_exchanged(full):
     text = (full[1] / "report.json").read_text()
     table = summary_table(json.loads(text))
     for part in (
@@ -167,7 +167,7 @@ def test_table_tells_what_was_exchanged(full):
         assert part in table
 
 
-def test_report_tells_sizes_and_surroundings(full, params):
+def test_report_has_sizes_and_environment(full, params):
     found = full[0]
     sizes = [x.size for x in jax.tree.leaves(params[0])]
     assert sum(found["parameters"].values()) == sum(sizes) and found["parameters"]["added"] > 0

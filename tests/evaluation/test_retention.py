@@ -1,4 +1,4 @@
-"""Table, picture and command of what memories keep, on stored weights."""
+"""Table, picture and command of retention, on stored weights."""
 
 import dataclasses
 import io
@@ -89,7 +89,7 @@ def test_the_command_measures_a_run(saved, tmp_path):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
 
 
-def test_softmax_weights_are_measured_as_a_conversion_begins_with_them(softmax, tmp_path):
+def test_softmax_weights_are_measured_with_untrained_memories(softmax, tmp_path):
     out = tmp_path / "a.json"
     found = inspect_memory(softmax, RANDOM, out, hybrid_layers=(0, 1), seed=3)
     cfg = dataclasses.replace(MODEL, hybrid_layers=(0, 1))
@@ -113,7 +113,7 @@ def test_stored_clips_are_cut_to_blocks(latents):
 
 
 @pytest.mark.parametrize(
-    ("choice", "told"),
+    ("choice", "message"),
     [
         (dict(clips=4), "clips=4 is more than the 3"),
         (dict(blocks=5), "blocks=5 of 1 frames are more than the 4"),
@@ -123,10 +123,10 @@ def test_stored_clips_are_cut_to_blocks(latents):
         (dict(clips=0), "clips=0 must be positive"),
     ],
 )
-def test_clips_that_cannot_be_are_refused(latents, choice, told):
+def test_clips_that_cannot_be_are_refused(latents, choice, message):
     with pytest.raises(ConfigError) as error:
         read_clips(ClipChoice(**{"data": latents} | choice), MODEL)
-    assert_one_line(error, told)
+    assert_one_line(error, message)
 
 
 def test_clips_of_another_model_are_refused(latents):
@@ -143,7 +143,7 @@ def test_weights_without_anything_to_measure_are_refused(saved, softmax, tmp_pat
     out, own = tmp_path / "a.json", str(saved[0] / "stage2" / "weights")
     closed = dataclasses.replace(HYBRID, memory_gate="zero")
     save_params(tmp_path / "control", saved[1], to_config_dict(closed))
-    for weights, layers, told in (
+    for weights, layers, message in (
         (softmax, None, "hybrid_layers=0-"),
         (softmax, (0, 7), "hybrid_layers has [7]"),
         (own, (0,), "its own, 1"),
@@ -152,7 +152,7 @@ def test_weights_without_anything_to_measure_are_refused(saved, softmax, tmp_pat
     ):
         with pytest.raises(UserError) as error:
             inspect_memory(weights, RANDOM, out, hybrid_layers=layers)
-        assert_one_line(error, told)
+        assert_one_line(error, message)
     with pytest.raises(ConfigError) as error:
         inspect_memory(own, RANDOM, tmp_path / "a.txt")
     assert_one_line(error, "a.txt", ".json")
@@ -160,7 +160,7 @@ def test_weights_without_anything_to_measure_are_refused(saved, softmax, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flag", "message"),
     [
         ("--hybrid_layers=3-1", "--hybrid_layers=3-1 must be"),
         ("--hybrid_layers=0-a", "--hybrid_layers=0-a must be"),
@@ -169,12 +169,12 @@ def test_weights_without_anything_to_measure_are_refused(saved, softmax, tmp_pat
         ("--dtype=int8", "dtype"),
     ],
 )
-def test_wrong_flags_are_told_in_one_line(flag, told):
+def test_wrong_flags_are_one_line(flag, message):
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "inspect_memory.py"), "--weights=x", flag],
         capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and told in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
 def test_layers_are_named_one_by_one_and_in_ranges():

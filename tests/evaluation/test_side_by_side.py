@@ -1,4 +1,4 @@
-"""Several videos in one picture: all are seen, and where training ends."""
+"""Several videos in one picture: all are shown, and the end of the training length."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from arl2_jax.generation.video import enlarge
 
 
 def make_frames(count, height, width, seed=0):
-    """Coarse squares of random colours that change from frame to frame."""
+    """Coarse squares of random colors that change from frame to frame."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(256, size=(count, -(-height // 4), -(-width // 4), 3), dtype=np.uint8)
     return coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]

@@ -137,9 +137,9 @@ def fitted(cfg, params, make_clip):
 
 def test_errors_are_those_of_stage_one_and_fall(cfg, params, fitted):
     batches, after, errors = fitted
-    distil = jax.jit(losses.distil_layers, static_argnums=1)
+    distill = jax.jit(losses.distill_layers, static_argnums=1)
     for name, tree in (("before", params), ("after", after)):
-        found = [distil(tree, cfg, batch).errors for batch in batches]
+        found = [distill(tree, cfg, batch).errors for batch in batches]
         for layer in ("0", "1"):
             wanted = np.mean([each[layer] for each in found])
             # The same sums in another order.

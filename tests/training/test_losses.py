@@ -25,13 +25,13 @@ def noised(cfg, clip):
 
 
 @pytest.fixture(scope="module")
-def distil():
-    return jax.jit(losses.distil_layers, static_argnums=1)
+def distill():
+    return jax.jit(losses.distill_layers, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
-def distilled(distil, params, cfg, noised):
-    return jax.device_get(distil(params, cfg, noised))
+def distilled(distill, params, cfg, noised):
+    return jax.device_get(distill(params, cfg, noised))
 
 
 def test_noise_has_one_level_a_block(noised, cfg):
@@ -115,11 +115,11 @@ def test_layer_gradients_are_those_of_each_own_error(cfg, params, noised, distil
             assert np.any(wanted) and error(g, wanted) < 1e-4, name  # sums that cancel
 
 
-def test_layers_learn_independently(distil, cfg, params, noised, distilled):
+def test_layers_learn_independently(distill, cfg, params, noised, distilled):
     """Another layer's memory affects neither the error nor the gradient of a layer."""
     worse = jax.tree.map(lambda x: x, params)
     worse["blocks"]["0"]["delta"] = jax.tree.map(lambda x: x + 0.3, worse["blocks"]["0"]["delta"])
-    other = jax.device_get(distil(worse, cfg, noised))
+    other = jax.device_get(distill(worse, cfg, noised))
     assert other.errors["0"] != distilled.errors["0"]
     assert other.errors["1"] == distilled.errors["1"]
     for a, b in zip(
@@ -131,9 +131,9 @@ def test_layers_learn_independently(distil, cfg, params, noised, distilled):
     assert models.runs_of(distilled.gradients) == [(0, 2)]
 
 
-def test_closed_gate_has_nothing_to_learn_in_stage_one(distil, cfg, params, noised):
+def test_closed_gate_has_nothing_to_learn_in_stage_one(distill, cfg, params, noised):
     memory_off = dataclasses.replace(cfg, memory_gate="zero")
-    found = distil(params, memory_off, noised)
+    found = distill(params, memory_off, noised)
     assert not any(np.any(g) for g in jax.tree.leaves(found.gradients))
     assert all(value > 0 for value in found.errors.values())
 
@@ -187,7 +187,7 @@ def test_stage2_runs_the_teacher_once(config, make_params):
         params = merge_params(trained, frozen)
         target = losses.teacher_flow(params, run.model, clip)
         loss = lambda t: losses.distillation(merge_params(t, frozen), run.model, clip, target)[0]
-        local = losses.distil_layers(params, run.model, clip).gradients
+        local = losses.distill_layers(params, run.model, clip).gradients
         add = lambda g, own: g + 0.5 * own
         return jax.tree.map(add, jax.grad(loss)(trained), select_trained(trained, local))
 

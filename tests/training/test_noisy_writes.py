@@ -18,7 +18,7 @@ from arl2_jax.training.step import accumulate, init_state, make_step
 LEVEL = 0.3
 CLEAN, NOISY = SamplerConfig(), SamplerConfig(context_noise=LEVEL)
 noise_clip = jax.jit(losses.noise_clip, static_argnums=(1, 4))
-distil = jax.jit(losses.distil_layers, static_argnums=1)
+distill = jax.jit(losses.distill_layers, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def test_student_and_teacher_remember_the_same(cfg, params, noisy, clean, error)
 @pytest.mark.slow
 def test_stage_one_and_its_start_see_the_noised_past(cfg, params, noisy, clean, monkeypatch):
     monkeypatch.setattr(start, "ROUNDS", 0)
-    found = distil(params, cfg, noisy)
+    found = distill(params, cfg, noisy)
     _, errors = least_squares_start(params, cfg, [noisy], jax.random.key(0))
-    other = distil(params, cfg, clean)
+    other = distill(params, cfg, clean)
     for layer in ("0", "1"):
         # The same sums in another order.
         np.testing.assert_allclose(errors[layer].before, found.errors[layer], rtol=1e-4)
@@ -165,5 +165,5 @@ def test_a_step_obeys_the_setting(config, make_params):
 
 def test_misfit_context_is_refused(cfg, params, noisy, unchecked):
     run = lambda clip: losses.predict(params, cfg, clip)
-    with pytest.raises(ValueError, match="one a frame is needed"):
+    with pytest.raises(ValueError, match="must be one per frame"):
         jax.eval_shape(run, noisy._replace(context_s=noisy.s[:, :2]))
