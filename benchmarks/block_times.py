@@ -1,4 +1,4 @@
-"""Times blocks of generation at the shapes of Wan2.1 1.3B, by memory, room and position.
+"""Times blocks of generation at the shapes of Wan2.1 1.3B, by memory, capacity and position.
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 python benchmarks/block_times.py \
         --out=benchmarks/results/block_times_h100.json
@@ -127,7 +127,7 @@ def cache_copies(text: str, cache: jax.Array) -> dict[str, int]:
 
 
 def main(_):
-    """Runs the cases one after the other; each has the device to itself."""
+    """Run the cases one after the other; each has the device to itself."""
     device = jax.devices()[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     result = {

@@ -1,8 +1,8 @@
-"""flash-linear-attention's gated delta rule, timed beside ours where it is installed.
+"""flash-linear-attention's gated delta rule, for comparison with ours where it is installed.
 
-Its functions make an output for every token, which nobody reads here, and return the last state
-alone. Their dozen launches from Python take longer than the kernels, so the device time is that of
-a CUDA graph that holds one call on each of several argument sets.
+Its functions compute an output for every token, which is unused here, and return only the last
+state. Their dozen launches from Python take longer than the kernels, so the device time is that of
+a CUDA graph with one call on each of several argument sets.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ FUNCTIONS = {
 _GRAPH_LAUNCHES = 20
 
 
-def obstacle() -> str | None:
-    """Why it cannot run here, or None."""
+def unsupported_reason() -> str | None:
+    """Return why it cannot run here, or None."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "fla")):
         return "needs PyTorch and flash-linear-attention; they are not installed"
     if jax.default_backend() != "gpu":

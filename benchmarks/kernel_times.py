@@ -91,9 +91,11 @@ class Bench:
         return figures | {"relative_error": {name: self._error(name, x) for name, x in results}}
 
     def _time_fla(self, name: str, direction: str, sets: list[tuple]) -> dict[str, Any]:
-        obstacle = fla.obstacle() or ("is timed forward alone" if direction != "forward" else None)
-        if obstacle:
-            raise NotImplementedError(f"implementation {name!r} {obstacle}")
+        reason = fla.unsupported_reason() or (
+            "is timed only forward" if direction != "forward" else None
+        )
+        if reason:
+            raise NotImplementedError(f"implementation {name!r} {reason}")
         state, figures = fla.measure(name, sets, _REPEATS.value)
         expected = self.expected["states"][:, -1]
         return figures | {"relative_error": {"last_state": _relative_error(state, expected)}}

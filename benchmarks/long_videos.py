@@ -3,12 +3,12 @@
     PYTHONPATH=. python benchmarks/long_videos.py --run=runs/tiny-synthetic --set=sampler.steps=32 \
         --out=benchmarks/results/long_videos_tiny_cpu.json
 
-The model goes on alone from the first third of held-out clips. What it draws is read block by
-block: how many sprites are in full sight, how many of these are the ones that went in, and how many
-of those that come back look as their lane showed them last.
+The model continues the first third of held-out clips. Its drawings are read block by block: how
+many sprites are fully visible, how many of these are those of the past, and how many of those that
+come back look as their lane showed them last.
 
-With --true it is given true videos instead, and draws the sprites that come back early and late in
-them: what it gets wrong there is not due to its own earlier drawings.
+With --true it gets true videos instead, and draws the sprites that come back early and late in
+them: errors there are not due to its own earlier drawings.
 
 Every call adds one entry to the file, or replaces the one of the same title; --frames draws some
 frames of a rollout as a PNG file.
@@ -55,13 +55,13 @@ _TIMED = (
 
 
 def main(_):
-    """Measures the model in one set of long videos, prints what is kept and writes it."""
+    """Measure the model in one set of long videos, print what is kept and write it."""
     logging.set_verbosity(logging.INFO)
     try:
         config, model = _open()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    # A title stands for one entry: what was asked is part of it.
+    # Each entry has its title, so the title includes the settings.
     asked = ["true videos"] if _TRUE.value else []
     name = epath.Path(_RUN.value).name
     title = _TITLE.value or " ".join([name, _MODEL.value, *asked, *_SET.value])
@@ -101,8 +101,8 @@ def _open() -> tuple[Config, Model]:
     config = changed(read_run_config(run), changes)
     if config.data.source != "synthetic":
         raise ConfigError(
-            f"run={run} has data.source={config.data.source}, and nobody knows what is hidden "
-            "there; name a run on sprites"
+            f"run={run} has data.source={config.data.source}, which has no ground truth of "
+            "hidden objects; name a run on sprites"
         )
     if config.data.sprites.vertical:
         raise ConfigError(

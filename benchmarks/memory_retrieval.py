@@ -1,21 +1,21 @@
-"""How well a layer's memory learns to bring back tokens of an earlier block, by its start.
+"""How well a layer's memory learns to retrieve tokens of an earlier block, by its start.
 
     python benchmarks/memory_retrieval.py --tokens=512 --head_dim=32 --heads=4 --steps=400
     python benchmarks/memory_retrieval.py --tokens=4680 --head_dim=128 --heads=12 --steps=1200
 
 One layer, trained as in stage 1: q, k and v are given, the gates and the projections P learn.
-Block 0 has marked tokens among its n; every later block has as many that ask for them, by a key
-that fits one of the marked tokens. What softmax would bring back is the value of that token, and
-nothing for all others. The loss is the squared error of the asking tokens, or of all (--loss), over
-the squared target. The error is taken at the asking tokens of fresh clips: 1 is that of reading
-nothing.
+Block 0 has marked tokens among its n; every later block has as many querying tokens, each with the
+key of a marked token. The target is what softmax would retrieve: the value of the marked token, and
+zero for all other tokens. The loss is the squared error of the querying tokens, or of all (--loss),
+over the squared target. The error is measured at the querying tokens of fresh clips: reading zeros
+gives 1.
 
-Values of marked tokens are new in every clip, so that only memory can tell them. Where every block
-begins with nothing but the block before ("only the block before"), lags above 1 must stay at 1.
+Values of marked tokens are new in every clip, so that only memory has them. Where every block sees
+only the block before it ("only the block before"), lags above 1 must stay at 1.
 
 Settings that separate memories: as many marked tokens as a head has dimensions (--marked) fill a
 state; --loss=all asks all other tokens to read nothing, which needs a gate that can close, and
---offset gives inputs the constant direction that normalised and modulated inputs have;
+--offset gives inputs the constant direction that normalized and modulated inputs have;
 --correlation makes keys alike; --new_keys draws the keys of marked tokens for each clip,
 so that P cannot learn them; --apart marks different tokens for each head, as heads that
 attend to different things; --repeated makes a share of the tokens a still background; --rope
@@ -118,7 +118,7 @@ STARTS = {
 
 
 def main(_):
-    """Trains every start with every seed, prints a table and writes it as JSON."""
+    """Train every start with every seed, print a table and write it as JSON."""
     cfg, rows = _config(), {}
     unknown = [name for name in _STARTS.value if name not in STARTS]
     if unknown:
@@ -166,13 +166,13 @@ def _config() -> ModelConfig:
 
 
 def _settings(cfg: ModelConfig, start: Start) -> dict[str, Any]:
-    """The start in full, whatever the defaults are today."""
+    """Return all settings of the start, independent of defaults."""
     delta = dataclasses.asdict(dataclasses.replace(cfg.delta, **start.delta))
     return {"memory_init": start.memory_init, "published": start.published, "delta": delta}
 
 
 def retrieval(cfg: ModelConfig, start: Start, seed: int) -> dict[str, Any]:
-    """Trains one layer; returns its error by lag over fresh clips and how long it took."""
+    """Train one layer; return its error by lag over fresh clips and how long it took."""
     module_key, marker_key, train_key, test_key = jax.random.split(jax.random.key(seed), 4)
     delta = dataclasses.replace(cfg.delta, **start.delta)
     made = dataclasses.replace(cfg, memory_init=start.memory_init, delta=delta)
@@ -218,7 +218,7 @@ class Programs(NamedTuple):
 
 @functools.lru_cache
 def make_programs(cfg: ModelConfig) -> Programs:
-    """Makes the training step and the test, both jitted."""
+    """Make the training step and the test, both jitted."""
     make = lambda: GatedDelta(cfg.delta, cfg.attention, rngs=nnx.Rngs(0))
     graph = nnx.split(nnx.eval_shape(make))[0]
     optimizer = optax.partition(
@@ -279,7 +279,7 @@ class Markers(NamedTuple):
 
 
 def draw_markers(cfg: ModelConfig, key) -> Markers:
-    """Draws the directions of one seed."""
+    """Draw the directions of one seed."""
     rows = jax.random.normal(key, (_MARKED.value + 3, cfg.dim))
     offset = jax.random.normal(jax.random.fold_in(key, 0), (cfg.dim,))
     return Markers(rows[: _MARKED.value], *rows[_MARKED.value :], offset)

@@ -1,8 +1,8 @@
-"""What benchmarks/kernel_times.py times: inputs, calls and costs of each operation.
+"""Inputs, calls and costs of the operations that benchmarks/kernel_times.py times.
 
 Operations (FLOP) are those of the algorithm, not of an implementation: the gated delta rule in
 chunks of 64 tokens, forward 4 C K + 4 K V + 2/3 C^2 a token and head, backward 12 C K + 14 K V, in
-which the states before chunks are made again; attention 4 B H Tq Tk D forward, 10 backward. Bytes
+which the states before chunks are recomputed; attention 4 B H Tq Tk D forward, 10 backward. Bytes
 are the least that any implementation moves: each argument read once, each result written once.
 """
 

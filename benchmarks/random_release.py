@@ -1,10 +1,10 @@
-"""Writes a release of Wan2.1 1.3B with random numbers: every file a prompt needs, at its true size.
+"""Writes a release of Wan2.1 1.3B with random weights: every file a prompt needs, at full size.
 
     python benchmarks/random_release.py --out=random-release
     python launch/generate.py --weights=random-release --prompt="a corgi surfing"
 
-It tries a machine and the program, not a model: what comes out is noise. Takes 18 GB of disk. The
-tokenizer knows single characters alone. --small writes tiny networks.
+It tests a machine and the program, not a model: the videos are noise. It takes 18 GB of disk. The
+tokenizer knows only single characters. --small writes tiny networks.
 """
 
 import json
@@ -61,7 +61,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def main(_):
-    """Writes the four parts of a pipeline."""
+    """Write the four parts of a pipeline."""
     small, out = _SMALL.value, Path(_OUT.value)
     model = ModelConfig.tiny(in_dim=4, out_dim=4) if small else ModelConfig.wan1p3b()
     text = UMT5Config.tiny(text_len=32) if small else UMT5Config()

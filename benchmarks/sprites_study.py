@@ -4,14 +4,14 @@
     PYTHONPATH=. python benchmarks/sprites_study.py --out=runs/study --collect
 
 Teachers of configs/sprites_gpu.py are trained, converted in several ways, and measured. Models
-then go on alone for a thousand blocks (rollouts), and are asked in true videos of that length (long
+then generate a thousand blocks (rollouts), and are tested in true videos of that length (long
 recall). The layers of teachers are ranked. Conversions take half of the configuration's steps of
-stage 2, and all of them where the name ends in _long.
+stage 2, and all of them if the name ends in _long.
 
-Every run leaves a result in OUT/results and is not repeated; what later ones need is in
-OUT/teachers (10 MB a teacher) and OUT/students (2 MB each). So the study can go on elsewhere with
-these folders alone. A run that is cut goes on from its last checkpoint, in OUT/scratch. Several
-processes may work on one folder at once: each takes runs that no other has.
+Every run leaves a result in OUT/results and is not repeated; later ones read OUT/teachers (10 MB a
+teacher) and OUT/students (2 MB each). So the study can continue elsewhere with only these folders.
+An interrupted run resumes from its last checkpoint, in OUT/scratch. Several processes may work on
+one folder at once: each takes runs that no other has.
 
     --jobs=teacher-t0,all_by_block-t0-s0     these runs alone, in this order
     --minutes=9                              start nothing that would take longer
@@ -70,7 +70,7 @@ _POLL = 5.0
 
 
 def main(_):
-    """Runs what is missing, or merges what there is."""
+    """Run what is missing, or merge what there is."""
     logging.set_verbosity(logging.INFO)
     folder = Folder(_OUT.value)
     try:
@@ -151,7 +151,7 @@ class _Study:
         return run_rollout(*common, self._clock, *length, _ROLLOUT_STEPS.value)
 
     def _needs(self, job: Job) -> list[str]:
-        """Names of the runs that a job stands on."""
+        """Return the names of the runs that a job depends on."""
         teacher = f"teacher-t{job.teacher}"
         if job.kind == "teacher":
             return []

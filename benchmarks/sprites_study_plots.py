@@ -4,7 +4,7 @@
         --result=benchmarks/results/sprites_study.json --out=docs/study
 
 writes recall_by_lag.png, ablations.png, exchange.png, drift.png, training_*.png, retention_*.png,
-rollout_*.png (of what --rollouts holds) and tables.md; what the results lack is left out.
+rollout_*.png (from the files in --rollouts) and tables.md; files without results are left out.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from study.collect import markdown, summarise
+from study.collect import markdown, summarize
 from study.plots import (
     drift_curves,
     exchange_bars,
@@ -35,7 +35,7 @@ _WITH_RETENTION = LONGER
 
 
 def main(_):
-    """Draws what the results have."""
+    """Draw what the results have."""
     merged, out = json.loads(Path(_RESULT.value).read_text()), Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw(merged)
@@ -61,11 +61,11 @@ def draw(merged: dict[str, Any]) -> dict[str, bytes | None]:
         "training_stage2": training_curves(runs, "stage2"),
     }
     teachers = {run["teacher"] for run in runs.values() if run.get("variant") in ABLATIONS}
-    if teachers:  # each ablation beside conversions of the same teacher
+    if teachers:  # each ablation next to conversions of the same teacher
         same = {name: run for name, run in runs.items() if run["teacher"] in teachers}
         names = ["all_by_block", *ABLATIONS]
         title = "Recall by lag, all layers hybrid"
-        pictures["ablations"] = recall_curves(summarise(same)["models"], names, title)
+        pictures["ablations"] = recall_curves(summarize(same)["models"], names, title)
     for variant in _WITH_RETENTION:
         found = [run for run in runs.values() if run.get("variant") == variant]
         measures = next((run["retention"] for run in found if "retention" in run), None)

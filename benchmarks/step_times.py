@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/step_times.py --out=benchmarks/results/step_times_h100.json
 
 One clip of 21 latent frames of 480 x 832 pixels, 22 of 30 layers hybrid, settings of
-configs/wan1p3b.py. Timed: wall time of single steps with results waited for, after one that is not
-counted; compilation apart. --small is for a look at the script itself on a CPU.
+configs/wan1p3b.py. Timed: wall time of single steps, waiting for results, after an uncounted first
+one; without compilation. --small tries the script itself on a CPU.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Times a prompt's whole way to pixels at the shapes of Wan2.1 1.3B, with random weights.
+"""Times generation from prompt to pixels at the shapes of Wan2.1 1.3B, with random weights.
 
     python benchmarks/text_to_video.py --out=benchmarks/results/text_to_video_h200.json
 
 Timed: the text encoder (weights already on the device), each block of the network (four denoising
-passes and the clean one), and the decoding of the block by the VAE; compilation apart. --small is
-for a look at the script itself on a CPU.
+passes and the clean one), and the decoding of the block by the VAE; without compilation. --small
+tries the script itself on a CPU.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ _HYBRID = flags.DEFINE_list("hybrid", ["0", "22", "30"], "Numbers of converted l
 
 
 def seconds(call, repeat: int = 5) -> list[float]:
-    """Wall seconds of calls with their results waited for, behind a first that compiles."""
+    """Return the wall seconds of calls, waiting for results, after a first that compiles."""
     jax.block_until_ready(call())
     found = []
     for _ in range(repeat):
@@ -91,7 +91,7 @@ def summary(values: list[float]) -> dict:
 
 
 def main(_):
-    """Runs all and writes the JSON."""
+    """Run all and write the JSON."""
     small = _SMALL.value
     text = UMT5Config.tiny() if small else UMT5Config()
     vae = VAEConfig.tiny() if small else VAEConfig()

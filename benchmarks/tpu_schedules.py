@@ -2,10 +2,10 @@
 
     python benchmarks/tpu_schedules.py --out=benchmarks/results/tpu_schedules.json
 
-A bundle is what a TPU core issues in a cycle. The kernels have no inner loop, so their bundles are
-about the cycles of one grid step (a chunk of tokens of a group of heads) if nothing waits: good for
-comparing two schedules, not for absolute time. Needs libtpu, which compiles for a chip that is not
-there and writes its schedules to a folder.
+A TPU core issues one bundle a cycle. The kernels have no inner loop, so the number of bundles is
+about that of the cycles of one grid step (a chunk of tokens of a group of heads) without stalls:
+good for comparing two schedules, not for absolute time. Needs libtpu, which compiles without a
+chip and writes its schedules to a folder.
 """
 
 import importlib.metadata
@@ -94,7 +94,7 @@ def measure(shape: Shape, chip: str, chunk_size: int, dump: pathlib.Path) -> dic
 
 
 def main(_) -> None:
-    """Counts for every chip and chunk size."""
+    """Count for every chip and chunk size."""
     shape = SHAPES[_SHAPE.value]
     results = []
     with tempfile.TemporaryDirectory() as folder:

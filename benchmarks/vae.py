@@ -3,8 +3,8 @@
     python benchmarks/vae.py --out=benchmarks/results/vae_h200.json
     python benchmarks/vae.py --rows=64 --columns=64 --frames=9 --dtype=float32     # on a CPU
 
-Operations are counted before XLA optimises, so that they do not depend on the device; what tiles
-compute twice does not count.
+Operations are counted before XLA's optimizations, so that they do not depend on the device; what
+tiles compute twice does not count.
 """
 
 import importlib.metadata
@@ -111,7 +111,7 @@ def measure_all(cfg: VAEConfig) -> dict:
 
 
 def main(_):
-    """Runs all and writes the JSON."""
+    """Run all and write the JSON."""
     device = jax.devices()[0]
     result = {
         "date": time.strftime("%Y-%m-%d"),

@@ -2,10 +2,10 @@
 
     python benchmarks/weights_true_size.py --folder=/tmp/weights
 
-Writes a float32 file of random numbers in the original layout (5.7 GB), reads it into bfloat16
-beside `cat file > /dev/null`, exports it, reads the export and compares the two. Takes 14 GB of
-disk, all of which is deleted, and 6 GB of memory. Every reading is a process of its own, whose peak
-is taken above what it held before.
+Writes a float32 file of random numbers in the original layout (5.7 GB), reads it into bfloat16 and
+compares the time with `cat file > /dev/null`, exports it, reads the export and compares the two.
+Takes 14 GB of disk, all of it deleted, and 6 GB of memory. Every reading runs in a separate
+process; its peak memory is taken relative to that before the reading.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ _CFG = ModelConfig.wan1p3b()
 
 
 def main(_):
-    """Runs all stages, one after another."""
+    """Run all stages, one after another."""
     folder = Path(_FOLDER.value)
     first, second = folder / "first", folder / "second"
     _alone(write_random, first)
@@ -121,9 +121,9 @@ def seconds_of_memory(cfg: ModelConfig) -> float:
 
 
 def read(folder: Path, precision: str, digest: bool = False) -> dict:
-    """Reads the weights, and watches the clock and this process's memory."""
+    """Read the weights, and measure time and this process's memory."""
     cfg = model_config(folder, dtype="bfloat16")
-    param_shapes(cfg)  # traced once in a process, whatever is read
+    param_shapes(cfg)  # traced once in a process, for any weights
     peak = Peak()
     start, cpu = time.perf_counter(), time.process_time()
     params = load_params(folder, cfg, precision=precision)
@@ -139,7 +139,7 @@ def read(folder: Path, precision: str, digest: bool = False) -> dict:
 
 
 def export(source: Path, target: Path) -> dict:
-    """Reads weights as they are and writes them again."""
+    """Read weights as they are and write them again."""
     params = load_params(source, _CFG)
     peak, start = Peak(), time.perf_counter()
     export_params(target, params, _CFG, "wan", shard_size=float("inf"))
@@ -161,7 +161,7 @@ def digest_of(params) -> str:
 
 
 class Peak:
-    """The most anonymous memory (RssAnon) since it was made, above what was held then."""
+    """The peak of anonymous memory (RssAnon) since its creation, relative to that time."""
 
     def __init__(self):
         self._start = self._peak = self._now()

@@ -2,16 +2,17 @@
 
     python launch/train.py --config=configs/sprites_gpu.py
 
-Three or four sprites of 18 identities, each in a lane of its own, pass and rest behind an occluder
+Three or four sprites of 18 identities, each in a separate lane, pass and rest behind an occluder
 for up to 16 of a clip's 18 frame blocks. The teacher is trained from scratch, all of its layers are
 converted, and runs/sprites-gpu/report shows what the states remember. That takes 23 minutes on an
-H200. docs/study.md has what was measured. Leave XLA's autotuning on: with
+H200. docs/study.md has the measurements. Leave XLA's autotuning on: with
 XLA_FLAGS=--xla_gpu_autotune_level=0 a step takes up to 3.7 times as long.
 
 Training begins on clips of a third of the length with short rests: attention over them costs less
-a frame, and they hold more reveals. A teacher learns what to look for there, a memory what to keep.
+per frame, and they have more reveals. A teacher learns there what to look for, a memory what to
+keep.
 
-The same task at toy size, for a look at the whole path on a CPU; little is learned:
+The same task at toy size, to try the whole path on a CPU; little is learned:
 
     python launch/train.py --config=configs/sprites_gpu.py:quick
 """
@@ -57,9 +58,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
             dtype="bfloat16",
             remat="layer",
         ),
-        # What a sprite is shows through more noise the more pixels it has: 169 here, 25 in
-        # configs/tiny.py. The shift grows with the root of that, so that as many steps as there
-        # must ask the memory.
+        # A sprite of more pixels is recognizable under more noise: 169 pixels here, 25 in
+        # configs/tiny.py. The shift grows with the square root of that, so that as many steps as
+        # there depend on the memory.
         sampler=SamplerConfig(method="euler", steps=8, shift=16.0),
         data=DataConfig(
             frames=72,
@@ -118,12 +119,12 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
 
 
 def _quick(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same task with 20 tokens a block, heads of 32 and a few steps."""
+    """Reduce the task to 20 tokens a block, heads of 32 dimensions and a few steps."""
     fields = cast(Any, tree)
     fields.model.update(
         dim=64, ffn_dim=128, freq_dim=32, text_len=8, frames_per_block=2, dtype="float32"
     )
-    # Tokens of this run's own blocks, which are filled in from its data.
+    # 0: the run fills in the tokens of its blocks.
     fields.model.delta.block_tokens = 0
     fields.data.update(frames=24, height=16, width=20, workers=0, held_out=8)
     fields.data.sprites.update(

@@ -1,10 +1,10 @@
-"""The whole path within minutes on two CPU cores, with nothing to download.
+"""The whole path within minutes on two CPU cores, without downloads.
 
     python launch/train.py --config=configs/tiny.py
 
 A softmax teacher is trained from scratch on sprites that pass and rest behind an occluder, all of
 its layers are converted, and runs/tiny-synthetic/report shows whether the states remember what was
-hidden, for one to seven blocks. With the last layer kept as it is:
+hidden, for one to seven blocks. To keep softmax in the last layer:
 
     python launch/train.py --config=configs/tiny.py --config.model.hybrid_layers='(0, 1)' \
         --config.train.workdir=runs/tiny-keep-last
@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=8,
             optimizer="muon",
             learning_rate=8e-3,
-            # For the matrices that Muon moves; the rest bears less.
+            # For the matrices, which Muon trains; other parameters diverge at this rate.
             learning_rates=(("blocks/.*/kernel$", 2.75),),
             warmup=40,
         ),
@@ -81,6 +81,6 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     tree = cast(Any, ml_collections.ConfigDict(to_config_dict(config)))
-    # Follows --config.data.source, so that runs on different data do not meet in one folder.
+    # Follows --config.data.source, so that runs on different data have different folders.
     tree.train.workdir = "runs/tiny-" + tree.data.get_ref("source")
     return tree

@@ -3,15 +3,15 @@
     python launch/train.py --config=configs/wan1p3b.py --config.teacher.weights=causal_forcing.pt \
         --config.data.path=data/latents --config.data.vae=Wan2.1-T2V-1.3B
 
-teacher.weights: the causal teacher that is to be converted, in any released layout.
-data.path: stored latents with text embeddings, as launch/prepare_data.py makes them.
-data.vae: the release that has the VAE, for the report's videos; may be left out.
+teacher.weights: the causal teacher to convert, in any released layout.
+data.path: stored latents with text embeddings, as launch/prepare_data.py writes them.
+data.vae: the release with the VAE, for the report's videos; may be left out.
 
 To try a machine at the same shapes, with random weights and synthetic clips:
 
     python launch/train.py --config=configs/wan1p3b.py:random
 
-Hardware: GPUs or TPUs with 80 GB or more each; batches are shared out over all devices.
+Hardware: GPUs or TPUs with 80 GB or more each; batches are sharded over all devices.
 """
 
 from typing import Any, cast
@@ -75,10 +75,10 @@ def get_config(variant: str = "released") -> ml_collections.ConfigDict:
 
 
 def _random(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same shapes with nothing on disk; nothing is learned."""
+    """Replace weights and data by random ones of the same shapes; nothing is learned."""
     fields = cast(Any, tree)
     fields.teacher.weights = "random"
-    # 60 x 104 latents of 16 channels, which the lossless codec makes of 120 x 208 pixels.
+    # The lossless codec makes 60 x 104 latents of 16 channels of 120 x 208 pixels.
     fields.data.update(
         source="synthetic", path="", codec="space_to_depth", codec_factor=2, height=120, width=208
     )

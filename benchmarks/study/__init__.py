@@ -1,1 +1,1 @@
-"""Parts of benchmarks/sprites_study.py."""
+"""Modules of benchmarks/sprites_study.py."""

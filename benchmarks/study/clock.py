@@ -1,4 +1,4 @@
-"""The time that a call may take, and who works on what."""
+"""Time limit of a call, and claims of processes on runs."""
 
 import os
 import time

@@ -75,9 +75,9 @@ def merge(
       before: an earlier result of this function to add to. A run replaces one of the same name.
 
     Returns:
-      "asked", "timed", "runs" (each with its device and versions, and with "changes" of the
-      configuration in the place of all of it), "config" (the one that changes are told against) and
-      "summary" of `summarise`.
+      "asked", "timed", "runs" (each with its device and versions, and with "changes" to the
+      configuration instead of all of it), "config" (the one that "changes" refer to) and
+      "summary" of `summarize`.
     """
     common = before["config"] if before else next(iter(runs.values()))["config"]
     shortened = dict(before["runs"]) if before else {}
@@ -88,13 +88,13 @@ def merge(
     return {
         "asked": _ASKED,
         "timed": _TIMED,
-        "summary": summarise(shortened),
+        "summary": summarize(shortened),
         "config": common,
         "runs": shortened,
     }
 
 
-def summarise(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds.
 
     Returns:

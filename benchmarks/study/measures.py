@@ -1,4 +1,4 @@
-"""What is measured of every model of the study."""
+"""Measures of every model of the study."""
 
 import functools
 from typing import Any, NamedTuple

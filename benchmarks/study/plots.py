@@ -165,7 +165,7 @@ def training_curves(runs: Mapping[str, Mapping[str, Any]], phase: str) -> bytes 
     """Draw the losses of a phase along its steps; None if no run has it.
 
     Args:
-      runs: name -> result; those of one variant have one colour.
+      runs: name -> result; those of one variant have one color.
       phase: "teacher" or "stage2".
     """
     curves = collections.defaultdict(list)

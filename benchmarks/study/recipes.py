@@ -1,4 +1,4 @@
-"""What the study runs: jobs by name, and the configuration of each."""
+"""Jobs of the study by name, and the configuration of each."""
 
 import ast
 import re
@@ -36,7 +36,7 @@ _NAME = re.compile(
 
 
 class Job(NamedTuple):
-    """One run of the study, with a result of its own.
+    """One run of the study, with its result.
 
     Attributes:
       name: such as "all_by_block-t0-s1", also that of its file.
@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
 
 def variants() -> list[str]:
-    """Names of all conversions, in an order in which neighbours share programs."""
+    """Return the names of all conversions, in an order in which neighbors share programs."""
     shares = [f"{share}_{init}" for init in INITS for share in SHARES]
     return [*shares, *LONGER, *ABLATIONS]
 
@@ -88,7 +88,7 @@ def parse_job(name: str) -> Job:
 
 
 def all_jobs(seeds: Sequence[int], teachers: Sequence[int]) -> list[str]:
-    """Every job of the study, those first on which others stand and which say most.
+    """Return every job of the study: first those that others depend on and that tell most.
 
     Args:
       seeds: of conversions.

@@ -1,4 +1,4 @@
-"""Long rollouts and long true videos: which sprites are left of those that went in."""
+"""Long rollouts and long true videos: which sprites of the past are left."""
 
 import itertools
 import time
@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
 def run_rollout(
     base: Config, job: Job, folder: Folder, clock: Clock, blocks: int, videos: int, steps: int
 ) -> tuple[Config, dict[str, Any]]:
-    """Let a model of the study go on from the first third of held-out clips.
+    """Let a model of the study continue the first third of held-out clips.
 
     Args:
       base, job, folder: as elsewhere; a teacher's job continues with the teacher.
@@ -118,7 +118,7 @@ def measure_long_recall(
 def roll_out(
     config: Config, model: Model, seed: int, clock: Clock, blocks: int, videos: int
 ) -> Rollout:
-    """Let a model go on from the first third of held-out clips, and read what it draws.
+    """Let a model continue the first third of held-out clips, and read what it draws.
 
     Args:
       config: the run.

@@ -1,4 +1,4 @@
-"""What a run of the study leaves: a result, and weights small enough to be carried along."""
+"""Files of a run of the study: its result, and weights small enough to copy."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def save_teacher(path: Path, params: Params, cfg: ModelConfig) -> None:
 
 
 def save_student(path: Path, params: Params) -> None:
-    """Write what a hybrid has beside its teacher's weights."""
+    """Write what a hybrid adds to its teacher's weights."""
     added, _ = split_params(unstack_params(params), is_added)
     flat = traverse_util.flatten_dict(added, sep="/")
     unfinished = path.with_suffix(".unfinished.npz")
