@@ -1,4 +1,4 @@
-"""Device mesh, layouts of parameters on it by their path, and layouts of activations."""
+"""Device mesh, shardings of parameters by their path, and shardings of activations."""
 
 import collections
 import math
@@ -21,7 +21,7 @@ BATCH = PartitionSpec(CLIPS)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh over all devices with the axes data, fsdp, tensor and context.
+    """Make a mesh over all devices with the axes data, fsdp, tensor and context.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or clips span processes.
@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         )
     auto = (AxisType.Auto,) * len(AXES)
     mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
-    # Every process reads clips of its own.
+    # Each process reads its own clips.
     if any(len({d.process_index for d in same.flat}) > 1 for row in mesh.devices for same in row):
         raise ConfigError(
             "puts a clip on devices of several processes",
@@ -51,15 +51,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def check_blocks(mesh: Mesh, blocks: int, *, frames: str = "data.frames") -> None:
-    """Every device must get whole frame blocks of a clip.
+    """Check that every device gets whole frame blocks of a clip.
 
     Args:
       mesh: devices.
-      blocks: of a clip.
+      blocks: number of frame blocks in a clip.
       frames: the field that sets how many frames a clip has.
 
     Raises:
-      ConfigError: they cannot be shared out evenly.
+      ConfigError: the blocks cannot be sharded evenly.
     """
     if blocks % mesh.shape["context"]:
         raise ConfigError(
@@ -71,10 +71,10 @@ def check_blocks(mesh: Mesh, blocks: int, *, frames: str = "data.frames") -> Non
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int, phase: str) -> None:
-    """Every device must get whole clips of every micro-batch.
+    """Check that every device gets whole clips of every micro-batch.
 
     Raises:
-      ConfigError: they cannot be shared out evenly.
+      ConfigError: the clips cannot be sharded evenly.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (parts * accumulation):
@@ -88,10 +88,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int, phase: str) -> N
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Layout of one parameter; an axis that does not divide a dimension is left out.
+    """Return the partition spec of one parameter; axes that do not divide a dimension are omitted.
 
     Raises:
-      ConfigError: nothing is declared of the parameter.
+      ConfigError: nothing is declared about the parameter.
     """
     axes = facts_of(path).axes
     leading = (None,) * (len(shape) - len(axes))
@@ -102,7 +102,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedSharding of every array of a tree; scalars, keys and counters are on all devices."""
+    """Return the NamedSharding of each array of a tree; scalars, keys, counters are replicated."""
 
     def sharding(path, leaf):
         if leaf.ndim == 0:
@@ -113,20 +113,20 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def jit_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function of arrays to a parameter tree, compiled to lay its result out on a mesh.
+    """Compile a function from arrays to a parameter tree with a result that is sharded over a mesh.
 
     No device ever holds more than its part of the result.
     """
 
     def call(*args):
-        layout = tree_shardings(jax.eval_shape(function, *args), mesh)
-        return jax.jit(function, out_shardings=layout)(*args)
+        shardings = tree_shardings(jax.eval_shape(function, *args), mesh)
+        return jax.jit(function, out_shardings=shardings)(*args)
 
     return call
 
 
 def sharding_table(tree: Any, mesh: Mesh) -> str:
-    """One line per kind of parameter: its path, shape, layout, and megabytes on one device."""
+    """Format one line per kind of parameter: path, shape, sharding, and megabytes per device."""
     rows: dict[tuple, list] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = re.sub(r"(^|/)\d+/", r"\1*/", _name(path))
@@ -142,12 +142,12 @@ def sharding_table(tree: Any, mesh: Mesh) -> str:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Lays out a tree of host or device arrays."""
+    """Put a tree of host or device arrays on devices with these shardings."""
     return jax.tree.map(jax.device_put, tree, shardings)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A process's share of a batch as part of global arrays: clips, and the frames of latents."""
+    """Make global arrays from a process's part of a batch, sharded by clips and latent frames."""
     make = jax.make_array_from_process_local_data
     return {name: make(_batch_sharding(name, mesh), x) for name, x in batch.items()}
 
@@ -155,7 +155,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def abstract_batch(
     shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `put_batch` makes of float32 arrays whose shapes over all processes are these."""
+    """Return abstract results of `put_batch` for float32 arrays with these global shapes."""
     return {
         name: jax.ShapeDtypeStruct(shape, np.float32, sharding=_batch_sharding(name, mesh))
         for name, shape in shapes.items()
@@ -171,16 +171,15 @@ def per_device(
     inputs: tuple[PartitionSpec, ...],
     output: PartitionSpec | tuple[PartitionSpec, ...],
 ) -> Callable[..., Any]:
-    """The function on each device's part of its arrays; on whole arrays where no mesh is in use.
+    """Wrap a function in `jax.shard_map` over the current mesh; without a mesh, leave it as it is.
 
-    For kernels, which XLA cannot partition. The mesh in use is the one of `jax.set_mesh`, where JAX
-    itself looks for it: on what a computation runs is no property of a model, and no affair of the
-    layers between a trainer and a kernel.
+    For kernels, which XLA cannot partition. The mesh is the ambient one of `jax.set_mesh`, so that
+    layers need not pass it on.
 
     Args:
-      function: of arrays, to one array or a tuple of arrays.
-      inputs, output: mesh axes of their dimensions. Of axes that do not divide a dimension, the
-        last are left out wherever they stand: their devices do the same work.
+      function: from arrays to one array or a tuple of arrays.
+      inputs, output: mesh axes of their dimensions. If axes do not divide a dimension, the last of
+        them are omitted everywhere: their devices repeat the same work.
     """
 
     def call(*arrays):
@@ -202,7 +201,7 @@ def per_device(
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """x, laid out over the mesh in use as `per_device` would have it."""
+    """Constrain the sharding of x on the current mesh; axes that do not divide it are omitted."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -211,14 +210,14 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh that `jax.set_mesh` has set, if it is one of `make_mesh` with several devices."""
+    """Return the mesh of `jax.set_mesh` if it is from `make_mesh` and has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if ours and mesh.size > 1 else None
 
 
 def _dividing(axes: str | tuple[str, ...] | None, sizes: set[int], mesh) -> tuple[str, ...]:
-    """As many of the axes, from the first on, as divide all of the sizes."""
+    """Return the longest prefix of the axes whose product divides all sizes."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     for count in range(len(names), 0, -1):
         parts = math.prod(mesh.shape[name] for name in names[:count])

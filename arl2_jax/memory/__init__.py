@@ -18,7 +18,7 @@ MEMORIES: dict[str, Any] = {
 
 
 def register(kind: str, memory: type, settings: type[MemorySettings] = MemorySettings) -> None:
-    """Add a memory under a new name, for `ModelConfig.memories`.
+    """Register a memory under a new name, for `ModelConfig.memories`.
 
     Args:
       kind: its name.

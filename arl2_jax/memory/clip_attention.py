@@ -12,7 +12,7 @@ Blocks = Float[Array, "b copies blocks n h d"]
 
 
 def attend_blocks(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
-    """Attention of every block to the clean ones before it and to itself.
+    """Attend from every block to the clean ones before it and to itself.
 
     No score of an invisible key is ever computed.
 
@@ -22,17 +22,17 @@ def attend_blocks(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
     Returns:
       [B, copies, blocks, n, H, D] in the dtype of q.
     """
-    forms = {"cpu": attend_together, "gpu": attend_merged}
-    return forms.get(jax.default_backend(), attend_in_turn)(q, k, v)
+    forms = {"cpu": attend_batched, "gpu": attend_merged}
+    return forms.get(jax.default_backend(), attend_block_by_block)(q, k, v)
 
 
 @jax.custom_vjp
 def attend_merged(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
-    """`attend_blocks` by a kernel that reads the past where it is; for GPUs.
+    """Compute `attend_blocks` by a kernel that reads the past in place; for GPUs.
 
-    Copies are queries of one call to the past, and every block of every copy is of one call to
-    itself; both results are merged by their log-sum-exp. Where it is differentiated it is
-    `attend_in_turn`: kernels with a backward pass take all visible keys in one array.
+    For each block, one call attends from all copies to the past. One more call attends from all
+    blocks to themselves. The results are merged by their log-sum-exp. Where it is differentiated,
+    it is `attend_block_by_block`: kernels with a backward pass take all visible keys in one array.
     """
     batch, copies, blocks, n, *heads = q.shape
     fold = lambda x: x.reshape(-1, n, *heads)
@@ -49,7 +49,7 @@ def attend_merged(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
 
 
 def _merged_forward(q: Blocks, k: Blocks, v: Blocks):
-    return jax.vjp(attend_in_turn, q, k, v)
+    return jax.vjp(attend_block_by_block, q, k, v)
 
 
 def _merged_backward(vjp, gradient: Blocks) -> tuple[Blocks, Blocks, Blocks]:
@@ -59,8 +59,8 @@ def _merged_backward(vjp, gradient: Blocks) -> tuple[Blocks, Blocks, Blocks]:
 attend_merged.defvjp(_merged_forward, _merged_backward)
 
 
-def attend_in_turn(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
-    """`attend_blocks` by one call of a kernel a block."""
+def attend_block_by_block(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
+    """Compute `attend_blocks` by one kernel call per block."""
     outputs = []
     for i, (past_k, past_v) in enumerate(zip(_before(k[:, 0]), _before(v[:, 0]), strict=True)):
         seen = (append_own(past, own[:, :, i]) for past, own in ((past_k, k), (past_v, v)))
@@ -69,11 +69,11 @@ def attend_in_turn(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
     return jnp.stack(outputs, axis=1).reshape(q.shape)
 
 
-def attend_together(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
-    """`attend_blocks` by fewer and larger products.
+def attend_batched(q: Blocks, k: Blocks, v: Blocks) -> Blocks:
+    """Compute `attend_blocks` by fewer and larger products; for CPUs.
 
-    On a CPU it is copies and the number of products that cost time. Heads come first, once; all
-    copies read the past in one product; and what blocks see of themselves is one for all of them.
+    On a CPU, copies and the number of products cost time. Heads are moved first once, all copies
+    read the past in one product, and the attention of all blocks to themselves is one product.
     """
     batch, copies, blocks, n, heads, width = q.shape
     first = lambda x: x.astype(jnp.float32).transpose(0, 4, 1, 2, 3, 5)
@@ -114,7 +114,7 @@ def append_own(past: Float[Array, "b past h d"], own: Float[Array, "b copies n h
 
 @jax.custom_vjp
 def _before(x: Float[Array, "b blocks n ..."]) -> tuple[Array, ...]:
-    """What lies before each block: for block i, [g, i n, ...]."""
+    """Return the tokens before each block: for block i, [g, i n, ...]."""
     return tuple(x[:, :i].reshape(len(x), -1, *x.shape[3:]) for i in range(x.shape[1]))
 
 
@@ -123,7 +123,7 @@ def _before_forward(x: Array) -> tuple[tuple[Array, ...], Array]:
 
 
 def _before_backward(last: Array, gradients: tuple[Array, ...]) -> tuple[Array]:
-    """Sums for one block after the other; JAX would fill up every gradient to a clip first."""
+    """Sum gradients block by block; JAX would first pad every gradient to a whole clip."""
     size = last.shape[1]
     of_block = lambda g, i: g[:, i * size : (i + 1) * size]
     summed = []

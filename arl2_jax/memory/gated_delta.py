@@ -43,11 +43,11 @@ State = Float[Array, "b h k v"]
 
 
 class GatedDelta(nnx.Module):
-    """Attends locally, remembers linearly.
+    """Softmax attention inside a block, and linear memory across blocks.
 
-    With S the state as the last clean block left it, q', k', v' the layer's projections plus
-    their low-rank updates (none if lora_rank is 0), and qm, km, vm the projections per head P of
-    those, rotated and of unit length (vm: neither):
+    With S the state after the last clean block, q', k', v' the layer's projections plus their
+    low-rank updates (none if lora_rank is 0), and qm, km, vm the projections per head P of those,
+    rotated and of unit length (vm: neither):
 
         out = softmax(q k^T / sqrt(D)) v + sigmoid(x Wg) (qm S) / sqrt(D)
 
@@ -102,7 +102,7 @@ class GatedDelta(nnx.Module):
         return jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32)
 
     def attend(self, p: Projections, state: State, grid: TokenGrid):
-        """Return the block's own softmax plus what it reads from the state; no aux."""
+        """Return the block's own softmax attention plus its read of the state; no aux."""
         local = attention(*self._local(p, grid))
         if self.gate != "learned":
             return local, None
@@ -117,7 +117,7 @@ class GatedDelta(nnx.Module):
         return state_after(self.settings, self.writes(p, grid, 1), state)
 
     def attend_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
-        """Attend in all blocks at once: clean copies make the states, all copies read them."""
+        """Attend in all blocks at once: clean copies write the states, all copies read them."""
         split = lambda x: x.reshape(len(x), blocks, x.shape[1] // blocks, *x.shape[2:])
         q, k, v = map(split, self._local(p, grid))
         local = per_device(_attend_inside, (BY_BLOCK,) * 3, BY_BLOCK)(q, k, v).reshape(p.v.shape)
@@ -131,7 +131,7 @@ class GatedDelta(nnx.Module):
         return local + (gate * read).astype(local.dtype), logged
 
     def read_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
-        """Return what every token of a clip reads of the past, [B, n, H, D] float32, and its gate.
+        """Return every token's read of the past, [B, n, H, D] float32, and its gate.
 
         The gate is [B, n, H, 1]; arguments as in `attend_clip`.
         """
@@ -166,7 +166,7 @@ class GatedDelta(nnx.Module):
         states: Float[Array, "clips blocks h k v"],
         copies: int,
     ):
-        """What each token reads of its block's state (float32), and its gate [B, n, H, 1]."""
+        """Return each token's read of its block's state (float32), and its gate [B, n, H, 1]."""
         q = _unit(rotate(self._memory_heads(p)[0], grid.rotation()))
         if self.settings.read == "token":
             read = self._read_running(p, grid, q, states, copies)
@@ -190,14 +190,14 @@ class GatedDelta(nnx.Module):
         states: Float[Array, "clips blocks h k v"],
         copies: int,
     ):
-        """Reads of the running state: every copy of a block goes on from the block's state."""
+        """Read the running state: every copy of a block continues from the block's state."""
         fold = lambda x: x.reshape(-1, x.shape[1] // states.shape[1], *x.shape[2:])
         before = jnp.repeat(states, copies, axis=0).reshape(-1, *states.shape[2:])
         writes = Writes(*map(fold, self.writes(p, grid, states.shape[1])))
         return running_reads(self.settings, fold(q), writes, before)
 
     def _local(self, p: Projections, grid: TokenGrid):
-        """Rotated queries and keys, and values, of the softmax inside the block."""
+        """Return rotated queries and keys, and values, of the softmax inside the block."""
         rope = grid.rotation()
         if self.gate != "local":
             return rotate(p.q, rope), rotate(p.k, rope), p.v
@@ -206,7 +206,7 @@ class GatedDelta(nnx.Module):
         return rotate(q, rope), rotate(k, rope), v / self.value_scale
 
     def _memory_heads(self, p: Projections):
-        """Queries, keys and values of the memory, [B, n, H, D], neither rotated nor scaled."""
+        """Return the memory's q, k and v, [B, n, H, D], neither rotated nor scaled."""
         q = rms_norm(add_update(p.q_raw, self.lora_q, p.x), p.q_scale, self.eps)
         k = rms_norm(add_update(p.k_raw, self.lora_k, p.x), p.k_scale, self.eps)
         v = add_update(p.v.reshape(p.q_raw.shape), self.lora_v, p.x)
@@ -217,19 +217,19 @@ class GatedDelta(nnx.Module):
         )
 
     def _heads(self, x: Float[Array, "b n c"], phi: nnx.Param) -> Float[Array, "b n h d"]:
-        """Splits the heads and applies each head's own D x D projection."""
+        """Split the heads and apply each head's own D x D projection."""
         heads = rearrange(x, "b n (h d) -> b n h d", h=self.heads).astype(self.dtype)
         return heads_matmul(heads, phi[...].astype(self.dtype))
 
 
 def _attend_inside(q: Array, k: Array, v: Array) -> Array:
-    """Attention of every block to itself, [B, blocks, n, H, D]."""
+    """Attend from every block to itself, [B, blocks, n, H, D]."""
     fold = lambda x: x.reshape(-1, *x.shape[2:])
     return dot_product_attention(fold(q), fold(k), fold(v)).reshape(q.shape)
 
 
 def _unit(x: Array) -> Array:
-    """Rows of unit length; the small constant keeps zero rows at zero."""
+    """Scale rows to unit length; the small constant keeps zero rows at zero."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
@@ -237,10 +237,11 @@ def _unit(x: Array) -> Array:
 def _diagnostics(
     local: Array, read: Array, gate: Array, writes: Writes, blocks: int
 ) -> dict[str, Array]:
-    """The published measures of how much a layer uses its memory, and what its writes leave of it.
+    """Compute the published measures of a layer's use of its memory, and measures of its writes.
 
-    The latter are means over heads: what the decay alone leaves after a block, exp(sum g); the
-    strength; and how often the writes of a block replace the whole state, n beta / D.
+    The latter are means over heads: the share that the decay alone leaves after a block,
+    exp(sum g); the strength; and how often the writes of a block replace the whole state,
+    n beta / D.
     """
     rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
     local_rms, beta = rms(local), jnp.mean(writes.beta)

@@ -1,4 +1,4 @@
-"""How a gated delta memory starts: decays, strengths and the size of the read."""
+"""Initial values of a gated delta memory: decays, strengths and the scale of the read."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from arl2_jax.errors import ConfigError
 
 
 class InitialValues(NamedTuple):
-    """Parameters of a fresh memory that set its time constants.
+    """Initial parameters that set a memory's time constants.
 
     Attributes:
       A_log, dt_bias: g = -exp(A_log) softplus(x Wa + dt_bias), [H] float32.
@@ -58,7 +58,7 @@ def initial_strength(tokens: int, head_dim: int, load: float) -> float:
 
     A write with a unit key in a random direction leaves 1 - beta (2 - beta) / D of a state's
     squared norm, so that n of them leave (1 - beta (2 - beta) / D)^n. For small beta the load is
-    n beta / D. The strongest start is 1, which erases what its key has held.
+    n beta / D. The largest start is 1, which erases the previous value of its key.
 
     Args:
       tokens: n, of a block.

@@ -1,22 +1,21 @@
-"""What a self-attention layer asks of its memory.
+"""The interface of memories.
 
 A self-attention layer is projections and a memory. The layer projects the tokens of the current
-frame block; its memory decides what the block sees of the past and what is kept of it. State goes
-in and comes out; a memory object holds parameters at most.
+frame block; its memory decides what the block sees of the past and what is kept of it. State is
+passed in and returned; a memory object has parameters at most.
 
-A memory is made as `Memory(settings, cfg, rngs=rngs)`: the settings of its kind, what the layer
-knows of the model (`AttentionConfig`), and a source of initial parameters. `Memory` is what
-generation needs; `TrainableMemory` adds the form for training. Some methods are optional, and found
-by their name:
+A memory is made as `Memory(settings, cfg, rngs=rngs)`: the settings of its kind, the layer's
+`AttentionConfig`, and a source of initial parameters. `Memory` is what generation needs;
+`TrainableMemory` adds the form for training. Some methods are optional, and found by name:
 
-    after_block(states, grid)     one decision over all layers that share a kind: the states of
-                                  their runs, each with a leading layer axis, before and after it
+    after_block(states, grid)     one decision over all layers that share a kind: takes and returns
+                                  the states of their runs, each with a leading layer axis
     measure(p, grid, blocks)      how much of the past it keeps, see `memory.retention`
 
 A memory whose settings name a second phase (`MemorySettings.next_phase`) has
 
-    hand_over(states, room)       the states with which the memory of the second phase begins, from
-                                  those of all layers that share the specification: a list of their
+    hand_over(states, room)       returns the initial states of the second phase's memory, from the
+                                  states of all layers that share the specification: a list of their
                                   runs, each with a leading layer axis
 
 The memory of the second phase has the same parameters.
@@ -30,7 +29,7 @@ from arl2_jax.nn.positions import TokenGrid
 
 
 class Projections(NamedTuple):
-    """What a layer knows of its tokens.
+    """A layer's projections of its tokens.
 
     Attributes:
       x: the layer's input, normalised and modulated, [B, n, C].
@@ -49,14 +48,14 @@ class Projections(NamedTuple):
     k_scale: Float[Array, "hd"]
 
     def first_of(self, copies: int) -> "Projections":
-        """The first of every `copies` neighbours in the batch."""
+        """Return the first (clean) of every `copies` neighbours in the batch."""
         first = lambda x: x.reshape(-1, copies, *x.shape[1:])[:, 0]
         names = ("x", "q_raw", "k_raw", "q", "k", "v")
         return self._replace(**{name: first(getattr(self, name)) for name in names})
 
 
 class Room(NamedTuple):
-    """How much a memory may have to hold.
+    """The capacity that a memory may need.
 
     Attributes:
       frames: latent frames of the whole video; None if no end is known.
@@ -74,8 +73,8 @@ class Memory(Protocol):
     """What a block sees of the past, and what is kept of it.
 
     Attributes:
-      bounded: whether the state has one size however long the video. Other memories are given
-        `room.frames`.
+      bounded: whether the size of the state does not depend on the length of the video. Other
+        memories are given `room.frames`.
       stacked: whether the memory is a `StackedMemory`.
       gathers: whether `attend` returns aux.
     """
@@ -91,9 +90,9 @@ class Memory(Protocol):
     def attend(
         self, p: Projections, state: Any, grid: TokenGrid
     ) -> tuple[Float[Array, "b n h d"], Any]:
-        """Return the output of a block, and aux; read the state, and leave it.
+        """Return the output of a block, and aux; the state is read, not changed.
 
-        aux is None, or a pytree of arrays which is summed over the passes of a block.
+        aux is None, or a pytree of arrays that is summed over the passes of a block.
         """
         ...
 
@@ -107,12 +106,12 @@ class Memory(Protocol):
 
 @runtime_checkable
 class StackedMemory(Memory, Protocol):
-    """A memory that reads large states of a run of equal layers where they are held.
+    """A memory that reads large states of a run of equal layers in place.
 
-    `attend` is given the states of all layers, each array with a leading layer axis, and
-    `grid.layer` says which is meant; or, without `grid.layer`, the state of one layer. What layers
-    write they return as entries, which are put into their states after the pass: no pass copies a
-    state. `write` is both steps for one layer.
+    `attend` takes the states of all layers, each array with a leading layer axis, and the index
+    `grid.layer`; or, without `grid.layer`, the state of one layer. Layers return their writes as
+    entries, which are put into the states after the pass: no pass copies a state. `write` does both
+    steps for one layer.
     """
 
     def entries(self, p: Projections, grid: TokenGrid) -> Any:

@@ -1,4 +1,4 @@
-"""States of the gated delta memory under its rule and the rule's ablations."""
+"""States of the gated delta memory under its update rule and the rule's ablations."""
 
 import math
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, per_device
 from pallas_kernels import gated_delta_states
 from pallas_kernels.gated_delta import context_parallel
 
-# Tokens by block, [B, blocks, n, H, ...]: a block is whole on its device, which needs no other.
+# Tokens by block, [B, blocks, n, H, ...]: each block is whole on one device.
 BY_BLOCK = PartitionSpec(CLIPS, BLOCKS, None, HEADS)
 _STATE = PartitionSpec(CLIPS, HEADS)
 _STATES = PartitionSpec(CLIPS, BLOCKS, HEADS)
 
 
 class Writes(NamedTuple):
-    """What tokens do to the state; in blocks, all have an axis for the blocks after B.
+    """The tokens' writes to the state; split into blocks, all have a block axis after B.
 
     Attributes:
       k: keys of unit length, [B, n, H, K].
@@ -61,7 +61,7 @@ def state_after(
 
 
 def _states(cfg: GatedDeltaConfig, writes: Writes, state: Array, blocks: int, kept: slice):
-    """As many as blocks of the states before each block and after the last."""
+    """Return the states `kept` of those before each block and after the last."""
     split = Writes(*(x.reshape(len(x), blocks, -1, *x.shape[2:]) for x in writes))
     if cfg.rule == "delta" and cfg.span == "video":
         return _delta(split, state, kept)
@@ -73,7 +73,7 @@ def _states(cfg: GatedDeltaConfig, writes: Writes, state: Array, blocks: int, ke
 
 
 def _delta(writes: Writes, state: Array, kept: slice) -> Array:
-    """The published rule by the fastest kernel; a device may hold only some of the blocks."""
+    """Apply the published rule by the fastest kernel; a device may have only some of the blocks."""
     blocks = writes.k.shape[1]
 
     def run(k, v, g, beta, state):
@@ -81,7 +81,7 @@ def _delta(writes: Writes, state: Array, kept: slice) -> Array:
         k, v, g, beta = (x.reshape(len(x), -1, *x.shape[3:]) for x in (k, v, g, beta))
         if own == blocks:
             return gated_delta_states(k, v, g, beta, state, block_size=size)[:, kept]
-        # Nothing moves between devices but two matrices a head.
+        # Devices exchange only two matrices per head.
         return context_parallel.gated_delta_states(
             k, v, g, beta, state, axis_name=BLOCKS, block_size=size
         )[:, kept]
@@ -110,18 +110,18 @@ def running_reads(
     def token(state, inputs):
         q, k, v, g, beta = (x.astype(jnp.float32) for x in inputs)
         state = jnp.exp(g)[..., None, None] * state
-        held = jnp.einsum("bhkv,bhk->bhv", state, k) if cfg.rule == "delta" else 0.0
-        state = state + jnp.einsum("bhk,bhv->bhkv", beta[..., None] * k, v - held)
+        old = jnp.einsum("bhkv,bhk->bhv", state, k) if cfg.rule == "delta" else 0.0
+        state = state + jnp.einsum("bhk,bhv->bhkv", beta[..., None] * k, v - old)
         return state, jnp.einsum("bhkv,bhk->bhv", state, q)
 
-    # The derivative keeps one state a chunk and computes the others of a chunk again.
+    # The backward pass keeps one state per chunk and recomputes the others.
     run = jax.checkpoint(lambda state, inputs: jax.lax.scan(token, state, inputs))
     _, reads = jax.lax.scan(run, state, tuple(map(in_chunks, (q, *writes))))
     return jnp.moveaxis(reads.reshape(tokens, *reads.shape[2:]), 0, 1)
 
 
 def _after_each_block(cfg: GatedDeltaConfig, writes: Writes) -> Array:
-    """States that each block leaves when it begins with nothing, [B, blocks, H, K, V]."""
+    """Return the state after each block from an empty state before it, [B, blocks, H, K, V]."""
 
     def run(k, v, g, beta):
         batch, blocks = k.shape[:2]
@@ -138,7 +138,7 @@ def _after_each_block(cfg: GatedDeltaConfig, writes: Writes) -> Array:
 
 
 def _additive(writes: Writes, state: Array) -> Array:
-    """States of gated linear attention, S <- exp(g) S + beta k v^T, after each block."""
+    """Return states of gated linear attention, S <- exp(g) S + beta k v^T, after each block."""
     k, v, g, beta = (x.astype(jnp.float32) for x in writes)
     log_decay = jnp.cumsum(g, axis=2)
     total = log_decay[:, :, -1:]

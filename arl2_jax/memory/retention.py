@@ -1,7 +1,7 @@
-"""How much of the past a gated delta state keeps: measures of what tokens write.
+"""Measures of how much of the past a gated delta state keeps.
 
-Over a block the update is affine in the state, S -> A S + B (ARL2, section 3): A [K, K] says what
-survives of any earlier state.
+Over a block the update is affine in the state, S -> A S + B (ARL2, section 3): A [K, K] determines
+what survives of any earlier state.
 """
 
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ _PUBLISHED = GatedDeltaConfig()
 def transitions(
     writes: Writes, blocks: int, settings: GatedDeltaConfig = _PUBLISHED
 ) -> Float[Array, "b blocks h k k"]:
-    """Compute what each block does to the state that it finds: A in S -> A S + B.
+    """Compute each block's transition matrix A, in S -> A S + B.
 
     Args:
       writes: tokens of whole clips, [B, n, H, ...].
@@ -48,13 +48,13 @@ def transitions(
     each = Writes(*map(split, writes))
     eye = jnp.eye(width, dtype=each.g.dtype)
     eye = jnp.broadcast_to(eye, (len(each.k), heads, width, width))
-    # Nothing is written, so that what is left of the identity is A.
+    # With zero values the block maps the identity to A.
     after = state_after(settings, each._replace(v=jnp.zeros_like(each.k)), eye)
     return after.reshape(batch, blocks, heads, width, width)
 
 
 def share_kept(transition: Float[Array, "*batch k k"]) -> Float[Array, "*batch"]:
-    """Root-mean-square share of a random state that survives: ||A||_F / sqrt(K)."""
+    """Return the root-mean-square share of a random state that survives: ||A||_F / sqrt(K)."""
     # Divided by the largest entry first: squares of entries below 1e-19 are zero in float32.
     size = jnp.max(jnp.abs(transition), axis=(-2, -1), keepdims=True)
     scaled = transition / jnp.where(size > 0, size, 1)
@@ -63,9 +63,9 @@ def share_kept(transition: Float[Array, "*batch k k"]) -> Float[Array, "*batch"]
 
 
 def survival(transition: Float[Array, "b blocks h k k"], lag: int) -> Float[Array, "b h"]:
-    """Share kept over `lag` blocks in a row, ||A_b ... A_(b-lag+1)||_F / sqrt(K).
+    """Return the share kept over `lag` consecutive blocks, ||A_b ... A_(b-lag+1)||_F / sqrt(K).
 
-    Mean over all such rows of a clip. With lag = 1 it is the retention of a block.
+    It is the mean over all such runs of a clip. With lag = 1 it is the retention of a block.
 
     Raises:
       ValueError: the clip has fewer blocks.
@@ -83,7 +83,7 @@ def survival(transition: Float[Array, "b blocks h k k"], lag: int) -> Float[Arra
 def weights_at_end(
     writes: Writes, blocks: int, settings: GatedDeltaConfig = _PUBLISHED
 ) -> Float[Array, "b blocks _ h"]:
-    """Weight of each token in the state at the end of its clip.
+    """Return the weight of each token in the state at the end of its clip.
 
     That state is linear in the values, S = sum_t c_t v_t^T with c_t = beta_t A_(t+1..end) k_t,
     and the weight of a token is |c_t|.
@@ -110,9 +110,9 @@ def weights_at_end(
 
 
 def participation(weights: Array, axis: int | tuple[int, ...]) -> Array:
-    """Number of things that count, (sum w)^2 / sum w^2: N if N weights are equal and others zero.
+    """Return the participation ratio, (sum w)^2 / sum w^2: N for N equal weights and zeros.
 
-    Zero where all weights are.
+    Zero where all weights are zero.
     """
     size = jnp.max(weights, axis=axis, keepdims=True)
     scaled = weights / jnp.where(size > 0, size, 1)
@@ -123,7 +123,7 @@ def participation(weights: Array, axis: int | tuple[int, ...]) -> Array:
 def measure_writes(
     writes: Writes, blocks: int, settings: GatedDeltaConfig = _PUBLISHED
 ) -> Measures:
-    """Measure what the tokens of clips leave of the past.
+    """Measure how much of the past the tokens of clips leave.
 
     Args:
       writes: tokens of whole clips, [B, n, H, ...].
@@ -137,8 +137,8 @@ def measure_writes(
         decay: share that the decay alone leaves after a block, exp(sum g).
         beta: mean strength of the writes.
         load: how often the writes of a block replace the whole state, n beta / K.
-        tokens, blocks: how many of them count in the state at the end of the clip.
-        survival_1, survival_2, ...: share that survives so many blocks; only those of `LAGS` for
+        tokens, blocks: participation ratios of tokens and blocks in the state at the clip's end.
+        survival_1, survival_2, ...: share that survives that many blocks; only those of `LAGS` for
           which the clip is long enough.
     """
     batch, time, heads, width = writes.k.shape
@@ -170,11 +170,11 @@ def measure_memory(memory: "GatedDelta", p: Projections, grid: TokenGrid, blocks
       blocks: blocks of a clip.
 
     Returns:
-      What `measure_writes` does, and read_to_local [B, H]: root mean square of what the tokens read
-      of the memory, gated, over that of the attention inside their block. The first block of a clip
-      has nothing to read and is left out; 0 in a clip of one block.
+      The measures of `measure_writes`, and read_to_local [B, H]: root mean square of the tokens'
+      gated reads of the memory, over that of the attention inside their block. The first block of a
+      clip has nothing to read and is left out; 0 in a clip of one block.
     """
-    # A device has its heads of all tokens: keys and values are small beside the activations.
+    # Sharded by heads, with all tokens: keys and values are small compared to the activations.
     tokens, per_clip = PartitionSpec(CLIPS, None, HEADS), PartitionSpec(CLIPS, HEADS)
     measure = lambda *writes: measure_writes(Writes(*writes), blocks, memory.settings)
     measures = per_device(measure, (tokens,) * 4, per_clip)(*memory.writes(p, grid, blocks))

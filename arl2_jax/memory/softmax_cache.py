@@ -28,8 +28,8 @@ class CacheState(NamedTuple):
 class SoftmaxCache(nnx.Module):
     """Softmax over the whole past and the block itself; the state grows with the video.
 
-    A pass attends to the cache and to its own block apart and merges both, so that nothing is
-    written to attend. A finished block is written once, in place.
+    A pass attends to the cache and to its own block separately and merges both, so that it does not
+    write to the cache. A finished block is written once, in place.
     """
 
     bounded = False
@@ -41,7 +41,7 @@ class SoftmaxCache(nnx.Module):
         self.heads, self.head_dim, self.dtype = cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
 
     def init_state(self, batch: int, room: Room) -> CacheState:
-        """Return zeroed slots for all tokens of a video; none where no end is known."""
+        """Return zeroed slots for all tokens of a video; none if no end is known."""
         shape = (batch, (room.frames or 0) * room.tokens_per_frame, self.heads, self.head_dim)
         return CacheState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
@@ -75,7 +75,7 @@ class SoftmaxCache(nnx.Module):
         )
         rope = grid.rotation()
         q, k, v = map(split, (rotate(p.q, rope), rotate(p.k, rope), p.v))
-        # Every block sees all before it. So the devices that hold a part of the blocks each now
-        # hold a part of the heads: q, k, v and then the output move between them (all-to-all).
+        # Every block sees all before it. So the devices that split the blocks split the heads
+        # instead: q, k, v and then the output are exchanged (all-to-all).
         out = per_device(attend_blocks, (by_head,) * 3, by_head)(q, k, v)
         return constrain(out, by_block).reshape(p.q.shape), {}

@@ -1,4 +1,4 @@
-"""Softmax over the first frames of a video and the last ones: a state of fixed size."""
+"""Softmax over the first and the last frames of a video: a state of fixed size."""
 
 import dataclasses
 from typing import NamedTuple
@@ -39,10 +39,10 @@ class Window(nnx.Module):
     """A block sees the first `sink` frames of the video and the last `frames`, its own included.
 
     Positions are those of a video that consists of the visible frames alone: once frames have been
-    dropped, the sink stands right before the window. Rotary attention depends on differences of
-    positions alone. So the keys stay as they are, and a block attends to the sink with queries
-    rotated as if it stood that close. Differences stay below sink + frames however long the video,
-    and nothing that is kept is copied or changed.
+    dropped, the sink is placed right before the window. Rotary attention depends only on
+    differences of positions. So the keys are not changed, and a block attends to the sink with
+    queries rotated as if it were that close. Differences stay below sink + frames for any length of
+    the video, and no stored key or value is copied or changed.
 
     Frame t is kept in slot t of the sink, or in slot (t - sink) mod R of the ring.
     """
@@ -91,7 +91,7 @@ class Window(nnx.Module):
         """Keep the block's frames, each in its slot."""
         last = self.frames - grid.frames
         t = grid.first_frame + jnp.arange(grid.frames)
-        # Frames that go elsewhere, or are out of the window at once, have slots past the end.
+        # Frames that are stored elsewhere, or leave the window at once, have slots past the end.
         sink = jnp.where(t < self.sink, t, self.sink + t)
         stays = (t >= self.sink) & (jnp.arange(grid.frames) >= grid.frames - last)
         ring = jnp.where(stays, (t - self.sink) % max(last, 1), last + jnp.arange(grid.frames))
@@ -108,7 +108,7 @@ class Window(nnx.Module):
         return self.put(self.entries(p, grid), state, grid)
 
     def attend_clip(self, p: Projections, grid: TokenGrid, blocks: int, copies: int):
-        """Attend in all blocks of a clip that begins its video at once."""
+        """Attend in all blocks at once, for a clip at the beginning of its video."""
         self._check(grid.frames // blocks)
         by_block = PartitionSpec(CLIPS, None, BLOCKS, None, HEADS)
         by_head = PartitionSpec(CLIPS, None, None, None, (HEADS, BLOCKS))
@@ -121,7 +121,7 @@ class Window(nnx.Module):
         attend = lambda *arrays: _attend_windows(
             *arrays, frames=grid.frames // blocks, sink=self.sink, window=self.frames
         )
-        # Devices hold heads of whole clips, as in `SoftmaxCache`.
+        # Sharded by heads, with whole clips on a device, as in `SoftmaxCache`.
         sink = PartitionSpec(CLIPS, None, None, (HEADS, BLOCKS))
         out = per_device(attend, (by_head, by_head, by_head, sink), by_head)(q, k, v, sink_k)
         return constrain(out, by_block).reshape(p.q.shape), {}
@@ -136,7 +136,7 @@ class Window(nnx.Module):
     def _sink_keys(
         self, k: Float[Array, "b n h d"], grid: TokenGrid, blocks: int
     ) -> Float[Array, "b blocks sink h d"]:
-        """Keys of the sink as each block of a clip sees them: right before its window."""
+        """Return the sink's keys as each block of a clip sees them: right before its window."""
         block, frames = grid.frames // blocks, min(self.sink, grid.frames)
         sink = dataclasses.replace(grid, frames=frames)
         ahead = [max(i * block - (self.sink + self.frames - block), 0) for i in range(blocks)]
@@ -154,7 +154,7 @@ def _attend_windows(
     sink: int,
     window: int,
 ) -> Blocks:
-    """Attend from every block of `frames` frames to sink, last clean frames and itself."""
+    """Attend from every block of `frames` frames to the sink, the last clean frames and itself."""
     n = q.shape[3] // frames
     clean_k, clean_v = (x[:, 0].reshape(len(x), -1, *x.shape[4:]) for x in (k, v))
     outputs = []

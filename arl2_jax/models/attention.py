@@ -27,7 +27,7 @@ declare(
 
 
 class AttentionProjections(nnx.Module):
-    """The four linear layers of an attention, with RMSNorm on q and k over the full width."""
+    """The four linear layers of attention, with RMSNorm on q and k over the full width."""
 
     def __init__(self, cfg: AttentionConfig, *, rngs: nnx.Rngs):
         width = cfg.num_heads * cfg.head_dim
@@ -45,15 +45,15 @@ class AttentionProjections(nnx.Module):
         self.num_heads = cfg.num_heads
 
     def heads(self, x: Float[Array, "b n c"]) -> Float[Array, "b n h d"]:
-        """Splits the width into heads."""
+        """Split the width into heads."""
         return rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)
 
 
 class SelfAttention(AttentionProjections):
-    """Projections of a self-attention; what happens between them is the memory's job."""
+    """Projections of self-attention; the memory computes the attention between them."""
 
     def project(self, x: Float[Array, "b n c"]) -> Projections:
-        """Projects normalised, modulated tokens."""
+        """Project normalised, modulated tokens."""
         q_raw, k_raw = self.q(x), self.k(x)
         return Projections(
             x=x,
@@ -67,7 +67,7 @@ class SelfAttention(AttentionProjections):
         )
 
     def output(self, heads: Float[Array, "b n h d"]) -> Float[Array, "b n c"]:
-        """Joins the heads and applies Wo."""
+        """Join the heads and apply Wo."""
         return self.o(heads.reshape(*heads.shape[:2], -1))
 
 
@@ -82,12 +82,12 @@ class CrossAttention(AttentionProjections):
     """Attention to the text; all slots are attended, padding included, as in Wan."""
 
     def encode(self, text: Float[Array, "b l c"]) -> TextContext:
-        """Keys and values of embedded text; they depend on the prompt alone."""
+        """Return keys and values of embedded text, which depend on the prompt alone."""
         return TextContext(self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
 
     def __call__(self, x: Float[Array, "b n c"], text: TextContext) -> Float[Array, "b n c"]:
-        """Attends from every token to all text slots."""
-        # Copies of a clip stand next to each other and share its text.
+        """Attend from every token to all text slots."""
+        # Copies of a clip are adjacent in the batch and share its text.
         k, v = (jnp.repeat(t, len(x) // len(t), axis=0) for t in text)
         out = attention(self.heads(self.norm_q(self.q(x))), k, v)
         return self.o(out.reshape(*x.shape[:2], -1))

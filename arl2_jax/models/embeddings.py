@@ -34,7 +34,7 @@ declare(
 def timestep_features(
     timestep: Float[Array, "*batch"], width: int
 ) -> Float[Array, "*batch freq_dim"]:
-    """Sinusoids of a timestep in 0..1000, cosines first; float32."""
+    """Return the sinusoidal embedding of a timestep in 0..1000, cosines first; float32."""
     half = width // 2
     frequencies = jnp.asarray(10000.0 ** (-np.arange(half) / half), jnp.float32)
     angles = timestep.astype(jnp.float32)[..., None] * frequencies
@@ -42,7 +42,7 @@ def timestep_features(
 
 
 def modulate(x, shift, scale):
-    """x (1 + scale) + shift with one shift and scale per frame.
+    """Return x (1 + scale) + shift with one shift and scale per frame.
 
     Args:
       x: [B, n, C], the tokens of T frames.
@@ -54,7 +54,7 @@ def modulate(x, shift, scale):
 
 
 class Head(nnx.Module):
-    """Modulated norm and the linear layer that makes patches from tokens."""
+    """Modulated norm, and the linear layer from tokens to patches."""
 
     def __init__(self, cfg: ModelConfig, dtype, *, rngs: nnx.Rngs):
         normal_init = nnx.initializers.normal(cfg.dim**-0.5)
@@ -71,7 +71,7 @@ class Head(nnx.Module):
         )
 
     def __call__(self, x, time):
-        """Tokens [B, n, C] and time embedding [B, T, C] -> patches [B, n, features]."""
+        """Map tokens [B, n, C] and time embedding [B, T, C] to patches [B, n, features]."""
         shift, scale = jnp.moveaxis(self.modulation[...] + time[:, :, None], 2, 0)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -108,19 +108,19 @@ class Stem(nnx.Module):
         self.head = Head(cfg, dtype, rngs=rngs)
 
     def embed_patches(self, latents: Float[Array, "b t rows columns channels"]):
-        """Latents -> tokens [B, n, C] in (frame, row, column) order."""
+        """Map latents to tokens [B, n, C] in (frame, row, column) order."""
         _, ph, pw = self.cfg.patch_size
         pattern = "b f (r ph) (c pw) d -> b (f r c) (ph pw d)"
         return self.patch_embedding(rearrange(latents, pattern, ph=ph, pw=pw))
 
     def embed_time(self, timestep: Float[Array, "b t"]):
-        """Timesteps -> (time embedding [B, T, C], layer modulation [B, T, 6, C]), float32."""
+        """Return time embedding [B, T, C] and layer modulation [B, T, 6, C], float32."""
         time = self.time_embedding(timestep_features(timestep, self.cfg.freq_dim))
         modulation = self.time_projection(jax.nn.silu(time))
         return time, rearrange(modulation, "b f (six c) -> b f six c", six=6)
 
     def predict_flow(self, x, time, rows: int, columns: int):
-        """Tokens -> flow [B, T, rows, columns, out_dim] float32; rows, columns in latents."""
+        """Map tokens to flow [B, T, rows, columns, out_dim], float32; rows, columns in latents."""
         _, ph, pw = self.cfg.patch_size
         pattern = "b (f r c) (ph pw d) -> b f (r ph) (c pw) d"
         sizes = dict(f=time.shape[1], r=rows // ph, c=columns // pw, ph=ph, pw=pw)

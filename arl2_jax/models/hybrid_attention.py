@@ -1,4 +1,4 @@
-"""ARL2's attention on its own, for other models."""
+"""ARL2's attention as a stand-alone module, for other models."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ Positions = TokenGrid | Rope | None
 class HybridAttention(nnx.Module):
     """Self-attention that runs block by block over a state: softmax inside a block, memory across.
 
-    `scan` states the method: a `jax.lax.scan` of `step` over the blocks of a sequence. `clip`
-    computes the same for all blocks at once, for training.
+    `scan` is the method by definition: a `jax.lax.scan` of `step` over the blocks of a sequence.
+    `clip` computes the same for all blocks at once, for training.
 
     Args:
       dim: model width C.
@@ -32,7 +32,7 @@ class HybridAttention(nnx.Module):
       rngs: source of the initial parameters.
 
     Raises:
-      ConfigError: a size is not possible, or the memory is unknown.
+      ConfigError: a size is impossible, or the memory is unknown.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class HybridAttention(nnx.Module):
         return self.self_attn.output(out), self.memory.write(p, aux, state, grid)
 
     def __call__(self, x: Float[Array, "b n c"], state, positions: Positions = None):
-        """Attend in one block: output [B, n, C]. Read the state and leave it."""
+        """Attend in one block: output [B, n, C]. The state is read, not changed."""
         p, grid = self.self_attn.project(x), self._grid(positions, x.shape[1])
         return self.self_attn.output(self.memory.attend(p, state, grid)[0])
 
@@ -101,7 +101,7 @@ class HybridAttention(nnx.Module):
     def scan(self, x: Float[Array, "b n c"], block_size: int, positions: Positions = None):
         """Run `step` over the blocks of a sequence: output [B, n, C].
 
-        This is the method as it is defined. It holds one block's activations at a time.
+        This is the definition of the method. It keeps one block's activations at a time.
 
         Args:
           x: tokens of whole blocks.
@@ -148,7 +148,7 @@ class HybridAttention(nnx.Module):
         return positions
 
     def _sequence(self, x: Array, block_size: int, positions: Positions) -> tuple[int, TokenGrid]:
-        """Number of blocks of a whole sequence, and positions that begin at 0."""
+        """Return the number of blocks of a sequence, and its positions, which begin at 0."""
         if block_size < 1 or x.shape[1] % block_size:
             raise ValueError(
                 f"block_size={block_size} must divide the {x.shape[1]} tokens of x; pad or cut x"

@@ -37,7 +37,7 @@ Params = dict[str, Any]
 
 
 class Conditions(NamedTuple):
-    """What a layer needs besides its tokens; equal for all layers but for the text.
+    """Inputs of a layer other than its tokens and text; equal for all layers.
 
     Attributes:
       modulation: projected timestep, [B, T, 6, C] float32.
@@ -62,8 +62,8 @@ class FFNUpdates(nnx.Module):
 class TransformerLayer(nnx.Module):
     """Self-attention with a memory, cross-attention to text, and a feed-forward network.
 
-    The attention is split from the rest, so that training can look at it alone:
-    `attention_input`, then attention, then `finish`.
+    The attention is separate from the rest, so that training can use it alone: `attention_input`,
+    then attention, then `finish`.
     """
 
     def __init__(self, cfg: ModelConfig, spec: MemorySpec, *, rngs: nnx.Rngs):
@@ -80,12 +80,12 @@ class TransformerLayer(nnx.Module):
         self.memory, self.ffn_updates = additions(cfg, spec, rngs=rngs)
 
     def attention_input(self, x, conditions: Conditions):
-        """Normalised and modulated tokens, [B, n, C]."""
+        """Return normalised and modulated tokens, [B, n, C]."""
         shift, scale = self._modulation(conditions)[:2]
         return modulate(self.norm1(x), shift, scale).astype(self.dtype)
 
     def finish(self, x, attended, conditions: Conditions, text: TextContext):
-        """Adds the attention's output, then cross-attention and the FFN."""
+        """Add the attention's output, then apply cross-attention and the FFN."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(conditions)
         x = x + _gated(attended, gate)
         x = x + self.cross_attn(self.norm3(x).astype(self.dtype), text)
@@ -95,13 +95,13 @@ class TransformerLayer(nnx.Module):
         return x + _gated(self.ffn(h, *low_rank), ffn_gate)
 
     def attend_clip(self, h, conditions: Conditions, blocks: int, copies: int):
-        """Self-attention of a whole clip: (output after Wo, diagnostics)."""
+        """Apply self-attention to a whole clip: (output after Wo, diagnostics)."""
         p = self.self_attn.project(h)
         out, diagnostics = self.memory.attend_clip(p, conditions.grid, blocks, copies)
         return self.self_attn.output(out), diagnostics
 
     def clip(self, x, conditions: Conditions, text: TextContext, blocks: int, copies: int):
-        """The layer on a whole clip: (tokens, diagnostics)."""
+        """Apply the layer to a whole clip: (tokens, diagnostics)."""
         h = self.attention_input(x, conditions)
         attended, diagnostics = self.attend_clip(h, conditions, blocks, copies)
         return self.finish(x, attended, conditions, text), diagnostics
@@ -118,17 +118,17 @@ class TransformerLayer(nnx.Module):
         read=None,
         layer=None,
     ):
-        """The layer on one block: (tokens, state, aux).
+        """Apply the layer to one block: (tokens, state, aux).
 
         Args:
           x: tokens [B, n, C].
           conditions, text: of the block.
-          state: of the memory. It is new only if `write`; a stacked one, of which `layer` is
-            meant, is replaced by the layer's entries for it.
-          aux: sum of what the memory has gathered over the passes of this block before.
+          state: of the memory. It is new only if `write`; with `layer`, the stacked state is then
+            replaced by the layer's entries.
+          aux: sum of the memory's aux over earlier passes of this block.
           write: whether the block is finished and to be remembered.
           read: state to attend to, by default `state`, which is the one written to.
-          layer: index in the states of a run, if they come stacked.
+          layer: index in the stacked states of a run; None for the state of one layer.
         """
         h = self.attention_input(x, conditions)
         p = self.self_attn.project(h)
@@ -142,18 +142,18 @@ class TransformerLayer(nnx.Module):
         return self.finish(x, self.self_attn.output(attended), conditions, text), state, aux
 
     def _modulation(self, conditions: Conditions):
-        """Six [B, T, C] float32 terms: shift, scale, gate of attention, then of the FFN."""
+        """Return six [B, T, C] float32 terms: shift, scale, gate of attention, then of the FFN."""
         return jnp.moveaxis(self.modulation[...] + conditions.modulation, 2, 0)
 
 
 def _gated(y, gate: Float[Array, "b t c"]):
-    """y times one gate per frame, in the dtype of y."""
+    """Multiply y by one gate per frame, in the dtype of y."""
     frames = rearrange(y, "b (f n) c -> b f n c", f=gate.shape[1])
     return (frames * gate[:, :, None]).reshape(y.shape).astype(y.dtype)
 
 
 def additions(cfg: ModelConfig, spec: MemorySpec, *, rngs: nnx.Rngs):
-    """Make what a layer has beside the pretrained network: its memory, and updates of the FFN."""
+    """Make a layer's additions to the pretrained network: its memory, and updates of the FFN."""
     memory = make_memory(spec, cfg.attention, rngs=rngs)
     updated = spec.settings.converts and cfg.lora_rank > 0
     return memory, FFNUpdates(cfg, rngs=rngs) if updated else None
@@ -175,7 +175,7 @@ def is_ffn_update(path: str) -> bool:
 
 
 def to_public(layer: Params) -> Params:
-    """Rename the parameters of a layer's modules as they stand in the public tree."""
+    """Rename the parameters of a layer's modules as in the public tree."""
     layer = dict(layer)
     updates = layer.pop("ffn_updates", {})
     added = layer.pop("memory", {}) | {_FFN[name]: node for name, node in updates.items()}
@@ -183,7 +183,7 @@ def to_public(layer: Params) -> Params:
 
 
 def from_public(layer: Params) -> Params:
-    """Rename a layer's part of the public tree as its modules have it; undoes `to_public`."""
+    """Rename a layer's part of the public tree as in its modules; undoes `to_public`."""
     if ADDED not in layer:
         return layer
     added = dict(layer[ADDED])

@@ -1,4 +1,4 @@
-"""Memories of all layers of a model: their states, and what they need and can do."""
+"""Memories of all layers of a model: their states and properties."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def init_memory(
     tokens_per_frame: int,
     runs: Sequence[tuple[int, int]] | None = None,
 ) -> tuple:
-    """Empty memories of all layers: a tuple with one stacked state per run of equal layers.
+    """Return empty memories of all layers: a tuple with one stacked state per run of equal layers.
 
     Args:
       cfg: model.
@@ -35,7 +35,7 @@ def init_memory(
 
 
 def _state_shapes(cfg: ModelConfig, runs, batch: int, frames: int | None, tokens_per_frame: int):
-    """Shapes of the states of all runs, each of a size for its own phase."""
+    """Return shapes of the states of all runs, each sized for its own phase."""
     states = []
     for start, stop in runs:
         memory, phase = memory_of(cfg, start), cfg.memory_of(start).settings.next_phase()
@@ -56,7 +56,7 @@ def hand_over(
     tokens_per_frame: int,
     runs: Sequence[tuple[int, int]] | None = None,
 ) -> tuple:
-    """Memories of all layers at the beginning of a phase, from those at the end of the one before.
+    """Convert the memories of all layers from the end of one phase to the beginning of the next.
 
     Args:
       before, after: models of both phases, neighbours in `ModelConfig.phases`.
@@ -92,14 +92,14 @@ def _check_state(kind: str, state, wanted) -> None:
 
 @functools.lru_cache
 def memory_of(cfg: ModelConfig, layer: int):
-    """A layer's memory without values of its parameters, to ask what it needs and can do."""
+    """Return a layer's memory with abstract parameters, to query its properties."""
     return nnx.eval_shape(
         lambda: make_memory(cfg.memory_of(layer), cfg.attention, rngs=nnx.Rngs(0))
     )
 
 
 def unbounded_layers(cfg: ModelConfig) -> tuple[int, ...]:
-    """Indices of the layers whose memory, that of their last phase, grows with the video."""
+    """Return the indices of layers whose memory, in their last phase, grows with the video."""
     _, last = cfg.phases()[-1]
     return tuple(i for i in range(cfg.num_layers) if not memory_of(last, i).bounded)
 
@@ -126,5 +126,5 @@ def check_trainable(cfg: ModelConfig) -> None:
 
 
 def gathers(cfg: ModelConfig) -> bool:
-    """Whether a memory of the model gathers something in the passes over a block."""
+    """Tell whether a memory of the model gathers aux in the passes over a block."""
     return any(memory_of(cfg, i).gathers for i in range(cfg.num_layers))

@@ -1,6 +1,6 @@
-"""Parameters of the network as nested dicts: made, stacked and cast.
+"""Parameters of the network as nested dicts: creation, stacking and casts.
 
-There are two forms. In files and in the public tree every layer stands alone
+There are two forms. In files and in the public tree every layer is separate
 (`blocks/3/self_attn/q/kernel`). On devices, neighbouring layers with equal memories are stacked
 (`blocks/0-21/self_attn/q/kernel`, with a leading layer axis): one scan runs through them, and the
 number of arrays does not grow with depth.
@@ -22,10 +22,10 @@ from arl2_jax.parameters import facts_of
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """Return random parameters, float32, every layer by itself.
+    """Return random float32 parameters, unstacked.
 
     A layer's pretrained weights depend on the key and on its index, not on its memory: the
-    teacher's parameters are those of any conversion of it, less the "delta" nodes.
+    teacher's parameters are those of any conversion of it without the "delta" nodes.
     """
     return _init(cfg, key)
 
@@ -51,40 +51,40 @@ def init_stacked(cfg: ModelConfig, key: Array) -> Params:
 
 
 def _init_additions(cfg: ModelConfig, spec: MemorySpec, key: Array) -> Params:
-    """What a memory adds to the public tree of a layer."""
+    """Return the parameters that a memory adds to the public tree of a layer."""
     memory, updates = additions(cfg, spec, rngs=nnx.Rngs(key))
     modules = {"memory": memory} | ({} if updates is None else {"ffn_updates": updates})
-    made = {name: nnx.to_pure_dict(nnx.split(module)[1]) for name, module in modules.items()}
-    return to_public({name: node for name, node in made.items() if node})
+    nodes = {name: nnx.to_pure_dict(nnx.split(module)[1]) for name, module in modules.items()}
+    return to_public({name: node for name, node in nodes.items() if node})
 
 
 def param_shapes(cfg: ModelConfig) -> Params:
-    """Return shapes and dtypes of `init_params`, without making any array."""
+    """Return shapes and dtypes of `init_params` without creating arrays."""
     return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
 
 
 def without_delta(params: Params) -> Params:
-    """Return the parameters less everything that conversion adds; in either form."""
+    """Return the parameters without the additions of conversion; in either form."""
     return params | {"blocks": {i: base_of(layer) for i, layer in params["blocks"].items()}}
 
 
 def teacher_params(params: Params, cfg: ModelConfig) -> Params:
-    """Return the parameters of `cfg.teacher()` among those of a model; in either form."""
+    """Return the parameters of `cfg.teacher()` from those of a model; in either form."""
     return without_delta(params) if cfg.converted_layers else params
 
 
 def base_of(layer: Params) -> Params:
-    """Return a layer's parameters less everything that conversion adds."""
+    """Return a layer's parameters without the additions of conversion."""
     return {name: node for name, node in layer.items() if name != ADDED}
 
 
 def stem_of(params: Params) -> Params:
-    """Return the parameters outside the layers; of either form."""
+    """Return the parameters outside the layers; in either form."""
     return {name: node for name, node in params.items() if name != "blocks"}
 
 
 def layer_of(params: Params, layer: int) -> Params:
-    """Return the parameters of one layer; of either form."""
+    """Return the parameters of one layer, from either form."""
     if not is_stacked(params):
         return params["blocks"][str(layer)]
     for start, stop, run in stacked_runs(params):
@@ -119,11 +119,11 @@ def stack_params(params: Params, cfg: ModelConfig) -> Params:
 
     Args:
       params: in either form, of a whole model or a part of it such as a phase's trained parameters.
-        Stacked ones are returned as they are.
+        Stacked ones are returned unchanged.
       cfg: model.
 
     Raises:
-      ValueError: layers are stacked that have different memories in this model.
+      ValueError: stacked layers have different memories in this model.
     """
     if is_stacked(params):
         _check_runs(params, cfg)
@@ -147,7 +147,7 @@ def _check_runs(params: Params, cfg: ModelConfig) -> None:
 
 
 def unstack_params(params: Params) -> Params:
-    """Return the parameters with every layer by itself; undoes `stack_params`."""
+    """Return the parameters with separate layers; undoes `stack_params`."""
     if not is_stacked(params):
         return params
     blocks = {
@@ -159,10 +159,7 @@ def unstack_params(params: Params) -> Params:
 
 
 def compute_params(params: Params, cfg: ModelConfig) -> Params:
-    """Return the parameters as the network computes with them: stacked, and cast.
-
-    Costs nothing for those that are so already.
-    """
+    """Return the parameters stacked and cast for compute; those that already are, at no cost."""
     return cast_params(stack_params(params, cfg), cfg)
 
 
@@ -175,7 +172,7 @@ def cast_params(params: Params, cfg: ModelConfig) -> Params:
 def cast_backbone(params: Params, cfg: ModelConfig) -> Params:
     """Cast the pretrained matrices to the compute dtype, in either form; additions stay float32.
 
-    Conversion holds a model so: it trains the additions, and only computes with the rest.
+    Conversion keeps a model in this form: it trains the additions, and the rest is frozen.
     """
     blocks = {
         name: cast_params(base_of(layer), cfg) | ({ADDED: layer[ADDED]} if ADDED in layer else {})

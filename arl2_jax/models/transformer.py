@@ -1,4 +1,4 @@
-"""The causal Wan network as a module whose layers can be looked at and exchanged."""
+"""The causal Wan network as a module whose layers can be inspected and replaced."""
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -13,11 +13,11 @@ from arl2_jax.nn.positions import video_grid
 
 
 class WanTransformer(nnx.Module):
-    """The network with its parameters, one module a layer, for one's own programs.
+    """The network with its parameters, one module per layer, for use in other programs.
 
-    It computes what `apply` and `apply_clip` do, layer after layer without a scan, so that layers
-    may differ in any way: `model.layers[3].memory` is the memory of layer 3, and another one may be
-    put in its place. Programs grow with depth; generation and training use the functions.
+    It computes the same as `apply` and `apply_clip`, layer by layer without a scan, so that layers
+    may differ in any way: `model.layers[3].memory` is the memory of layer 3 and may be replaced.
+    Programs grow with depth; generation and training use the functions.
 
     Args:
       cfg: the model.
@@ -60,7 +60,7 @@ class WanTransformer(nnx.Module):
         position: int | Int[Array, ""] = 0,
         write: bool = False,
     ) -> tuple[Float[Array, "b f rows columns channels"], list]:
-        """Run one frame block; arguments and results as in `apply`, memory one state a layer."""
+        """Run one frame block as `apply` does; memory is a list with one state per layer."""
         rows, columns = check_latents(self.cfg, latents, timestep)
         x = self.stem.embed_patches(latents)
         time, modulation = self.stem.embed_time(timestep)
@@ -79,7 +79,7 @@ class WanTransformer(nnx.Module):
         timestep: Float[Array, "b t"],
         text: Float[Array, "b l text_dim"],
     ) -> tuple[Float[Array, "b t rows columns channels"], list[dict[str, Array]]]:
-        """Run all blocks of a clip at once, as `apply_clip`; diagnostics are one dict a layer."""
+        """Run all blocks of a clip as `apply_clip` does; diagnostics are one dict per layer."""
         tokens = embed_clip(self.stem, self.cfg, clean, noisy, timestep, text)
         x, diagnostics = tokens.x, []
         for layer in self.layers:

@@ -1,8 +1,8 @@
 """The encoder of UMT5 as functions of parameters: prompts in, Wan's text embeddings out.
 
-Parameters are a nested dict in which every layer stands alone (`blocks/0/attn/q/kernel`). The
-layers run in a Python loop over one compiled layer: compile time does not grow with depth, and
-nothing is stacked, which would hold the 5.7e9 parameters of UMT5-XXL twice.
+Parameters are a nested dict with separate layers (`blocks/0/attn/q/kernel`). The layers run in a
+Python loop over one compiled layer: compile time does not grow with depth, and nothing is stacked,
+which would need memory for the 5.7e9 parameters of UMT5-XXL twice.
 
 Source: T5, arXiv 1910.10683, in version 1.1 (gated GELU); UMT5, arXiv 2304.09151.
 """
@@ -23,7 +23,7 @@ from arl2_jax.nn.norm import RMSNorm, rms_norm
 
 AnyArray = Array | np.ndarray
 
-# Float32 stays exact where the default is lower (TPU, tensor cores); bfloat16 is not touched.
+# Full float32 where the default is lower (TPU, tensor cores); bfloat16 is not affected.
 _PRECISION = "highest"
 
 
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, x: Float[Array, "b n c"], visible: Bool[Array, "b n"]):
-        """Attends from every token to the visible ones; float32 [B, n, C]."""
+        """Attend from every token to the visible ones; float32 [B, n, C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         heads = lambda y: rearrange(y.astype(dtype), "b n (h d) -> b n h d", h=cfg.num_heads)
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
@@ -63,7 +63,7 @@ class GatedFFN(nnx.Module):
         self.fc2 = _linear(cfg, cfg.ffn_dim, cfg.dim, cfg.ffn_dim**-0.5, rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """The result is float32."""
+        """Apply the network; the result is float32."""
         return self.fc2(gelu_tanh(self.gate(x)) * self.fc1(x))
 
 
@@ -79,7 +79,7 @@ class EncoderLayer(nnx.Module):
         self.ffn = GatedFFN(cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"], visible: Bool[Array, "b n"]):
-        """Float32 in, float32 out, [B, n, C]."""
+        """Apply the layer to float32 [B, n, C]."""
         x = x + self.attn(self.norm1(x), visible)
         return x + self.ffn(self.norm2(x))
 
@@ -118,11 +118,11 @@ def _einsum(pattern: str, x: Array, y: Array) -> Array:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n n"]:
-    """Bucket of every pair (query, key) of a sequence, both directions apart.
+    """Return the bucket of every pair (query, key) of a sequence, by signed distance.
 
-    The first half of the buckets are for keys that are not after the query, the second for those
-    after it. Within a half, the first half are single distances; from there on bounds grow
-    geometrically to `max_distance`, past which all share the last bucket.
+    The first half of the buckets is for keys that are not after the query, the second for those
+    after it. Within a half, the first half are single distances; then bounds grow geometrically to
+    `max_distance`, past which all distances share the last bucket.
 
     Args:
       length: tokens of the sequence.
@@ -147,11 +147,11 @@ def _layer_graph(cfg: UMT5Config) -> nnx.GraphDef:
 
 
 def init_umt5(cfg: UMT5Config, key: Array) -> Params:
-    """Random parameters: matrices in cfg.dtype, scales and relative biases float32.
+    """Return random parameters: matrices in cfg.dtype, scales and relative biases float32.
 
     Args:
       cfg: encoder.
-      key: source of the numbers.
+      key: random key.
 
     Returns:
       Nested dict with string keys: token_embedding, blocks/0, blocks/1, ..., norm.
@@ -167,20 +167,20 @@ def _init(kind: type[EncoderStem] | type[EncoderLayer], cfg: UMT5Config, key: Ar
 
 
 def umt5_shapes(cfg: UMT5Config) -> Params:
-    """Shapes and dtypes of `init_umt5`, without making any array."""
+    """Return shapes and dtypes of `init_umt5` without creating arrays."""
     return jax.eval_shape(functools.partial(init_umt5, cfg), jax.random.key(0))
 
 
 def encode_tokens(
     params: Params, cfg: UMT5Config, tokens: Int[AnyArray, "b l"], lengths: Int[AnyArray, "b"]
 ) -> Float[Array, "b l text_dim"]:
-    """Text embeddings of tokenised prompts; what stands past a length changes nothing.
+    """Return text embeddings of tokenised prompts; tokens past a length have no influence.
 
-    Call it outside `jax.jit`, which would compile every layer anew.
+    Call it outside `jax.jit`, which would compile every layer separately.
 
     Args:
-      params: parameters of `init_umt5`, on a device, or numpy arrays in host memory: then the
-        device holds one layer at a time.
+      params: parameters of `init_umt5`, on a device, or numpy arrays in host memory: then one layer
+        at a time is on the device.
       cfg: encoder.
       tokens: token ids, int32, below cfg.vocab_size.
       lengths: tokens of each prompt, its end mark included, int32, at least 1.
@@ -189,7 +189,7 @@ def encode_tokens(
       float32, zeros past each length.
     """
     table = params["token_embedding"]["embedding"]
-    x = jnp.asarray(table[tokens], jnp.float32)  # of a table in host memory, only rows travel
+    x = jnp.asarray(table[tokens], jnp.float32)  # of a table in host memory, only rows are sent
     for i in range(cfg.num_layers):
         x = _apply_layer(cfg, params["blocks"][str(i)], x, lengths)
     return _finish(cfg, params["norm"]["scale"], x, lengths)

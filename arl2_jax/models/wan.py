@@ -25,32 +25,32 @@ from arl2_jax.nn.positions import TokenGrid, video_grid
 
 @functools.lru_cache
 def layer_graph(cfg: ModelConfig, spec: MemorySpec) -> nnx.GraphDef:
-    """Structure of a layer, to be merged with its parameters."""
+    """Return the graph of a layer, to be merged with its parameters."""
     abstract = nnx.eval_shape(lambda: TransformerLayer(cfg, spec, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)[0]
 
 
 @functools.lru_cache
 def stem_graph(cfg: ModelConfig) -> nnx.GraphDef:
-    """Structure of everything outside the layers."""
+    """Return the graph of everything outside the layers."""
     return nnx.split(nnx.eval_shape(lambda: Stem(cfg, rngs=nnx.Rngs(0))))[0]
 
 
 def make_layer(cfg: ModelConfig, layer: int | MemorySpec, params: Params) -> TransformerLayer:
-    """A layer around its parameters: one of the model by its index, or with another memory."""
+    """Make a layer around its parameters: one of the model by its index, or with another memory."""
     spec = cfg.memory_of(layer) if isinstance(layer, int) else layer
     return nnx.merge(layer_graph(cfg, spec), from_public(params))
 
 
 def make_stem(cfg: ModelConfig, params: Params) -> Stem:
-    """The parts outside the layers around their parameters."""
+    """Make the parts outside the layers around their parameters."""
     return nnx.merge(stem_graph(cfg), params)
 
 
 def encode_text(
     params: Params, cfg: ModelConfig, text: Float[Array, "b l text_dim"]
 ) -> tuple[TextContext, ...]:
-    """Keys and values of the text for all layers, one stacked tree per run; once per prompt."""
+    """Compute keys and values of a prompt for all layers, one stacked tree per run."""
     params = compute_params(params, cfg)
     stem = make_stem(cfg, stem_of(params))
     embedded = stem.text_embedding(text)
@@ -75,14 +75,14 @@ def apply(
     write: bool = False,
     read: tuple | None = None,
 ) -> tuple[Float[Array, "b f rows columns channels"], tuple]:
-    """The network on one frame block.
+    """Apply the network to one frame block.
 
     Args:
       params: parameters in either form (`arl2_jax.models.params`).
       cfg: model.
       latents: one frame block, channels last.
       timestep: noise level of each frame in 0..1000.
-      text: text embeddings with zeros past the prompt, or what `encode_text` made of them.
+      text: text embeddings with zeros past the prompt, or their keys and values from `encode_text`.
       memory: memories of all layers, from `init_memory` or an earlier call.
       position: index of the block's first latent frame, may be traced.
       write: whether the block is finished and to be remembered.
@@ -113,16 +113,15 @@ def apply_pass(
     read: tuple | None = None,
     aux: tuple | None = None,
 ) -> tuple[Float[Array, "b f rows columns channels"], tuple, tuple]:
-    """`apply` as one of the passes over a block whose memories gather something in each.
+    """Run `apply` as one of several passes over a block, for memories that gather aux in each pass.
 
     Args:
       params, cfg, latents, timestep, text, memory, position, write, read: as in `apply`.
-      aux: what an earlier pass over the block returned as the last of its results; None in the
-        first pass.
+      aux: the aux that the previous pass over the block returned; None in the first pass.
 
     Returns:
-      The flow and the memory as in `apply`; and what the memories have gathered in the passes so
-      far, one tree per run of equal layers.
+      The flow and the memory as in `apply`; and aux, the sum over the passes so far, one tree per
+      run of equal layers.
     """
     rows, columns = check_latents(cfg, latents, timestep)
     params = compute_params(params, cfg)
@@ -153,7 +152,7 @@ def apply_pass(
 
 
 def _pass_sliced(cfg, start, conditions, write, x, weights, context, state, seen, aux):
-    """Passes through a run of equal layers, each of which is given the state of its layer."""
+    """Pass through a run of equal layers, each with its slice of the state."""
 
     def step(x, layer):
         weights, context, state, seen, aux = layer
@@ -167,9 +166,9 @@ def _pass_sliced(cfg, start, conditions, write, x, weights, context, state, seen
 
 
 def _pass_stacked(cfg, start, conditions, write, x, weights, context, state, seen, aux):
-    """The same with the states of the whole run in one piece, of which nothing is copied.
+    """Pass through a run of equal layers without copying its stacked state.
 
-    The layers read it where it is. Their entries are written after the last of them, in one piece.
+    The layers read the state in place. Their entries are written together after the last layer.
     """
 
     def step(x, layer):
@@ -187,7 +186,7 @@ def _pass_stacked(cfg, start, conditions, write, x, weights, context, state, see
 
 
 def _after_block(cfg: ModelConfig, starts: list[int], memory: list, grid: TokenGrid) -> tuple:
-    """Memories after the decisions that all layers of a kind make together.
+    """Apply `after_block` of each kind of memory, for all layers of the kind together.
 
     Args:
       cfg: model.
@@ -208,7 +207,7 @@ def _after_block(cfg: ModelConfig, starts: list[int], memory: list, grid: TokenG
 
 
 class Clip(NamedTuple):
-    """A clip on its way through the layers: a clean copy and next to it, in the batch, a noisy one.
+    """An embedded clip: a clean copy and next to it, in the batch, a noisy one.
 
     Attributes:
       x: tokens [2 B, T N, C].
@@ -226,7 +225,7 @@ class Clip(NamedTuple):
 def embed_clip(
     stem: Stem, cfg: ModelConfig, clean, noisy, timestep, text, context_timestep=None
 ) -> Clip:
-    """Embeds both copies of a clip; arguments as in `apply_clip`."""
+    """Embed both copies of a clip; arguments as in `apply_clip`."""
     if context_timestep is None:
         context_timestep = jnp.zeros_like(timestep)
     check_latents(cfg, clean, context_timestep)
@@ -239,7 +238,7 @@ def embed_clip(
 
 
 def noisy_half(x: Float[Array, "_ ..."]) -> Float[Array, "b ..."]:
-    """The noisy one of each pair of copies."""
+    """Return the noisy copy of each pair."""
     return x.reshape(-1, 2, *x.shape[1:])[:, 1]
 
 
@@ -252,14 +251,14 @@ def apply_clip(
     text: Float[Array, "b l text_dim"],
     context_timestep: Float[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t rows columns channels"], tuple[dict[str, Array], ...]]:
-    """The network on all blocks of a clip at once, for training (teacher forcing).
+    """Apply the network to all blocks of a clip at once, for training (teacher forcing).
 
     Noisy block i sees clean blocks before i and itself: what `apply` sees block by block when it
     writes every clean block.
 
     Args:
       params, cfg: as in `apply`.
-      clean: the clip's latents as they are remembered, T a multiple of cfg.frames_per_block.
+      clean: the clip's latents to be remembered, T a multiple of cfg.frames_per_block.
       noisy: the same clip, noised.
       timestep: noise level of each noisy frame in 0..1000, equal within a block.
       text: text embeddings.
@@ -291,7 +290,7 @@ def apply_clip(
 
 
 def rematerialize(step: Callable, cfg: ModelConfig) -> Callable:
-    """Applies cfg.remat to the body of a scan over layers."""
+    """Apply cfg.remat to the body of a scan over layers."""
     if cfg.remat == "none":
         return step
     policies: dict[str, Any] = {
@@ -299,12 +298,12 @@ def rematerialize(step: Callable, cfg: ModelConfig) -> Callable:
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "layer": None,
     }
-    # Inside a scan nothing can be merged back by the compiler, so the barrier is not needed.
+    # Inside a scan the compiler cannot undo it by CSE, so the barrier is not needed.
     return jax.checkpoint(step, policy=policies[cfg.remat], prevent_cse=False)
 
 
 def check_latents(cfg: ModelConfig, latents, timestep) -> tuple[int, int]:
-    """Rows and columns of the token grid."""
+    """Check latents and timestep; return rows and columns of the token grid."""
     if latents.ndim != 5 or latents.shape[-1] != cfg.in_dim:
         raise ValueError(
             f"latents have shape {latents.shape}; the model takes [batch, frames, rows, columns, "
@@ -323,6 +322,6 @@ def check_latents(cfg: ModelConfig, latents, timestep) -> tuple[int, int]:
         )
     if timestep.shape != latents.shape[:2]:
         raise ValueError(
-            f"timestep has shape {timestep.shape}; one a frame is needed: {latents.shape[:2]}"
+            f"timestep has shape {timestep.shape}; must be one per frame: {latents.shape[:2]}"
         )
     return latents.shape[2] // ph, latents.shape[3] // pw

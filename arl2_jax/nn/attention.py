@@ -1,4 +1,4 @@
-"""Softmax attention under the mesh in use."""
+"""Softmax attention under the current mesh."""
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -20,7 +20,7 @@ Partial = tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]
 def attention(
     q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
-    """`pallas_kernels.dot_product_attention`; each device has its own clips, queries and heads."""
+    """Compute `dot_product_attention`, sharded by clips, queries and heads."""
     return per_device(dot_product_attention, (_QUERIES, _KEYS, _KEYS), _QUERIES)(q, k, v)
 
 
@@ -31,13 +31,13 @@ def partial_attention(
     key_length: int | Int[Array, ""] | None = None,
     layer: Int[Array, ""] | None = None,
 ) -> Partial:
-    """Attend to some of the keys: (output, log-sum-exp), to be merged with those to the others.
+    """Attend to a subset of the keys; return (output, log-sum-exp) for `merge_attention`.
 
     Args:
       q: queries.
       k, v: keys and values; with `layer`, those of a run of layers, [layers, B, m, H, D].
       key_length: number of visible keys; by default all.
-      layer: whose keys are meant; they are read where they are, where the device can.
+      layer: index of the layer whose keys to use; they are read in place if the device can.
     """
     length = k.shape[-3] if key_length is None else key_length
 

@@ -1,4 +1,4 @@
-"""Products of tokens with a matrix, in the form that the device at hand differentiates best."""
+"""Products of tokens with a matrix, in the form whose gradient is fastest on the current device."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ _PART = 8192
 def dot_general(
     x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dimensions: Any, **options: Any
 ) -> Float[Array, "*batch o"]:
-    """`jax.lax.dot_general` of tokens and a matrix, as `nnx.Linear` calls it.
+    """Multiply tokens by a matrix; called by `nnx.Linear` in place of `jax.lax.dot_general`.
 
-    On a CPU the axes of x before the last become one: the derivative by the matrix sums over them,
-    and for a sum over several axes XLA for CPUs writes a transposed copy of an operand. Where these
-    axes are sharded they stay as they are.
+    On a CPU the leading axes of x are flattened: the gradient of the matrix sums over them, and for
+    a sum over several axes XLA for CPUs writes a transposed copy of an operand. Under a mesh the
+    axes stay as they are.
     """
     if jax.default_backend() != "cpu" or current_mesh() is not None or x.ndim < 3:
         return jax.lax.dot_general(x, kernel, dimensions, **options)
@@ -31,10 +31,10 @@ def dot_general(
 def thin_dot_general(
     x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dimensions: Any, **options: Any
 ) -> Float[Array, "*batch o"]:
-    """`dot_general` for a trained kernel of few rows or columns.
+    """Multiply as `dot_general` by a trained kernel of few rows or columns.
 
-    Its gradient is a small matrix and a sum over all tokens. A GPU is busy with it only in parts.
-    XLA splits the sum too, but pads a copy of both operands for it; here parts are slices.
+    The kernel's gradient is a small matrix that sums over all tokens, which occupies a GPU only if
+    the sum is split. XLA splits it too, but pads a copy of both operands; here parts are slices.
     """
     plain = x.ndim == 3 and all(option is None for option in options.values())
     if jax.default_backend() == "cpu" or not plain:
@@ -45,14 +45,14 @@ def thin_dot_general(
 def thin_matmul(
     x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
 ) -> Float[Array, "*batch o"]:
-    """x @ kernel by `thin_dot_general`."""
+    """Return x @ kernel by `thin_dot_general`."""
     return thin_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def heads_matmul(
     x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]
 ) -> Float[Array, "b n h e"]:
-    """Each head times its own trained matrix, in the form of `thin_dot_general`."""
+    """Multiply each head by its own trained matrix, in the form of `thin_dot_general`."""
     if jax.default_backend() == "cpu":
         return jnp.einsum("bnhd,hde->bnhe", x, kernels)
     return heads_matmul_by_parts(x, kernels)
@@ -60,18 +60,18 @@ def heads_matmul(
 
 @jax.custom_vjp
 def matmul_by_parts(x: Float[Array, "b n i"], kernel: Float[Array, "i o"]) -> Array:
-    """x @ kernel; the gradient of the kernel is summed part by part, in float32."""
+    """Return x @ kernel; the gradient of the kernel is summed part by part, in float32."""
     return x @ kernel
 
 
 @jax.custom_vjp
 def heads_matmul_by_parts(x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]) -> Array:
-    """`heads_matmul`; gradients of the kernels are summed part by part, in float32."""
+    """Multiply as `heads_matmul`; kernel gradients are summed part by part, in float32."""
     return _each_head(x, kernels)
 
 
 def _each_head(x: Float[Array, "b n h d"], kernels: Float[Array, "h d e"]) -> Array:
-    # jnp.einsum would put the kernels first; then tokens come last, and have to be transposed.
+    # jnp.einsum would put the kernels first, so that tokens come last and must be transposed.
     by_head = jax.lax.dot_general(x, kernels, (((3,), (1,)), ((2,), (0,))))
     return jnp.moveaxis(by_head, 0, 2)
 
@@ -94,15 +94,15 @@ heads_matmul_by_parts.defvjp(
 
 
 def _sum_of_parts(product: str, x: Array, gradient: Array, kernel: Array) -> Array:
-    """Gradient of a kernel, from its products over parts of the tokens."""
+    """Compute the gradient of a kernel as a sum of products over parts of the tokens."""
     parts = jnp.einsum(product, _parts(x), _parts(gradient), preferred_element_type=jnp.float32)
     return jnp.sum(parts, axis=(0, 1)).astype(kernel.dtype)
 
 
 def _parts(x: Float[Array, "b n ..."]) -> Array:
-    """Split tokens into the fewest equal parts that are short enough and lie on one device each.
+    """Split tokens into the fewest equal parts that are short enough and each on one device.
 
-    Parts of a multiple of eight tokens, as tensor cores take them, are preferred.
+    Part lengths that are multiples of eight, as tensor cores take, are preferred.
     """
     mesh, tokens = current_mesh(), x.shape[1]
     devices = 1 if mesh is None else mesh.shape[BLOCKS]

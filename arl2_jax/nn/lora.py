@@ -10,8 +10,8 @@ class LowRank(nnx.Module):
     """x A B * alpha / rank; A is Kaiming-uniform and B zero, so it starts as no update.
 
     A is uniform in +-1 / sqrt(fan): Kaiming with the slope sqrt(5) of PyTorch's linear layers. The
-    fan is in_dim for init="fan_in". ARL2's code holds A as [in, rank], of which PyTorch takes the
-    rank for the fan: init="published".
+    fan is in_dim for init="fan_in". ARL2's code stores A as [in, rank], so that PyTorch uses the
+    rank as the fan: init="published".
 
     Source: LoRA, arXiv 2106.09685.
     """
@@ -27,7 +27,7 @@ class LowRank(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        """The update alone, to be added to the layer's output."""
+        """Return the update alone, to be added to the layer's output."""
         a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
         return thin_matmul(thin_matmul(x.astype(self.dtype), a), b) * self.scale
 

@@ -19,11 +19,11 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x, lora1=None, lora2=None):
-        """Applies the two layers, each with an optional low-rank update of its kernel."""
+        """Apply the two layers, each with an optional low-rank update of its kernel."""
         h = self.activation(add_update(self.fc1(x), lora1, x))
         return add_update(self.fc2(h), lora2, h)
 
 
 def gelu_tanh(x):
-    """GELU in its tanh approximation, as Wan uses it."""
+    """Apply GELU in its tanh approximation, as Wan does."""
     return jax.nn.gelu(x, approximate=True)

@@ -1,4 +1,4 @@
-"""Where tokens stand in a video or in a sequence."""
+"""Positions of tokens in a video or in a sequence."""
 
 import dataclasses
 from typing import Any, Literal
@@ -19,15 +19,15 @@ class TokenGrid:
     A sequence without rows and columns is a grid whose frames have one token each.
 
     Attributes:
-      start: index of the first frame, int32 scalar, may be traced; None if it is not known.
+      start: index of the first frame, int32 scalar, may be traced; None if unknown.
       absolute: rotations of all tokens by their absolute positions; None without rotations.
       frames, rows, columns: size of the grid.
       head_dim: width of a head.
-      axes: what rotates a head: "video" gives time, row and column a part of it each; "sequence"
-        gives all of it to the position; "given" knows nothing but `absolute`.
+      axes: how positions rotate a head: "video" splits its features between time, row and column;
+        "sequence" uses all for the position; "given" has only the rotations in `absolute`.
       text: keys of the layer's cross-attention, [B, L, H, D]; None outside a model with text.
-      layer: index in a run of layers whose states come stacked, int32 scalar; None if the state is
-        that of one layer.
+      layer: index in a run of layers with stacked states, int32 scalar; None if the state is that
+        of one layer.
     """
 
     start: int | Int[Array, ""] | None
@@ -45,7 +45,7 @@ class TokenGrid:
         """Index of the first frame.
 
         Raises:
-          ValueError: it is not known.
+          ValueError: it is unknown.
         """
         if self.start is None:
             raise ValueError(
@@ -55,7 +55,7 @@ class TokenGrid:
 
     @property
     def tokens_per_frame(self) -> int:
-        """Tokens of one frame."""
+        """Number of tokens in one frame."""
         return self.rows * self.columns
 
     @property
@@ -66,14 +66,14 @@ class TokenGrid:
     def rotation(
         self, first_frame: int | Int[Array, ""] | None = None, *, space: bool = True
     ) -> Rope | None:
-        """Rotations of the tokens, as if the first frame stood at `first_frame`.
+        """Return the rotations of the tokens, as if the first frame were at `first_frame`.
 
         Args:
-          first_frame: position of the first frame, not negative; by default where it is.
+          first_frame: position of the first frame, not negative; by default its own.
           space: whether rows and columns rotate, or time alone.
 
         Raises:
-          ValueError: other rotations than those that were given are asked for.
+          ValueError: rotations were given, and others are requested.
         """
         if self.absolute is None or (first_frame is None and space):
             return self.absolute
@@ -85,7 +85,7 @@ class TokenGrid:
         return video_rope(first, self.frames, self.rows, self.columns, self.head_dim, space=space)
 
     def block(self, index: int | Int[Array, ""], blocks: int) -> "TokenGrid":
-        """One of the equal parts of a run of frames.
+        """Return the grid of block `index`, if the frames are divided into `blocks` equal blocks.
 
         Raises:
           ValueError: `blocks` does not divide the frames.
@@ -94,22 +94,22 @@ class TokenGrid:
         if rest:
             raise ValueError(f"{blocks} blocks must divide the {self.frames} frames of the grid")
         size = frames * self.tokens_per_frame
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)
+        slice_block = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)
         first = None if self.start is None else self.start + index * frames
-        absolute = jax.tree.map(cut, self.absolute)
+        absolute = jax.tree.map(slice_block, self.absolute)
         return dataclasses.replace(self, start=first, absolute=absolute, frames=frames)
 
 
 def video_grid(
     first_frame: int | Int[Array, ""], frames: int, rows: int, columns: int, head_dim: int
 ) -> TokenGrid:
-    """Positions of a run of latent frames."""
+    """Return the positions of a run of latent frames."""
     rope = video_rope(first_frame, frames, rows, columns, head_dim)
     return TokenGrid(first_frame, rope, frames, rows, columns, head_dim, "video")
 
 
 def sequence_grid(first: int | Int[Array, ""], length: int, head_dim: int) -> TokenGrid:
-    """Positions of a run of tokens in a sequence."""
+    """Return the positions of a run of tokens in a sequence."""
     return TokenGrid(
         first, sequence_rope(first, length, head_dim), length, 1, 1, head_dim, "sequence"
     )
@@ -118,5 +118,5 @@ def sequence_grid(first: int | Int[Array, ""], length: int, head_dim: int) -> To
 def given_rotations(
     rope: Rope | None, tokens: int, head_dim: int, *, start: int | None = None
 ) -> TokenGrid:
-    """A run of tokens with rotations from elsewhere, or with none."""
+    """Return a grid of tokens with the caller's rotations, or with none."""
     return TokenGrid(start, rope, tokens, 1, 1, head_dim, "given")

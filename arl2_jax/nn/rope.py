@@ -1,4 +1,4 @@
-"""Rotary positions, computed for any position without a table."""
+"""Rotary position embeddings, computed for any position without a table."""
 
 import math
 from typing import NamedTuple
@@ -19,15 +19,15 @@ class Rope(NamedTuple):
 
 
 def rope_angles(positions: Int[Array, "n"], width: int) -> Float[Array, "n pairs"]:
-    """Angles of one axis, position * 10000^(-2 i / width), reduced to [-pi, pi).
+    """Return the angles of one axis, position * 10000^(-2 i / width), reduced to [-pi, pi).
 
-    Frequencies are held as 64-bit fractions of a turn. The product with the position wraps around
-    in integer arithmetic, so no accuracy is lost however large the position: the error stays near
-    2e-7 radians up to position 2^31.
+    Frequencies are 64-bit fractions of a turn. The product with the position wraps around in
+    integer arithmetic, so large positions lose no accuracy: the error stays near 2e-7 radians up to
+    position 2^31.
 
     Args:
       positions: whole positions, not negative.
-      width: features that the axis owns; width / 2 pairs are rotated.
+      width: features of the axis; width / 2 pairs are rotated.
     """
     turns = [THETA ** (-2 * i / width) / (2 * math.pi) for i in range(width // 2)]
     fractions = [int(t * 2**64) for t in turns]
@@ -39,7 +39,7 @@ def rope_angles(positions: Int[Array, "n"], width: int) -> Float[Array, "n pairs
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """Features of a head that rotate with time, row and column (44, 42, 42 of 128)."""
+    """Return the features of a head that rotate with time, row and column (44, 42, 42 of 128)."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -47,7 +47,7 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 def video_rope(
     first_frame, frames: int, rows: int, columns: int, head_dim: int, *, space: bool = True
 ) -> Rope:
-    """Rotary embedding of a run of latent frames, tokens in (frame, row, column) order.
+    """Return the rotary embedding of a run of latent frames, tokens in (frame, row, column) order.
 
     Args:
       first_frame: position of the first frame, int32 scalar, may be traced.
@@ -66,13 +66,13 @@ def video_rope(
 
 
 def sequence_rope(first: int | Int[Array, ""], length: int, head_dim: int) -> Rope:
-    """Rotary embedding of a one-dimensional sequence that starts at position `first`."""
+    """Return the rotary embedding of a one-dimensional sequence that starts at `first`."""
     angles = rope_angles(first + jnp.arange(length), head_dim)
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x: Float[Array, "*batch n h d"], rope: Rope | None) -> Float[Array, "*batch n h d"]:
-    """Rotates the interleaved pairs (2i, 2i + 1) of every head, in float32; `None` leaves x."""
+    """Rotate the interleaved pairs (2i, 2i + 1) of every head in float32; with None, return x."""
     if rope is None:
         return x
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arl2_jax.memory import clip_attention
-from arl2_jax.memory.clip_attention import attend_in_turn, attend_merged, attend_together
+from arl2_jax.memory.clip_attention import attend_batched, attend_block_by_block, attend_merged
 
 # [B, copies, blocks, n, H, D]; five blocks do not go into pairs.
 SHAPE = (2, 2, 5, 3, 2, 8)
@@ -36,7 +36,7 @@ def by_definition(q, k, v):
     return out
 
 
-@pytest.mark.parametrize("attend", [attend_in_turn, attend_together, attend_merged])
+@pytest.mark.parametrize("attend", [attend_block_by_block, attend_batched, attend_merged])
 def test_every_block_sees_the_clean_past_and_itself(attend):
     q, k, v, _ = draw(0)
     expected = by_definition(*(np.asarray(x, np.float64) for x in (q, k, v)))
@@ -46,17 +46,17 @@ def test_every_block_sees_the_clean_past_and_itself(attend):
 def test_all_forms_have_the_same_derivatives():
     # Scores of size 10: softmax is far from a mean, and rows have weights that vanish.
     q, k, v, weights = draw(1)
-    expected = value_and_gradients(attend_in_turn, 4 * q, 4 * k, v, weights)
+    expected = value_and_gradients(attend_block_by_block, 4 * q, 4 * k, v, weights)
     # Ten times CLOSE: derivatives by q and k have factors of 4.
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
-    for attend in (attend_together, attend_merged):
+    for attend in (attend_batched, attend_merged):
         found = value_and_gradients(attend, 4 * q, 4 * k, v, weights)
         jax.tree.map(close, found, expected)
 
 
 def test_huge_scores_stay_finite():
     q, k, v, weights = draw(2)
-    for attend in (attend_in_turn, attend_together, attend_merged):
+    for attend in (attend_block_by_block, attend_batched, attend_merged):
         found = value_and_gradients(attend, 1e3 * q, 1e3 * k, v, weights)
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found))
 
@@ -86,7 +86,7 @@ def test_other_numbers_of_copies(copies):
 
 def test_half_precision_comes_back_in_half_precision():
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in draw(5))
-    found, expected = attend_together(q, k, v), attend_in_turn(q, k, v)
+    found, expected = attend_batched(q, k, v), attend_block_by_block(q, k, v)
     assert found.dtype == jnp.bfloat16
     # One rounds weights and results to 8 bits, the other results alone.
     np.testing.assert_allclose(

@@ -211,7 +211,7 @@ def test_empty_memory_gives_nothing(without_ffn_updates, each_block_alone, clip,
         (dict(latents=(1, 2, 5, 6, 4)), "multiples of the patch 2 x 2"),
         (dict(latents=(1, 2, 4, 6, 3)), "rows, columns, 4"),
         (dict(latents=(2, 4, 6, 4)), "latents have shape"),
-        (dict(timestep=(1,)), "one a frame is needed"),
+        (dict(timestep=(1,)), "must be one per frame"),
     ],
 )
 def test_misfit_shapes_are_refused(params, cfg, change, message, unchecked):

@@ -1,4 +1,4 @@
-"""Wan2.1's video autoencoder: whole clips, streams of frames, and pictures in tiles."""
+"""Wan2.1's video autoencoder: whole clips, streams of frames, and spatial tiles."""
 
 from arl2_jax.models.vae.clips import decode, decode_block, encode
 from arl2_jax.models.vae.frames import (

@@ -1,7 +1,7 @@
 """The video autoencoder on whole clips and on runs of frames: scans over single latent frames.
 
-A clip and a stream of its frames give the same numbers, and memory for features does not grow with
-the length.
+A clip and a stream of its frames give the same numbers. Memory for features does not grow with the
+length.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ def encode(
     *,
     tile: tuple[int, int] | None = None,
 ) -> Float[Array, "b t rows columns channels"]:
-    """Encodes whole clips.
+    """Encode whole clips.
 
     Args:
       params: parameters, from `init_vae` or `load_vae`.
       cfg: autoencoder.
       pixels: in [-1, 1]; F = 1 + k * cfg.temporal_factor.
       tile: rows and columns of latents that are computed together, at least 2 x 2, to save memory;
-        `None` takes the whole picture.
+        `None` computes whole frames.
 
     Returns:
       Latents (float32), the mean of the encoder's distribution, normalised; T = 1 + k.
@@ -51,7 +51,7 @@ def encode(
     if (pixels.shape[1] - 1) % cfg.temporal_factor:
         raise ValueError(
             f"pixels have {pixels.shape[1]} frames, not 1 + a multiple of {cfg.temporal_factor}; "
-            f"leave {(pixels.shape[1] - 1) % cfg.temporal_factor} out"
+            f"drop {(pixels.shape[1] - 1) % cfg.temporal_factor} of them"
         )
 
     def step(pixels, state, first):
@@ -76,7 +76,7 @@ def decode(
     *,
     tile: tuple[int, int] | None = None,
 ) -> Float[Array, "b frames height width 3"]:
-    """Decodes whole clips.
+    """Decode whole clips.
 
     Args:
       params, cfg, tile: as in `encode`.
@@ -96,7 +96,7 @@ def decode(
 
     if tile is None:
         return whole(latents)
-    # Tile by tile, each through the whole clip: one tile's state is held at a time.
+    # Tile by tile, each through the whole clip: only one tile's state is in memory at a time.
     compute = lambda part, state: (whole(part), state)
     return over_tiles(compute, latents, (), tile, target=cfg.spatial_factor)[0]
 
@@ -110,12 +110,12 @@ def decode_block(
     first: bool,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "b frames height width 3"], State]:
-    """Decodes a run of latent frames; runs one after the other give what `decode` gives.
+    """Decode a run of latent frames; consecutive runs give the same pixels as `decode`.
 
     Args:
       params, cfg, tile: as in `decode`.
       latents: normalised.
-      state: from `init_decoder_state` with the same tile, or the run before.
+      state: from `init_decoder_state` with the same tile, or the previous run.
       first: whether a video begins with this run.
 
     Returns:
@@ -136,7 +136,7 @@ def decode_block(
 
 
 def _scan_frames(step: Callable, x, state: State, length: int, *, first: bool):
-    """`step` on runs of `length` frames, and on the first frame alone if a video begins with it."""
+    """Scan `step` over runs of `length` frames; `first` runs the first frame of a video alone."""
     outputs = []
     if first:
         y, state = step(x[:, :1], state, True)

@@ -3,9 +3,9 @@
 Parameters are a nested dict {"encoder": ..., "decoder": ...} whose paths follow Wan's names
 (`decoder/upsamples/0/conv1/kernel`).
 
-Convolutions and attention compute in `cfg.dtype` and features between layers are of that type.
-Norms with their SiLU, the 1 x 1 x 1 convolutions next to the latents, and latents and pixels
-themselves are float32. In float32, products are as precise as `jax.default_matmul_precision` says.
+Convolutions and attention compute in `cfg.dtype`, and so are the features between layers. Norms
+with their SiLU, the 1 x 1 x 1 convolutions next to the latents, and latents and pixels are float32.
+`jax.default_matmul_precision` sets the precision of float32 products.
 """
 
 import functools
@@ -22,13 +22,13 @@ from arl2_jax.models.vae.networks import Decoder, Encoder
 from arl2_jax.models.vae.tiling import make_grid
 
 Params = dict[str, Any]
-# What a network keeps of the frames before: a pytree of arrays in cfg.dtype.
+# What a network keeps of earlier frames: a pytree of arrays in cfg.dtype.
 State = Any
 Network = type[Encoder] | type[Decoder]
 
 
 def init_vae(cfg: VAEConfig, key: Array) -> Params:
-    """Random parameters, a nested dict with string keys, in the dtypes of `vae_shapes`.
+    """Return random parameters, a nested dict with string keys, in the dtypes of `vae_shapes`.
 
     Kernels are uniform with variance 1 / inputs, scales are one and biases zero.
     """
@@ -54,9 +54,9 @@ def _fill(name: str, leaf: jax.ShapeDtypeStruct, noise: Array) -> Array:
 
 
 def vae_shapes(cfg: VAEConfig) -> Params:
-    """Shapes and dtypes of the parameters, without making any array.
+    """Return shapes and dtypes of the parameters without creating arrays.
 
-    What is computed with in `cfg.dtype` is of that type, the rest float32.
+    Parameters that compute in `cfg.dtype` have that type, the rest are float32.
     """
     return jax.eval_shape(
         lambda: {
@@ -72,7 +72,7 @@ def _graph(network: Network, cfg: VAEConfig) -> nnx.GraphDef:
 
 
 def init_encoder_state(cfg: VAEConfig, batch: int, rows: int, columns: int) -> State:
-    """The encoder's state before the first frame.
+    """Return the encoder's state before the first frame.
 
     Args:
       cfg: autoencoder.
@@ -86,13 +86,13 @@ def init_encoder_state(cfg: VAEConfig, batch: int, rows: int, columns: int) -> S
 def init_decoder_state(
     cfg: VAEConfig, batch: int, rows: int, columns: int, *, tile: tuple[int, int] | None = None
 ) -> State:
-    """The decoder's state before the first frame.
+    """Return the decoder's state before the first frame.
 
     Args:
       cfg: autoencoder.
       batch: videos decoded together.
       rows, columns: size in latents.
-      tile: as in `decode_block`; there is a state for each tile then, along a leading axis.
+      tile: as in `decode_block`; then there is a state for each tile, along a leading axis.
     """
     if tile is None:
         return _init_state(Decoder, cfg, batch, rows, columns)
@@ -110,13 +110,13 @@ def encode_frame(
     *,
     first: bool,
 ) -> tuple[Float[Array, "b rows columns channels"], State]:
-    """Encodes the pixel frames of one latent frame.
+    """Encode the pixel frames of one latent frame.
 
     Args:
       params: parameters, from `init_vae` or `load_vae`.
       cfg: autoencoder.
       pixels: in [-1, 1]; one frame if it is the first, else `cfg.temporal_factor` frames.
-      state: from `init_encoder_state` or the frame before.
+      state: from `init_encoder_state` or the previous frame.
       first: whether it is the first frame of a video.
 
     Returns:
@@ -147,13 +147,13 @@ def decode_frame(
     *,
     first: bool,
 ) -> tuple[Float[Array, "b frames height width 3"], State]:
-    """Decodes one latent frame.
+    """Decode one latent frame.
 
     Args:
       params: parameters, from `init_vae` or `load_vae`.
       cfg: autoencoder.
       latent: normalised.
-      state: from `init_decoder_state` or the frame before.
+      state: from `init_decoder_state` or the previous frame.
       first: whether it is the first frame of a video.
 
     Returns:
@@ -172,7 +172,7 @@ def decode_frame(
 
 
 def check_pixels(cfg: VAEConfig, pixels) -> None:
-    """Raises ValueError unless pixels are [B, F, H, W, 3] in whole latents."""
+    """Raise ValueError unless pixels are [B, F, H, W, 3] in whole latents."""
     if pixels.ndim != 5 or pixels.shape[-1] != 3:
         raise ValueError(
             f"pixels have shape {pixels.shape}; the encoder takes [batch, frames, rows, columns, 3]"
@@ -186,7 +186,7 @@ def check_pixels(cfg: VAEConfig, pixels) -> None:
 
 
 def check_latents(cfg: VAEConfig, latents) -> None:
-    """Raises ValueError unless latents are [B, T, h, w, z]."""
+    """Raise ValueError unless latents are [B, T, h, w, z]."""
     if latents.ndim != 5 or latents.shape[-1] != cfg.z_dim or not latents.size:
         raise ValueError(
             f"latents have shape {latents.shape}; the decoder takes [batch, frames, rows, columns, "

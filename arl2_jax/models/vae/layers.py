@@ -1,7 +1,7 @@
 """Layers of the video autoencoder, causal in time.
 
-Features are [B, F, H, W, C]. A layer takes them with what it keeps of the frames before, its state,
-and returns both anew; states start as zeros.
+Features are [B, F, H, W, C]. A layer takes features and its state, what it keeps of earlier frames,
+and returns new ones of both; states start as zeros.
 
 Source of the architecture: Wan, arXiv 2503.20314, and the public code of Wan2.1.
 """
@@ -15,33 +15,32 @@ from flax import nnx
 
 from arl2_jax.nn.norm import RMSNorm
 
-# Wan divides by the length of the channel vector, and by 1e-12 where that is shorter.
+# Wan divides by the length of the channel vector, but at least by 1e-12.
 NORM_EPS = 1e-24
 kernel_init = nnx.initializers.lecun_normal()
 
 
 def activate(norm: RMSNorm, x):
-    """SiLU of the normalised features: in float32, returned in the dtype of x."""
+    """Apply norm and SiLU in float32; return them in the dtype of x."""
     return jax.nn.silu(norm(x.astype(jnp.float32))).astype(x.dtype)
 
 
 def stack_frames(frames, stride: int = 1):
-    """Three consecutive frames in the channels, at every `stride`-th place in time."""
+    """Stack three consecutive frames in the channels, at every `stride`-th frame."""
     count = frames.shape[1] - 2
     return jnp.concatenate([frames[:, i : i + count : stride] for i in range(3)], axis=-1)
 
 
 def pointwise(in_dim: int, out_dim: int, dtype, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A 1 x 1 x 1 convolution."""
+    """Make a 1 x 1 x 1 convolution."""
     return nnx.Linear(in_dim, out_dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 class CausalConv(nnx.Module):
     """3 x 3 x 3 convolution over a frame and the two before it.
 
-    It is computed as one 2D convolution over three frames stacked in the channels, which
-    accelerators do up to 1.4 times as fast as a 3D convolution. The kernel is [time, row, column,
-    in, out].
+    It is computed as one 2D convolution over three frames stacked in the channels, up to 1.4 times
+    as fast on accelerators as a 3D convolution. The kernel is [time, row, column, in, out].
     """
 
     def __init__(self, in_dim: int, out_dim: int, dtype, *, rngs: nnx.Rngs):
@@ -50,7 +49,7 @@ class CausalConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x, past):
-        """Features and the last two input frames, of which `past` holds those before x."""
+        """Return features and the last two input frames; `past` has the two frames before x."""
         frames = jnp.concatenate([past, x.astype(self.dtype)], axis=1)
         kernel = rearrange(self.kernel[...], "t h w i o -> h w (t i) o").astype(self.dtype)
         y = jax.lax.conv_general_dilated(
@@ -64,7 +63,7 @@ class CausalConv(nnx.Module):
         return y, frames[:, -2:]
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """Two empty frames."""
+        """Return two zero frames."""
         return jnp.zeros((batch, 2, rows, columns, self.kernel.shape[3]), self.dtype)
 
 
@@ -77,13 +76,13 @@ class TimeConv(nnx.Module):
         self.stride, self.dtype = stride, dtype
 
     def __call__(self, frames):
-        """[B, F, H, W, in] to [B, (F - 3) / stride + 1, H, W, out]."""
+        """Map [B, F, H, W, in] to [B, (F - 3) / stride + 1, H, W, out]."""
         kernel = rearrange(self.kernel[...], "t i o -> (t i) o").astype(self.dtype)
         return stack_frames(frames, self.stride) @ kernel + self.bias[...].astype(self.dtype)
 
 
 class ResidualBlock(nnx.Module):
-    """Norm, SiLU and causal convolution twice, beside a shortcut."""
+    """Norm, SiLU and causal convolution twice, plus a shortcut."""
 
     def __init__(self, in_dim: int, out_dim: int, dtype, *, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(in_dim, NORM_EPS, rngs=rngs)
@@ -93,20 +92,20 @@ class ResidualBlock(nnx.Module):
         self.shortcut = None if in_dim == out_dim else pointwise(in_dim, out_dim, dtype, rngs=rngs)
 
     def __call__(self, x, state, first: bool):
-        """The block's output; the state holds the past of either convolution."""
+        """Return the block's output and state, the past frames of both convolutions."""
         del first
         h, past1 = self.conv1(activate(self.norm1, x), state[0])
         h, past2 = self.conv2(activate(self.norm2, h), state[1])
         return h + (x if self.shortcut is None else self.shortcut(x)), (past1, past2)
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """The state before the first frame, and the size of the output."""
+        """Return the state before the first frame, and the size of the output."""
         states = [conv.init_state(batch, rows, columns) for conv in (self.conv1, self.conv2)]
         return tuple(states), (rows, columns)
 
 
 class AttentionBlock(nnx.Module):
-    """Self-attention with one head over the places of each frame; it keeps no state."""
+    """Single-head self-attention within each frame; it has no state."""
 
     def __init__(self, dim: int, dtype, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(dim, NORM_EPS, rngs=rngs)
@@ -114,7 +113,7 @@ class AttentionBlock(nnx.Module):
         self.proj = pointwise(dim, dim, dtype, rngs=rngs)
 
     def __call__(self, x, state, first: bool):
-        """The features plus what attention adds."""
+        """Return the features plus the output of attention."""
         del first
         tokens = rearrange(self.norm(x), "b f h w c -> (b f) (h w) 1 c")
         q, k, v = jnp.split(self.qkv(tokens), 3, axis=-1)
@@ -122,7 +121,7 @@ class AttentionBlock(nnx.Module):
         return x + self.proj(mixed).reshape(x.shape), state
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """No state; the size stays."""
+        """Return no state, and the unchanged size."""
         return (), (rows, columns)
 
 
@@ -143,7 +142,7 @@ class Downsample(nnx.Module):
         self.time_conv = TimeConv(dim, dim, 2, dtype, rngs=rngs) if temporal else None
 
     def __call__(self, x, past, first: bool):
-        """Fewer features; if temporal, the state is the last frame before the time convolution."""
+        """Downsample; if temporal, the state is the last frame before the time convolution."""
         x = self.conv(x)
         if self.time_conv is None:
             return x, past
@@ -152,7 +151,7 @@ class Downsample(nnx.Module):
         return self.time_conv(jnp.concatenate([past, x], axis=1)), x[:, -1:]
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """The state before the first frame, and the size of the output."""
+        """Return the state before the first frame, and the size of the output."""
         rows, columns = rows // 2, columns // 2
         if self.time_conv is None:
             return (), (rows, columns)
@@ -173,9 +172,9 @@ class Upsample(nnx.Module):
         self.time_conv = TimeConv(dim, 2 * dim, 1, dtype, rngs=rngs) if temporal else None
 
     def __call__(self, x, past, first: bool):
-        """More features; if temporal, the state is the time convolution's last two frames.
+        """Upsample; if temporal, the state is the time convolution's last two frames.
 
-        The first frame neither passes the time convolution nor enters its state.
+        The first frame skips the time convolution and is not kept in its state.
         """
         if self.time_conv is not None and not first:
             frames = jnp.concatenate([past, x], axis=1)
@@ -184,7 +183,7 @@ class Upsample(nnx.Module):
         return self.conv(repeat(x, "b f h w c -> b f (h m) (w n) c", m=2, n=2)), past
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """The state before the first frame, and the size of the output."""
+        """Return the state before the first frame, and the size of the output."""
         size = (2 * rows, 2 * columns)
         if self.time_conv is None:
             return (), size
@@ -192,7 +191,7 @@ class Upsample(nnx.Module):
 
 
 class Chain(nnx.Module):
-    """Layers one after the other, named "0", "1", ...; the state is a tuple of theirs."""
+    """A sequence of layers named "0", "1", ...; the state is the tuple of their states."""
 
     def __init__(self, layers: Sequence[nnx.Module]):
         self.length = len(layers)
@@ -200,7 +199,7 @@ class Chain(nnx.Module):
             setattr(self, str(i), layer)
 
     def __call__(self, x, states, first: bool):
-        """All layers in order; `first` tells the very first frame of a video."""
+        """Apply all layers in order; `first` marks the very first frame of a video."""
         new = []
         for i, state in enumerate(states):
             x, state = getattr(self, str(i))(x, state, first)
@@ -208,7 +207,7 @@ class Chain(nnx.Module):
         return x, tuple(new)
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """The states before the first frame, and the size of the output."""
+        """Return the states before the first frame, and the size of the output."""
         states = []
         for i in range(self.length):
             state, (rows, columns) = getattr(self, str(i)).init_state(batch, rows, columns)

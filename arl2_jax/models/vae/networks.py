@@ -20,7 +20,7 @@ from arl2_jax.nn.norm import RMSNorm
 
 
 class Encoder(nnx.Module):
-    """Pixels to normalised latents; of the distribution that Wan's encoder gives, the mean."""
+    """Pixels to normalised latents, the mean of the distribution of Wan's encoder."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
@@ -40,18 +40,18 @@ class Encoder(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, pixels, state, first: bool):
-        """Encodes pixels [B, 1 or temporal_factor, H, W, 3] as one latent frame [B, 1, h, w, z]."""
+        """Encode pixels [B, 1 or temporal_factor, H, W, 3] as one latent frame [B, 1, h, w, z]."""
         before, down, middle, after = state
         x, before = self.conv_in(pixels, before)
         x, down = self.downsamples(x, down, first)
         x, middle = self.middle(x, middle, first)
         x, after = self.conv_out(activate(self.norm_out, x), after)
         mean, _ = jnp.split(self.quant_conv(x.astype(jnp.float32)), 2, axis=-1)
-        center, spread = _statistics(self.cfg)
-        return (mean - center) / spread, (before, down, middle, after)
+        latents_mean, std = _statistics(self.cfg)
+        return (mean - latents_mean) / std, (before, down, middle, after)
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """The state before the first frame of `rows` x `columns` pixels."""
+        """Return the state before the first frame of `rows` x `columns` pixels."""
         before = self.conv_in.init_state(batch, rows, columns)
         down, size = self.downsamples.init_state(batch, rows, columns)
         middle, size = self.middle.init_state(batch, *size)
@@ -80,9 +80,9 @@ class Decoder(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, latent, state, first: bool):
-        """Decodes a latent frame [B, 1, h, w, z] to pixels [B, 1 or temporal_factor, H, W, 3]."""
-        center, spread = _statistics(self.cfg)
-        x = self.post_quant_conv(latent.astype(jnp.float32) * spread + center)
+        """Decode a latent frame [B, 1, h, w, z] to pixels [B, 1 or temporal_factor, H, W, 3]."""
+        latents_mean, std = _statistics(self.cfg)
+        x = self.post_quant_conv(latent.astype(jnp.float32) * std + latents_mean)
         before, middle, up, after = state
         x, before = self.conv_in(x, before)
         x, middle = self.middle(x, middle, first)
@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
         return jnp.clip(x.astype(jnp.float32), -1, 1), (before, middle, up, after)
 
     def init_state(self, batch: int, rows: int, columns: int):
-        """The state before the first frame of `rows` x `columns` latents."""
+        """Return the state before the first frame of `rows` x `columns` latents."""
         before = self.conv_in.init_state(batch, rows, columns)
         middle, size = self.middle.init_state(batch, rows, columns)
         up, size = self.upsamples.init_state(batch, *size)
@@ -109,11 +109,11 @@ def _middle(dim: int, dtype, *, rngs: nnx.Rngs) -> Chain:
 
 
 def _statistics(cfg: VAEConfig):
-    """Mean and standard deviation of each channel of the latents."""
+    """Return mean and standard deviation of each channel of the latents."""
     values = (cfg.latents_mean, cfg.latents_std)
     return tuple(jnp.asarray(value, jnp.float32) for value in values)
 
 
 def _latent_conv(dim: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """The 1 x 1 x 1 convolution next to the latents; float32 as these are, on any device."""
+    """Make the 1 x 1 x 1 convolution next to the latents, in full float32 on any device."""
     return nnx.Linear(dim, dim, precision="highest", rngs=rngs)

@@ -1,4 +1,4 @@
-"""Pictures in overlapping tiles, for memory that does not grow with the picture."""
+"""Computation in overlapping spatial tiles, so that memory does not grow with the frame size."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Part of a tile that its neighbour covers too, at least.
+# Least part of a tile that overlaps with its neighbour.
 OVERLAP = 1 / 4
 
 
@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
     Attributes:
       size: latents of a tile.
       starts: first latent of each tile, [n].
-      weights: share of each tile in what is put together from them, [n, size * scale].
+      weights: weight of each tile in the blended result, [n, size * scale].
     """
 
     size: int
@@ -27,15 +27,15 @@ class Tiles(NamedTuple):
 
 
 def make_tiles(length: int, size: int, scale: int) -> Tiles:
-    """Evenly spread tiles that cover an axis.
+    """Make evenly spaced tiles that cover an axis.
 
-    The weight of a tile falls linearly to both of its ends, and at every place the weights are
-    divided by their sum: where two tiles overlap, one fades into the other.
+    The weight of a tile falls linearly to both of its ends, and at every position the weights are
+    divided by their sum: where two tiles overlap, they are blended.
 
     Args:
       length: latents of the axis.
-      size: latents of a tile; a longer one is cut to the axis.
-      scale: places of the result that a latent stands for.
+      size: latents of a tile, at most `length` of which are used.
+      scale: positions of the result per latent.
     """
     size = min(size, length)
     stride = size - max(1, int(size * OVERLAP))
@@ -53,10 +53,10 @@ def make_tiles(length: int, size: int, scale: int) -> Tiles:
 def make_grid(
     height: int, width: int, tile: tuple[int, int], scale: int = 1
 ) -> tuple[Tiles, Tiles]:
-    """Tiles along rows and along columns.
+    """Make tiles along rows and along columns.
 
     Args:
-      height, width: latents of the picture.
+      height, width: latents of the frame.
       tile: rows and columns of latents in a tile, at least 2 x 2.
       scale: as in `make_tiles`.
 
@@ -77,14 +77,14 @@ def over_tiles(
     source: int = 1,
     target: int = 1,
 ):
-    """Computes one tile of x after the other and blends the results.
+    """Compute x tile by tile and blend the results.
 
     Args:
-      compute: (part of x, state of the tile) -> (its result, the tile's new state).
+      compute: (tile of x, state of the tile) -> (its result, the tile's new state).
       x: [B, F, h * source, w * source, C].
       states: pytree whose leaves have one entry for each tile, row by row; or ().
       tile: rows and columns of latents in a tile, at least 2 x 2.
-      source, target: rows and columns of x, and of the result, that stand for one latent.
+      source, target: rows and columns of x, and of the result, per latent.
 
     Returns:
       The result, [B, F', h * target, w * target, C'], and the new states.

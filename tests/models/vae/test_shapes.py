@@ -77,7 +77,7 @@ def test_initial_parameters_have_unit_gain():
 PIXELS = {
     (1, 5, 12, 16, 3): ["12 x 16", "multiples of 8", "crop"],
     (1, 5, 16, 20, 3): ["16 x 20", "multiples of 8"],
-    (1, 4, 16, 16, 3): ["4 frames", "1 + a multiple of 4", "leave 3 out"],
+    (1, 4, 16, 16, 3): ["4 frames", "1 + a multiple of 4", "drop 3 of them"],
     (1, 0, 16, 16, 3): ["pixels"],
     (5, 16, 16, 3): ["(5, 16, 16, 3)", "[batch, frames, rows, columns, 3]"],
     (1, 5, 16, 16, 4): ["(1, 5, 16, 16, 4)"],
