@@ -83,11 +83,15 @@ def hand_over(
 
 
 def _check_state(kind: str, state, wanted) -> None:
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
-    if shapes(state) != shapes(wanted):
+    import chex
+
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, wanted)
+    except AssertionError as error:
         raise ValueError(
-            f"kind={kind!r} hands over {shapes(state)}; its second phase has {shapes(wanted)}"
-        )
+            f"kind={kind!r} hands over other states (tree 0) than its second phase has (tree 1): "
+            f"{error}"
+        ) from None
 
 
 @functools.lru_cache

@@ -208,7 +208,7 @@ def test_states_of_another_shape_are_refused(cfg, monkeypatch):
     room = dict(frames=None, tokens_per_frame=6)
     states = models.init_memory(warm, batch=2, **room)
     monkeypatch.setattr(Warm, "hand_over", lambda self, states, room: [s.v for s in states])
-    with pytest.raises(ValueError, match=r"kind='warm' hands over .*its second phase has"):
+    with pytest.raises(ValueError, match="kind='warm' hands over other states"):
         models.hand_over(warm, warm.phases()[1][1], states, **room)
 
 
