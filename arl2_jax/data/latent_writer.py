@@ -125,8 +125,8 @@ def _continued(path: Path, wanted: Manifest, resume: bool) -> Manifest:
     differing = found.differences(wanted)
     if differing:
         raise ConfigError(
-            f"{path} was begun with other {', '.join(differing)}",
-            remedy="give what it was begun with, or name another folder",
+            f"{path} was started with other {', '.join(differing)}",
+            remedy="use the same settings again, or name another folder",
         )
     for shard in found.shards:
         file = path.parent / shard.name

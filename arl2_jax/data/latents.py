@@ -8,7 +8,14 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from arl2_jax.codecs import vae_weights
 from arl2_jax.config import Config
-from arl2_jax.data.manifest import MANIFEST, Manifest, damaged, empty, read_manifest, sha256
+from arl2_jax.data.manifest import (
+    MANIFEST,
+    Manifest,
+    damaged_error,
+    empty_error,
+    read_manifest,
+    sha256,
+)
 from arl2_jax.errors import ConfigError, DataError
 from arl2_jax.weights import fingerprint
 
@@ -30,7 +37,7 @@ class LatentFolder:
         self._folder = Path(path)
         self.manifest = read_manifest(self._folder / MANIFEST)
         if not self.manifest.shards:
-            raise empty(self._folder / MANIFEST)
+            raise empty_error(self._folder / MANIFEST)
         self._records = self._open_shards()
 
     def __len__(self) -> int:
@@ -41,7 +48,7 @@ class LatentFolder:
         try:
             return self.manifest.unpack(self._records[index])
         except (RuntimeError, ValueError) as error:
-            raise damaged(self._shard_of(index), f"record {index}: {error}") from None
+            raise damaged_error(self._shard_of(index), f"record {index}: {error}") from None
 
     def _open_shards(self) -> ArrayRecordDataSource:
         faults = shard_faults(self._folder, self.manifest)
@@ -52,9 +59,9 @@ class LatentFolder:
             records = ArrayRecordDataSource(paths)
             count = len(records)
         except RuntimeError as error:
-            raise damaged(self._folder, error) from None
+            raise damaged_error(self._folder, error) from None
         if count != self.manifest.count:
-            raise damaged(self._folder, f"{count} records instead of {self.manifest.count}")
+            raise damaged_error(self._folder, f"{count} records instead of {self.manifest.count}")
         return records
 
     def _shard_of(self, index: int) -> Path:
@@ -121,9 +128,11 @@ def shard_faults(folder: Path, manifest: Manifest, *, contents: bool = False) ->
                 )
             )
         elif path.stat().st_size != shard.bytes:
-            faults.append(damaged(path, f"{path.stat().st_size} bytes instead of {shard.bytes}"))
+            faults.append(
+                damaged_error(path, f"{path.stat().st_size} bytes instead of {shard.bytes}")
+            )
         elif contents and sha256(path) != shard.sha256:
-            faults.append(damaged(path, "its SHA-256 is not the manifest's"))
+            faults.append(damaged_error(path, "its SHA-256 is not the manifest's"))
     return faults
 
 

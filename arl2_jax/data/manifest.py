@@ -143,7 +143,7 @@ def read_manifest(path: Path) -> Manifest:
         missing = path.name if folder.is_dir() else f"the folder with {path.name}"
         hint = _REMEDY
         if (folder / UNFINISHED).is_file():
-            hint = f"{UNFINISHED} is there: finish it with the command that began it"
+            hint = f"{UNFINISHED} is there: finish it with the command that started it"
         raise DataError(f"{missing} is missing: looked for {path}", remedy=hint)
     try:
         content = json.loads(path.read_text())
@@ -161,19 +161,21 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise damaged(path, repr(error)) from None
+        raise damaged_error(path, repr(error)) from None
     if not consistent:
-        raise damaged(path, f"its shards have {manifest.count} records, not {content['count']}")
+        raise damaged_error(
+            path, f"its shards have {manifest.count} records, not {content['count']}"
+        )
     return manifest
 
 
-def damaged(path: Path, reason: object) -> DataError:
+def damaged_error(path: Path, reason: object) -> DataError:
     """Return the error for a damaged file of stored latents."""
     words = " ".join(str(reason).split())
     return DataError(f"{path} is damaged: {words}", remedy=f"copy or write it again ({_REMEDY})")
 
 
-def empty(path: Path) -> DataError:
+def empty_error(path: Path) -> DataError:
     """Return the error for a folder without clips."""
     return DataError(f"{path} lists no clips", remedy=_REMEDY)
 

@@ -123,10 +123,10 @@ def train_alone(candidates: Candidates, steps: int) -> dict[str, Model]:
         cfg = dataclasses.replace(config.model, hybrid_layers=(layer,))
         alone = _with_memory_of(candidates.params, layer)
         run = dataclasses.replace(config, model=cfg, stage2=fewer)
-        place = candidates.folder / f"stage2_{steps}" / f"layer_{layer:02d}"
+        folder = candidates.folder / f"stage2_{steps}" / f"layer_{layer:02d}"
         title = f"layer {layer}"
         result = run_phase(
-            run, "stage2", alone, candidates.data, candidates.mesh, place, title=title
+            run, "stage2", alone, candidates.data, candidates.mesh, folder, title=title
         )
         students[str(layer)] = Model(result.params, cfg)
     return students

@@ -190,7 +190,7 @@ class Generator:
                 continue
             if room is not None and position + f > room:
                 raise ValueError(
-                    f"capacity={room} latent frames are spent and the softmax caches have no room "
+                    f"capacity={room} latent frames are used up: the softmax caches have no room "
                     "for another block; raise it"
                 )
             state, block = self._next(context, *state, cfg=cfg)

@@ -59,9 +59,9 @@ class VideoWriter:
             raise ValueError(
                 f"frames are {frames.dtype} {frames.shape}; uint8 [F, H, W, 3] is needed"
             )
-        for picture in frames:
+        for pixels in frames:
             # Colors are stored for squares of 2 x 2 pixels.
-            large = enlarge(picture[None], MIN_WIDTH)[0]
+            large = enlarge(pixels[None], MIN_WIDTH)[0]
             even = [(0, large.shape[0] % 2), (0, large.shape[1] % 2), (0, 0)]
             frame = av.VideoFrame.from_ndarray(np.pad(large, even, mode="edge"), format="rgb24")
             if self._stream is None:

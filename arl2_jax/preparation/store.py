@@ -60,7 +60,7 @@ def store(
       The number of clips in the folder.
 
     Raises:
-      ConfigError: the folder was begun with another plan.
+      ConfigError: the folder was started with another plan.
       StorageError: the folder is complete, or cannot be written.
       DataError: a clip holds values that are not finite.
     """

@@ -111,7 +111,7 @@ def run_phase(
 
 def _abstract(state: TrainState, shardings: TrainState) -> TrainState:
     """Return the shapes, dtypes and shardings of a state."""
-    struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+    struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(struct, state, shardings)
 
 

@@ -104,26 +104,32 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
 
     def phase(name: str, start: Params, *, config=config, title=None) -> Params:
         title = title or name
-        place = folder / title
-        summary = read_json(place / _SUMMARY)
+        phase_folder = folder / title
+        summary = read_json(phase_folder / _SUMMARY)
         if summary is None:
             if name == "stage1":
-                start = start_stage1(config, start, data, mesh, place)
-            result = run_phase(config, name, start, data, mesh, place, title=title)
+                start = start_stage1(config, start, data, mesh, phase_folder)
+            result = run_phase(config, name, start, data, mesh, phase_folder, title=title)
             weights = models.unstack_params(result.params)
-            save_params(place / "weights", weights, to_config_dict(phase_model(config, name)))
+            save_params(
+                phase_folder / "weights", weights, to_config_dict(phase_model(config, name))
+            )
             summary = {
                 "seconds": result.seconds,
                 "compile_seconds": result.compile_seconds,
                 FROZEN: result.teacher,
             }
-            _write_json(place / _SUMMARY, summary)
+            _write_json(phase_folder / _SUMMARY, summary)
             trained = result.params
         else:
-            logging.info("%s is finished in %s; its weights are read from there", title, place)
+            logging.info(
+                "%s is finished in %s; its weights are read from there", title, phase_folder
+            )
             if name != "teacher":
-                _check_same_teacher(config, place, summary.get(FROZEN), start)
-            trained = merge_params(start, _read_trained(config, name, place / "weights", mesh))
+                _check_same_teacher(config, phase_folder, summary.get(FROZEN), start)
+            trained = merge_params(
+                start, _read_trained(config, name, phase_folder / "weights", mesh)
+            )
         seconds[title] = summary["seconds"]
         compile_seconds[title] = summary["compile_seconds"]
         return trained
@@ -303,24 +309,25 @@ def _is_amid_phase(folder: epath.Path) -> bool:
 
 
 def _check_same_teacher(
-    config: Config, place: epath.Path, there: str | None, start: Params
+    config: Config, phase_folder: epath.Path, there: str | None, start: Params
 ) -> None:
     """Reject a finished phase whose frozen weights differ from those it would start with now.
 
     Args:
       config: the run.
-      place: folder of the phase.
+      phase_folder: folder of the phase.
       there: checksum of the frozen weights in its summary; None in older summaries.
       start: parameters that the phase would start with.
     """
     here = teacher_checksum(start)
     if there is None:
         logging.warning(
-            "%s does not name its frozen weights; those of this run are taken to be the same", place
+            "%s does not name its frozen weights; those of this run are taken to be the same",
+            phase_folder,
         )
     elif there != here:
         raise WeightsError(
-            f"{place} was trained with other frozen weights than "
+            f"{phase_folder} was trained with other frozen weights than "
             f"teacher.weights={config.teacher.weights} gives now: checksum {there} there "
             f"and {here} here",
             remedy="put the teacher's weights back, or start in another folder",

@@ -232,8 +232,8 @@ def _as_params(readout: Readout) -> Params:
 
 def _put_like(new: Params, old: Params) -> Params:
     """Return parameters with the dtypes and shardings of those that they replace."""
-    place = lambda x, y: jax.device_put(x.astype(y.dtype), y.sharding)
-    return jax.tree.map(place, new, {name: old[name] for name in new})
+    put = lambda x, y: jax.device_put(x.astype(y.dtype), y.sharding)
+    return jax.tree.map(put, new, {name: old[name] for name in new})
 
 
 def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, folder: epath.Path):
@@ -251,10 +251,10 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
     """
     if config.stage1.start == "random" or config.model.memory_gate == "zero":
         return params
-    place = folder / "start"
-    if (place / "config.json").exists():
-        logging.info("stage1 begins with the fit in %s", place)
-        return merge_params(params, _stacked_on(mesh, load_params_folder(place)[0], config))
+    fit_folder = folder / "start"
+    if (fit_folder / "config.json").exists():
+        logging.info("stage1 starts from the fit in %s", fit_folder)
+        return merge_params(params, _stacked_on(mesh, load_params_folder(fit_folder)[0], config))
     began = time.perf_counter()
     # The numbers below are those of the phases.
     own = jax.random.fold_in(jax.random.key(config.train.seed), len(TRAINED))
@@ -266,7 +266,7 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
         "seconds": time.perf_counter() - began,
         "errors": {layer: found._asdict() for layer, found in errors.items()},
     }
-    save_params(place, fitted, to_config_dict(config.model))
+    save_params(fit_folder, fitted, to_config_dict(config.model))
     if jax.process_index() == 0:
         write_whole(folder / "start.json", (json.dumps(facts, indent=2) + "\n").encode())
     return merge_params(params, _stacked_on(mesh, fitted, config))

@@ -120,7 +120,7 @@ def test_an_unfinished_folder_is_continued(tmp_path):
     with pytest.raises(FileExistsError, match="resume it or name another folder"):
         write_some(folder, clips, None, **source)
     for name, options in {"source": {}, "dtype": source | {"dtype": "float16"}}.items():
-        with pytest.raises(ConfigError, match=f"begun with other {name};") as error:
+        with pytest.raises(ConfigError, match=f"started with other {name};") as error:
             write_some(folder, clips, None, resume=True, **options)
         assert "\n" not in str(error.value)
     write_some(folder, clips, None, resume=True, **source)

@@ -22,11 +22,11 @@ from arl2_jax.config import (
     to_config_dict,
 )
 from arl2_jax.data import open_data
-from arl2_jax.evaluation import continuation, plots, report
+from arl2_jax.evaluation import continuation, plots
 from arl2_jax.evaluation.report import write_report
 from arl2_jax.evaluation.table import summary_table
 from arl2_jax.generation.video import write_video
-from arl2_jax.models import init_memory, param_shapes
+from arl2_jax.models import init_memory, param_shapes, without_delta
 from arl2_jax.training.pipeline import Converted
 
 CONFIG = Config(
@@ -240,7 +240,7 @@ def test_a_teacher_without_hybrid_layers(params, tmp_path):
     config = dataclasses.replace(
         CONFIG, model=CONFIG.model.teacher(), phases=("teacher",), evaluation=evaluation
     )
-    teacher = report.models.without_delta(params[0])
+    teacher = without_delta(params[0])
     converted = Converted(teacher, None, None, None, None, {}, {})
     found = write_report(config, tmp_path, open_data(config), converted)
     assert_clean(found, tmp_path / "report")

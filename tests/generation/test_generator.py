@@ -100,7 +100,7 @@ def test_capacity_is_spent_and_shared(traces):
     generator = make_generator(MIXED)
     stream = generator.stream(make_text(), key=make_key(7), capacity=5)
     assert len(list(itertools.islice(stream, 2))) == 2
-    with pytest.raises(ValueError, match="capacity=5 latent frames are spent"):
+    with pytest.raises(ValueError, match="capacity=5 latent frames are used up"):
         next(stream)
     for frames in (2, 4):
         generator.generate(make_text(), frames=frames, key=make_key(5), capacity=5)

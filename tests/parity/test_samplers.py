@@ -1,6 +1,6 @@
 """Noise levels and steps of our samplers against Diffusers' scheduler of flow matching.
 
-The scheduler is given its levels before the warp, as Wan lists them. Left to itself it ends its
+The scheduler gets its levels before the shift, as Wan lists them. Left to itself it ends its
 list at the smallest training level, warped twice, where Wan's own list divides (0, 1] evenly.
 """
 

@@ -145,7 +145,7 @@ def test_an_interrupted_folder_of_videos_is_continued(stored, clips, paths, tmp_
         with pytest.raises(InterruptedHereError):
             store_videos(clips, tmp_path, paths)
     assert set(files(tmp_path)) == {"unfinished.json", "00000.array_record", "00001.array_record"}
-    with pytest.raises(ConfigError, match="begun with other") as error:
+    with pytest.raises(ConfigError, match="started with other") as error:
         store_videos(clips, tmp_path, paths, frames=3)
     assert_one_line(error, tmp_path, "latent_shape")
     assert store_videos(clips, tmp_path, paths) == 7
@@ -165,7 +165,7 @@ def test_other_encoders_do_not_continue(clips, paths, tmp_path, monkeypatch):
         ({"vae": other.vae}, "codec"),
         ({"text_encoder": other.text_encoder}, "source"),
     ):
-        with pytest.raises(ConfigError, match=f"begun with other {field};") as error:
+        with pytest.raises(ConfigError, match=f"started with other {field};") as error:
             store_videos(clips, tmp_path / "out", dataclasses.replace(paths, **changes))
         assert_one_line(error, "unfinished.json")
 
