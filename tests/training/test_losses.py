@@ -31,7 +31,7 @@ def distill():
 
 @pytest.fixture(scope="module")
 def distilled(distill, params, cfg, noised):
-    return jax.device_get(distill(params, cfg, noised))
+    return distill(params, cfg, noised)
 
 
 def test_noise_has_one_level_a_block(noised, cfg):
@@ -119,7 +119,7 @@ def test_layers_learn_independently(distill, cfg, params, noised, distilled):
     """Another layer's memory affects neither the error nor the gradient of a layer."""
     worse = jax.tree.map(lambda x: x, params)
     worse["blocks"]["0"]["delta"] = jax.tree.map(lambda x: x + 0.3, worse["blocks"]["0"]["delta"])
-    other = jax.device_get(distill(worse, cfg, noised))
+    other = distill(worse, cfg, noised)
     assert other.errors["0"] != distilled.errors["0"]
     assert other.errors["1"] == distilled.errors["1"]
     for a, b in zip(
