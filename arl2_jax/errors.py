@@ -1,15 +1,15 @@
-"""Errors that their user can mend, side by side by what is at fault."""
+"""Errors that the user can fix, by kind."""
 
 from typing import Any, Self
 
 
 class UserError(ValueError):
-    """Something that the user can mend, in one line: "FIELD=VALUE PROBLEM; REMEDY".
+    """An error that the user can fix, in one line: "FIELD=VALUE PROBLEM; REMEDY".
 
     Attributes:
       problem: what is wrong, in words that follow the field if there is one.
       field: the setting or argument at fault, such as "model.dim" or "overwrite"; or None.
-      value: its value; None where there is none to show.
+      value: its value; None if there is none to show.
       remedy: what to do, or None. It names settings and arguments by `field=`, never flags.
     """
 
@@ -38,7 +38,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting or an argument that cannot be run with."""
+    """An invalid setting or argument."""
 
 
 class WeightsError(UserError):

@@ -1,4 +1,4 @@
-"""Trees of what JSON knows: made, and compared."""
+"""JSON trees: conversion and comparison."""
 
 import json
 import math
@@ -27,12 +27,12 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
 
 
 def as_json(tree: Any) -> Any:
-    """Return a tree as it comes back from a JSON file: tuples are lists, keys are strings."""
+    """Return a tree as read back from a JSON file: tuples are lists, keys are strings."""
     return json.loads(json.dumps(tree))
 
 
 def plain_json(tree: Any) -> Any:
-    """Return a tree without numpy's types; numbers that are not finite become null."""
+    """Return a tree without numpy's types; non-finite numbers become null."""
     if isinstance(tree, dict):
         return {str(name): plain_json(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple | np.ndarray):

@@ -1,7 +1,7 @@
-"""What is true of a parameter beside its shape, declared in the file that makes it.
+"""Facts about parameters other than their shape, declared in the file that makes them.
 
-Shardings, optimizers and casts look it up by path: the moments of an optimizer, averages and
-checkpoints have the path of their parameter and nothing else of it.
+Shardings, optimizers and casts look them up by path: the moments of an optimizer, averages and
+checkpoints have only the path of their parameter.
 """
 
 import dataclasses
@@ -14,17 +14,16 @@ from arl2_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class ParameterFacts:
-    """What is true of a parameter.
+    """Facts about a parameter.
 
     Attributes:
       axes: mesh axes of its last dimensions, or None. "fsdp" divides a parameter for storage,
         "tensor" for computation: heads and FFN columns.
-      decay: whether weight decay pulls it towards where it starts. Decay means something else for a
-        step size, the scale of a norm or a modulation.
+      decay: whether weight decay pulls it towards its initial value. Decay has another meaning for
+        a step size, the scale of a norm or a modulation.
       keep_float32: whether it stays float32 where matrices have the compute type: it is small, and
-        steers the network or the state.
-      matrix: whether it maps activations to activations inside a layer, which is what Muon is made
-        for.
+        controls the network or the state.
+      matrix: whether it maps activations to activations inside a layer, which Muon is made for.
       low_rank: whether it is a factor of a low-rank update. Stage 1 does not train it, and weights
         may lack it.
     """
@@ -41,11 +40,11 @@ _FACTS: dict[str, ParameterFacts] = {}
 
 
 def declare(facts: Mapping[str, ParameterFacts]) -> None:
-    """Say what is true of parameters.
+    """Declare facts about parameters.
 
     Args:
       facts: by the end of their path in whole names, a regular expression such as
-        `self_attn/[qkv]/kernel`. What a memory adds to a layer lies under `delta/`.
+        `self_attn/[qkv]/kernel`. A memory's parameters are under `delta/`.
 
     Raises:
       ValueError: the same expression was declared with other facts.
@@ -61,10 +60,10 @@ def facts_of(path: str) -> ParameterFacts:
     """Return the facts of a parameter.
 
     Args:
-      path: `blocks/0/self_attn/q/kernel`, or any path that ends with it from a whole name on.
+      path: `blocks/0/self_attn/q/kernel`, or any longer path that ends with `/` and this path.
 
     Raises:
-      ConfigError: none or several are declared.
+      ConfigError: none or several were declared.
     """
     found = [end for end in _FACTS if re.search(f"(^|/)({end})$", path)]
     if len(found) == 1:
@@ -72,5 +71,5 @@ def facts_of(path: str) -> ParameterFacts:
     problem = f"has several facts, {found}" if found else "has no facts"
     raise ConfigError(
         f"the parameter {path} {problem}",
-        remedy="declare them once where it is made, see arl2_jax.parameters",
+        remedy="declare them once in the file that makes it, see arl2_jax.parameters",
     )

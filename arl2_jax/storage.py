@@ -1,4 +1,4 @@
-"""Files and folders, local or remote, and why they cannot be used."""
+"""Files and folders, local or remote, and errors of their use."""
 
 import os
 import re
@@ -14,12 +14,12 @@ _PROBE_BYTES = 1 << 16
 
 
 def check_writable(folder: epath.PathLike, size: int = 0, field: str = "folder") -> None:
-    """Create a folder and prove that files can be written there; call it before compiling.
+    """Create a folder and test that files can be written there; call it before compiling.
 
     Args:
       folder: local or remote folder.
-      size: bytes that must be free, such as those that a run still writes; only local disks are
-        asked.
+      size: bytes that must be free, such as those that a run still writes; checked on local disks
+        only.
       field: the caller's setting or argument that names the folder.
 
     Raises:
@@ -61,7 +61,7 @@ def move_whole(source: Path, path: epath.PathLike) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return the cause in a few words: that of the operating system where there is one."""
+    """Return the cause of an error in a few words: the operating system's if there is one."""
     system = re.search(r"os_error_code='(\d+)'", str(error))
     if system:
         return os.strerror(int(system[1]))
@@ -72,11 +72,11 @@ def reason(error: BaseException) -> str:
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
-    """Return a local folder as an absolute path, a remote one as it is."""
+    """Return a local folder as an absolute path, a remote one unchanged."""
     path = epath.Path(folder).expanduser()
     return path if is_remote(path) else path.absolute()
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Return whether the path is one of a store such as gs://."""
+    """Tell whether the path is in an object store such as gs://."""
     return "://" in str(path)

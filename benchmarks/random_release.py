@@ -24,7 +24,7 @@ from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
 from arl2_jax.weights import export_params
 from arl2_jax.weights.layouts import umt5, vae
-from arl2_jax.weights.read import placed
+from arl2_jax.weights.read import export_tensors
 from arl2_jax.weights.safetensors_file import write_file
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
@@ -47,7 +47,7 @@ def random_tree(shapes: Any) -> Any:
 def write_encoder(folder: Path, name: str, params: Any, layout, config: dict) -> None:
     """One of the networks around the transformer, in the layout of a Diffusers pipeline."""
     folder.mkdir()
-    write_file(folder / name, placed(traverse_util.flatten_dict(params, sep="/"), layout))
+    write_file(folder / name, export_tensors(traverse_util.flatten_dict(params, sep="/"), layout))
     (folder / "config.json").write_text(json.dumps(config))
 
 

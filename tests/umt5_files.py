@@ -16,7 +16,7 @@ from arl2_jax.config import UMT5Config
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.weights.layouts import umt5
 from arl2_jax.weights.read import read_tree
-from arl2_jax.weights.tensors import StoredTensor
+from arl2_jax.weights.tensors import FileTensor
 
 WORDS = ("▁a", "▁red", "▁fox", "▁jumps", "▁over", "▁the", "▁river", "▁at", "▁night", "ing")
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,&<>;"
@@ -89,7 +89,7 @@ def draw(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.n
 def as_params(tensors: Mapping[str, np.ndarray], cfg: UMT5Config):
     """Parameters from tensors of either layout."""
     opened = {
-        name: StoredTensor(x.shape, x.dtype, lambda index, x=x: x[index])
+        name: FileTensor(x.shape, x.dtype, lambda index, x=x: x[index])
         for name, x in tensors.items()
     }
     targets = traverse_util.flatten_dict(umt5_shapes(cfg), sep="/")

@@ -113,6 +113,6 @@ def as_params(tensors, layout):
     """Tensors of a layout as our parameters."""
     flat = {}
     for name, tensor in tensors.items():
-        path, moves = layout.to_path(name)
-        flat[path] = rearrange(tensor, moves) if moves else tensor
+        path, axes = layout.to_path(name)
+        flat[path] = rearrange(tensor, axes) if axes else tensor
     return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,4 +1,4 @@
-"""Codecs: what turns pixels into latents and back, and how their weights are found."""
+"""Codecs between pixels and latents, and loading of their weights."""
 
 from arl2_jax.codecs.interface import Codec
 from arl2_jax.codecs.load import load_wan_codec, make_codec, vae_weights

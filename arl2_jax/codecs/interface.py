@@ -1,4 +1,4 @@
-"""The interface of codecs: they turn pixels into the latents that a model denoises, and back."""
+"""The interface of codecs, which map pixels to the latents that a model denoises, and back."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,11 +42,11 @@ class Codec(Protocol):
     def decode_block(self, latents: Array, state: Any, *, first: bool) -> tuple[Array, Any]:
         """Decode the next frames of a video: (pixels [B, F, H, W, 3], state).
 
-        Block by block, the frames are those that `decode` gives for the whole video.
+        Block by block, the frames are the same as those of `decode` for the whole video.
 
         Args:
           latents: [B, f, h, w, C].
-          state: from `init_state` or the block before.
+          state: from `init_state` or the previous block.
           first: whether the video begins with this block.
         """
         ...

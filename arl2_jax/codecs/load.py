@@ -19,8 +19,8 @@ def make_codec(config: Config) -> Codec | None:
     """Make the codec that `config.data.codec` names, for the channels of `config.model`.
 
     Returns:
-      The codec. None for Wan's autoencoder if `config.data.vae` names no weights: stored latents
-      can then be trained on, but not decoded.
+      The codec. None for Wan's autoencoder if `config.data.vae` names no weights: then stored
+      latents can be trained on, but not decoded.
 
     Raises:
       ConfigError: the codec does not fit the model.
@@ -29,7 +29,7 @@ def make_codec(config: Config) -> Codec | None:
     model, data = config.model, config.data
     if model.in_dim != model.out_dim:
         raise ConfigError(
-            f"must equal model.in_dim={model.in_dim}: the codec decodes what the model puts out",
+            f"must equal model.in_dim={model.in_dim}: the codec decodes the model's output",
             field="model.out_dim",
             value=model.out_dim,
         )
@@ -44,7 +44,7 @@ def make_codec(config: Config) -> Codec | None:
     ):
         if value != wanted:
             raise ConfigError(
-                f"must be {wanted}, that of data.vae={data.vae}", field=field, value=value
+                f"must be {wanted}, as in data.vae={data.vae}", field=field, value=value
             )
     return codec
 
@@ -55,7 +55,7 @@ def load_wan_codec(
     """Load Wan's autoencoder from a file or folder onto the default device.
 
     Args:
-      path: weights in any layout that `arl2_jax.weights` reads, or a release that has them.
+      path: weights in any layout that `arl2_jax.weights` reads, or a release that includes them.
       dtype: type of the convolutions; by default bfloat16, or float32 on CPUs.
       tile: rows and columns of latents that are computed together; by default all.
 
@@ -72,7 +72,7 @@ def load_wan_codec(
 
 
 def vae_weights(path: str) -> str:
-    """Find the autoencoder's weights: those of a release's folder, else `path` itself."""
+    """Return the autoencoder's weights in a release's folder, else `path` itself."""
     from arl2_jax.weights import find_release
 
     return str(find_release(path).vae or path)

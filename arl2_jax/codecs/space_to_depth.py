@@ -12,11 +12,11 @@ from arl2_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class SpaceToDepth:
-    """Moves each square of pixels into the channels of one latent; nothing is lost.
+    """Lossless codec: each square of pixels becomes the channels of one latent.
 
     With more channels than the 3 * factor^2 values of a square, the values are lifted by a fixed
-    matrix Q with orthonormal rows (z Q, undone by Q^T), which keeps all distances. A latent frame
-    is a pixel frame. Works on numpy and jax arrays, also under `jax.jit`.
+    matrix Q with orthonormal rows (z Q, undone by Q^T), which preserves all distances. A latent
+    frame is a pixel frame. Works on numpy and jax arrays, also under `jax.jit`.
 
     Attributes:
       spatial_factor: side of the square in pixels.
@@ -32,7 +32,7 @@ class SpaceToDepth:
     def __post_init__(self):
         if self.channels < self.values:
             raise ConfigError(
-                f"gives {self.values} values a latent, more than model.in_dim={self.channels}",
+                f"gives {self.values} values per latent, more than model.in_dim={self.channels}",
                 field="data.codec_factor",
                 value=self.spatial_factor,
                 remedy="lower the factor or raise model.in_dim",
@@ -40,7 +40,7 @@ class SpaceToDepth:
 
     @property
     def values(self) -> int:
-        """Colour values in one square."""
+        """Number of color values in one square."""
         return 3 * self.spatial_factor**2
 
     def pixel_frames(self, latent_frames: int) -> int:
@@ -65,14 +65,14 @@ class SpaceToDepth:
         return rearrange(latents, "b f h w (p q c) -> b f (h p) (w q) c", p=p, q=p)
 
     def init_state(self, batch: int, rows: int, columns: int) -> tuple[()]:
-        """Return nothing: frames are decoded one by one."""
+        """Return an empty state: frames are decoded independently."""
         del batch, rows, columns
         return ()
 
     def decode_block(
         self, latents: Array, state: tuple[()], *, first: bool
     ) -> tuple[Array, tuple[()]]:
-        """Decode a block like any other."""
+        """Decode a block as `decode` does; the state stays empty."""
         del first
         return self.decode(latents), state
 
@@ -85,7 +85,7 @@ class SpaceToDepth:
 
 
 def _matmul(x: Array, matrix: np.ndarray) -> Array:
-    """Multiply in the type of x, at full precision also where the default is lower (TPU)."""
+    """Multiply in the type of x, at full precision even if the default is lower (TPU)."""
     if isinstance(x, np.ndarray):
         return x @ matrix.astype(x.dtype)
     return jnp.matmul(x, jnp.asarray(matrix, x.dtype), precision="highest")

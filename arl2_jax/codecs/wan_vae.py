@@ -1,4 +1,4 @@
-"""Wan's video autoencoder as a codec, with its programs compiled."""
+"""Wan's video autoencoder as a codec, with compiled functions."""
 
 import dataclasses
 
@@ -24,8 +24,7 @@ class WanCodec:
     Each new shape is compiled once.
 
     Attributes:
-      params: parameters, from `load_vae`; they are put on the default device unless they are on
-        one.
+      params: parameters, from `load_vae`; numpy arrays are put on the default device.
       cfg: autoencoder.
       tile: rows and columns of latents that are computed together; see `encode`.
     """
@@ -48,11 +47,11 @@ class WanCodec:
         return self.cfg.z_dim
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Return one for the first latent frame, and `cfg.temporal_factor` for every later one."""
+        """Return 1 for the first latent frame plus `cfg.temporal_factor` for every later one."""
         return max(1 + (latent_frames - 1) * self.cfg.temporal_factor, 0)
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """Return whole latent frames only: pixel frames left over are not counted."""
+        """Return the number of whole latent frames; remaining pixel frames are not counted."""
         return 1 + (pixel_frames - 1) // self.cfg.temporal_factor
 
     def encode(self, pixels):
@@ -70,11 +69,11 @@ class WanCodec:
     def decode_block(self, latents, state: frames.State, *, first: bool):
         """Decode the next frames of a video.
 
-        Block by block, the frames are those that `decode` gives for the whole video.
+        Block by block, the frames are the same as those of `decode` for the whole video.
 
         Args:
           latents: [B, f, h, w, z].
-          state: from `init_state` or the block before; its buffers are used up.
+          state: from `init_state` or the previous block; its buffers are donated.
           first: whether the video begins with this block.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Prompts: cleaned, tokenised and encoded once; word vectors for runs without a text encoder.
+"""Cleaning, tokenisation and cached encoding of prompts; word vectors without a text encoder.
 
 Names are imported when they are first used: word vectors need neither tokenizer nor encoder.
 """

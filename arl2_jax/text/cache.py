@@ -1,4 +1,4 @@
-"""Prompt embeddings kept on disk, one small file a prompt."""
+"""A cache of prompt embeddings on disk, one small file per prompt."""
 
 import dataclasses
 import hashlib
@@ -18,18 +18,18 @@ from arl2_jax.text.prompts import shorten
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingCache:
-    """A folder of prompt embeddings; nothing that goes wrong in it stops a run.
+    """A folder of prompt embeddings; its errors are logged and never stop a run.
 
     Attributes:
-      folder: local or remote, made when the first embedding is written; None keeps nothing.
-      facts: what an embedding depends on beside the prompt, a JSON tree.
+      folder: local or remote, created with the first embedding; None disables the cache.
+      facts: what an embedding depends on besides the prompt, a JSON tree.
     """
 
     folder: epath.Path | None
     facts: Mapping[str, Any]
 
     def read(self, text: str) -> Float[np.ndarray, "l text_dim"] | None:
-        """The embedding of a cleaned prompt, float32, or None if it must be made."""
+        """Return the float32 embedding of a cleaned prompt, or None if it is not in the cache."""
         if self.folder is None:
             return None
         file = self.folder / self._name(text)
@@ -37,16 +37,16 @@ class EmbeddingCache:
             entry = safetensors.numpy.load(file.read_bytes())
             rows = entry["embedding"]
             if not np.array_equal(entry["sha256"], _digest(rows)):
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum does not match")
         except FileNotFoundError:
             return None
         except Exception as error:
-            logging.warning("%s is damaged (%s); the prompt is encoded anew", file, reason(error))
+            logging.warning("%s is damaged (%s); the prompt is encoded again", file, reason(error))
             return None
         return rows
 
     def write(self, text: str, rows: Float[np.ndarray, "l text_dim"]) -> None:
-        """Keeps the embedding of a cleaned prompt, whole or not at all."""
+        """Write the embedding of a cleaned prompt atomically."""
         if self.folder is None:
             return
         file = self.folder / self._name(text)
@@ -56,7 +56,7 @@ class EmbeddingCache:
             write_whole(file, safetensors.numpy.save(content, {"prompt": text}))
         except Exception as error:
             logging.warning(
-                "the embedding of %r is not kept: cannot write %s: %s",
+                "the embedding of %r is not cached: cannot write %s: %s",
                 shorten(text), file, reason(error),
             )  # fmt: skip
 

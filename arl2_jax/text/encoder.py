@@ -1,4 +1,4 @@
-"""Prompts in, text embeddings out: the encoder is in memory only while it is needed."""
+"""Text embeddings of prompts; the encoder is in memory only while it is needed."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -24,12 +24,12 @@ _LEAST_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder by its files, which are read when they are needed.
+    """A text encoder given by its files, which are read when they are needed.
 
     Attributes:
       weights: weights of UMT5, a file or a folder.
       tokenizer: tokenizer.json, or its folder.
-      cache: folder in which embeddings are kept; None keeps none.
+      cache: folder in which embeddings are cached; None disables the cache.
     """
 
     weights: str
@@ -43,7 +43,7 @@ class TextEncoder:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What tells weights and tokenizer from others."""
+        """Fingerprints of weights and tokenizer."""
         return {
             "text_encoder": fingerprint(self.weights),
             "tokenizer": Tokenizer(self.tokenizer).fingerprint,
@@ -86,7 +86,7 @@ class TextEncoder:
     def _check_width(self, text_dim: int | None) -> None:
         if text_dim is not None and self.dim != text_dim:
             raise WeightsError(
-                f"makes texts of width {self.dim}, but the model takes text_dim={text_dim}",
+                f"makes embeddings of width {self.dim}, but the model takes text_dim={text_dim}",
                 field="text_encoder",
                 value=self.weights,
                 remedy="name the text encoder that the model was trained with",
@@ -103,18 +103,18 @@ def encode_prompts(
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     allow_empty: bool = False,
 ) -> Float[np.ndarray, "b l text_dim"]:
-    """Encodes prompts, each on its own, so that an embedding does not depend on its neighbours.
+    """Encode prompts one by one, so that an embedding does not depend on the other prompts.
 
-    The encoder is loaded if some prompt is not in the cache, and its memory is given back before
-    this returns. Every prompt is checked before it is loaded.
+    The encoder is loaded if some prompt is not in the cache, and its memory is freed before the
+    function returns. Every prompt is checked before the encoder is loaded.
 
     Args:
       prompts: at least one.
       text_encoder: weights of UMT5, a file or a folder.
       tokenizer: tokenizer.json, or its folder.
       text_len: tokens of a prompt, padding included.
-      cache: folder in which embeddings are kept; None keeps none. They are found again for the
-        same cleaned prompt, text_len, dtype, weights and tokenizer.
+      cache: folder in which embeddings are cached, by cleaned prompt, text_len, dtype, weights and
+        tokenizer; None disables the cache.
       dtype: type of the encoder's matrices.
       allow_empty: whether a prompt may be empty, as the text of unguided generation is.
 
@@ -156,7 +156,7 @@ def _encode(
     tokenizer: Tokenizer,
     dtype: Literal["float32", "bfloat16"],
 ) -> Iterator[Float[np.ndarray, "l text_dim"]]:
-    """Loads the encoder, and yields each prompt's embedding without padding."""
+    """Load the encoder, and yield each prompt's embedding without padding."""
     cfg = umt5_config(path, text_len=tokens.shape[1], dtype=dtype)
     if tokens.max() >= cfg.vocab_size:
         raise WeightsError(
@@ -176,7 +176,7 @@ def _encode(
 
 
 def _load_on_device(path: epath.PathLike, cfg: UMT5Config) -> Params:
-    """Parameters on this process's first device, read there tensor by tensor."""
+    """Read parameters onto this process's first device, tensor by tensor."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: here, umt5_shapes(cfg))
     return load_text_encoder(path, cfg, shardings=shardings)

@@ -1,4 +1,4 @@
-"""Prompts as Wan prepares them: cleaned, then split into tokens."""
+"""Preparation of prompts as in Wan: cleaning, then tokenisation."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ _DOWNLOAD = "it is part of the Wan2.1 release, in google/umt5-xxl or tokenizer"
 
 
 def clean_prompt(prompt: str) -> str:
-    """Repairs mis-decoded characters, resolves HTML entities twice, joins words by single blanks.
+    """Repair mis-decoded characters, resolve HTML entities twice, join words by single blanks.
 
     Source: Wan2.1.
     """
@@ -33,13 +33,13 @@ class Tokenizer:
     """The tokenizer of T5, from the file of the `tokenizers` library."""
 
     def __init__(self, path: epath.PathLike):
-        """Finds the file; it is parsed when it is first needed.
+        """Read the file; it is parsed when it is first needed.
 
         Args:
-          path: tokenizer.json, or the folder that holds it.
+          path: tokenizer.json, or the folder that contains it.
 
         Raises:
-          WeightsError: it is not there or cannot be read.
+          WeightsError: the file is missing or cannot be read.
         """
         source = absolute(path)
         self.file = source / _FILE if source.is_dir() else source
@@ -53,22 +53,22 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits that tell tokenizers apart."""
+        """SHA-256 of the file, 64 hex digits."""
         return hashlib.sha256(self._content).hexdigest()
 
     def __call__(
         self, prompts: Sequence[str], text_len: int, *, allow_empty: bool = False
     ) -> tuple[Int[np.ndarray, "b l"], Int[np.ndarray, "b"]]:
-        """Cleans prompts and splits them into tokens.
+        """Clean prompts and split them into tokens.
 
         Args:
           prompts: texts of any length.
-          text_len: tokens that a prompt has room for, its end mark included.
+          text_len: most tokens of a prompt, its end mark included.
           allow_empty: whether a prompt may be empty, as the text of unguided generation is.
 
         Returns:
-          Token ids, int32 [B, text_len], each prompt closed by </s> and padded with 0; and how many
-          tokens each has, int32 [B].
+          Token ids, int32 [B, text_len], each prompt ended by </s> and padded with 0; and the
+          number of tokens of each, int32 [B].
 
         Raises:
           ConfigError: a prompt is empty or has too many tokens.
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _library(self) -> tuple[tokenizers.Tokenizer, int]:
-        """The library's tokenizer without limits of its own, and the id of the end mark."""
+        """The library's tokenizer without truncation and padding, and the id of the end mark."""
         try:
             library = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:
@@ -113,12 +113,12 @@ class Tokenizer:
 
 
 def check_filled(text: str, allow_empty: bool) -> str:
-    """Returns a cleaned prompt; an empty one is a ConfigError unless it is allowed."""
+    """Return a cleaned prompt; raise ConfigError if it is empty and that is not allowed."""
     if not text and not allow_empty:
         raise ConfigError("the prompt is empty", remedy="describe what is to be seen")
     return text
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """The beginning of a text, for messages."""
+    """Return the beginning of a text, for messages."""
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,4 +1,4 @@
-"""Toy text embeddings: a fixed random vector for each word, and no text encoder."""
+"""Toy text embeddings without a text encoder: a fixed random vector for each word."""
 
 import functools
 import hashlib
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def embed_caption(caption: str, text_len: int, text_dim: int) -> np.ndarray:
-    """Embed a caption, one word a slot; stands in for the text encoder in runs without one.
+    """Embed a caption, one word per slot; replaces the text encoder in runs without one.
 
     Each word has a fixed vector of unit norm, drawn from a stable hash of the word in lower case.
-    Words past `text_len` are dropped. Equal words embed equally and different ones almost
-    orthogonally; nothing else is known of their meaning.
+    Words past `text_len` are dropped. Equal words have equal embeddings and different ones almost
+    orthogonal embeddings, which carry no other meaning.
 
     Args:
       caption: words separated by blanks; "" gives zeros, as dropped text does.

@@ -1,4 +1,4 @@
-"""Released weights as our parameters, and our parameters as other programs read them."""
+"""Import of released weights, and export of parameters in the layouts of other programs."""
 
 from arl2_jax.weights.checksums import checksum
 from arl2_jax.weights.export import export_params

@@ -1,4 +1,4 @@
-"""A checksum of weights in memory: the same bits give the same digits, wherever they lie."""
+"""A checksum of weights in memory, which does not depend on their placement."""
 
 import hashlib
 from typing import Any
@@ -15,17 +15,17 @@ _SEEDS = (0, 0x5BD1E995)
 
 
 def checksum(params: Params) -> str:
-    """Tell weights apart by their values.
+    """Return a checksum of the values of weights.
 
-    Sums of integers do not depend on their order, hence not on the mesh, the layout or the kind of
-    device. Every device sums the part that it holds; nothing is gathered.
+    Sums of integers do not depend on their order, hence not on the mesh, the sharding or the kind
+    of device. Every device sums its own part; nothing is gathered.
 
     Args:
       params: nested dict of arrays of at most 32 bits, numpy's or jax's. On several hosts, every
         process makes the same call and gets the same result.
 
     Returns:
-      16 hex digits made of the path, shape, type and values of every array.
+      16 hex digits, a hash of the path, shape, type and values of every array.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     digest = hashlib.sha256()
@@ -39,7 +39,7 @@ def checksum(params: Params) -> str:
 
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums over all elements of a hash of their bits and place; scalars lie on every device."""
+    """Sum a hash of the bits and index of every element; the sums are replicated."""
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     # Numbered by the whole array's shape, so that every device knows its elements' places.
@@ -51,7 +51,7 @@ def _sums(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3: every bit of x changes half of the bits."""
+    """Apply the finalizer of MurmurHash3: every bit of x changes half of the bits."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Our parameters in the layouts of other programs."""
+"""Export of parameters in the layouts of other programs."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from arl2_jax.config import ModelConfig, to_config_dict
 from arl2_jax.errors import ConfigError, StorageError, WeightsError
 from arl2_jax.models import Params
 from arl2_jax.storage import absolute, is_remote, reason
-from arl2_jax.weights.facts import CONFIG, HYBRID_FACTS, MODEL_FACTS
+from arl2_jax.weights.facts import CONFIG, HYBRID_FIELDS, MODEL_FIELDS
 from arl2_jax.weights.folder import replace_folder
 from arl2_jax.weights.layouts.diffusers import DIFFUSERS
 from arl2_jax.weights.layouts.wan import ARL2, WAN, wrapped_name
-from arl2_jax.weights.read import placed
-from arl2_jax.weights.safetensors_file import Placed, write_shards
+from arl2_jax.weights.read import export_tensors
+from arl2_jax.weights.safetensors_file import ExportTensor, write_shards
 
 _LAYOUTS = {"arl2": ARL2, "wan": WAN, "diffusers": DIFFUSERS}
 _LORA = ("apart", "merged")
@@ -38,26 +38,27 @@ def export_params(
     shard_size: float = 5e9,
     overwrite: bool = False,
 ) -> None:
-    """Writes safetensors and config.json into a folder, whole or not at all.
+    """Write safetensors and config.json into a folder atomically.
 
     Args:
       path: the folder, local.
       params: nested dict of arrays, written in their own dtypes, a block of rows at a time.
       cfg: their model.
       layout: "arl2" has the names of an ARL2 .pt, "wan" those of Wan2.1's release, "diffusers"
-        makes a transformer folder of a pipeline. The last two have no place for hybrid layers.
-      lora: "apart" keeps the low-rank updates, and can be read back exactly. "merged" adds those
-        of the FFN to its kernels; those of q, k and v act on the memory alone and stay apart.
-      extras: what to do with that of a memory which ARL2's files have no place for, the bias of the
+        writes a pipeline's transformer folder. The last two cannot represent hybrid layers.
+      lora: "apart" keeps the low-rank updates separate, and can be read back exactly. "merged" adds
+        those of the FFN to its kernels; those of q, k and v act on the memory alone and stay
+        separate.
+      extras: what to do with parts of a memory that ARL2's files cannot represent, the bias of the
         strength and changes of the rule: "refuse", or "write" them as `b_proj.bias` and into
         config.json, where this program finds them and ARL2's own code does not.
       shard_size: bytes above which the file is split into shards with an index.
-      overwrite: whether to replace a folder that is there.
+      overwrite: whether to replace an existing folder.
 
     Raises:
       ConfigError: a choice is unknown.
-      WeightsError: the layout has no place for the model.
-      StorageError: the folder is there already, or cannot be written.
+      WeightsError: the layout cannot represent the model.
+      StorageError: the folder exists already, or cannot be written.
     """
     choices = (("layout", layout, _LAYOUTS), ("lora", lora, _LORA), ("extras", extras, _EXTRAS))
     for name, value, known in choices:
@@ -84,7 +85,7 @@ def export_params(
         _refuse_extras(flat, cfg, layout)
     if lora == "merged" and cfg.lora_rank:
         flat = _merged(flat, cfg.lora_alpha / cfg.lora_rank)
-    tensors = _placed(flat, cfg, layout)
+    tensors = _named_tensors(flat, cfg, layout)
     place = Path(target.parent / f".{target.name}.unfinished")
     try:
         shutil.rmtree(place, ignore_errors=True)
@@ -102,7 +103,7 @@ def export_params(
 
 
 def _refuse_extras(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> None:
-    """Refuses what ARL2's own code would not compute with."""
+    """Raise WeightsError for parameters and settings that ARL2's own code would ignore."""
     found = []
     if any(path.endswith("/delta/beta_bias") for path in flat):
         found.append(f"the bias of the strength (memory_init={cfg.memory_init})")
@@ -117,9 +118,9 @@ def _refuse_extras(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> No
         )
 
 
-def _placed(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> list[Placed]:
+def _named_tensors(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> list[ExportTensor]:
     sizes = dict(zip("thw", cfg.patch_size, strict=True))
-    tensors = placed(flat, dataclasses.replace(_LAYOUTS[layout], sizes=sizes))
+    tensors = export_tensors(flat, dataclasses.replace(_LAYOUTS[layout], sizes=sizes))
     if layout != "arl2":
         return tensors
     wrapped = {path.split("/")[1] for path in flat if "/delta/lora_fc" in path}
@@ -127,13 +128,13 @@ def _placed(flat: Mapping[str, Any], cfg: ModelConfig, layout: str) -> list[Plac
 
 
 def _arl2_name(name: str, wrapped: set[str]) -> str:
-    """The FFN of a layer whose low-rank updates are apart is one node further down."""
+    """Return ARL2's name of a tensor: with separate low-rank updates the FFN is wrapped."""
     parts = name.split(".")
     return wrapped_name(name) if parts[0] == "blocks" and parts[1] in wrapped else name
 
 
 class _Merged:
-    """kernel + a b * scale in float32, cast to the kernel's dtype; made when it is written."""
+    """Lazy kernel + a b * scale in float32, cast to the kernel's dtype; computed when written."""
 
     def __init__(self, kernel: Any, a: Any, b: Any, scale: float):
         self.shape, self.dtype, self.size = kernel.shape, kernel.dtype, kernel.size
@@ -145,7 +146,7 @@ class _Merged:
 
 
 def _merged(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """Parameters with the low-rank updates of the FFN in its kernels."""
+    """Merge the low-rank updates of the FFN into its kernels."""
     merged = {path: leaf for path, leaf in flat.items() if "/delta/lora_fc" not in path}
     for path in flat:
         if "/delta/lora_fc" in path and path.endswith("/a"):
@@ -156,12 +157,12 @@ def _merged(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 
 def _config(cfg: ModelConfig, layout: str) -> dict[str, Any]:
-    """config.json: for "wan" and "diffusers" what these programs make their model of."""
+    """Return the content of config.json, for "wan" and "diffusers" with those programs' fields."""
     ours = to_config_dict(cfg)
     if layout == "arl2":
-        return {name: ours[name] for name in (*MODEL_FACTS, *HYBRID_FACTS)}
+        return {name: ours[name] for name in (*MODEL_FIELDS, *HYBRID_FIELDS)}
     if layout == "wan":
-        facts = {name: ours[name] for name in MODEL_FACTS}
+        facts = {name: ours[name] for name in MODEL_FIELDS}
         return {"_class_name": "WanModel", "model_type": "t2v"} | facts
     same = ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")
     return {

@@ -1,4 +1,4 @@
-"""What weights tell of their model: config.json beside them, and the shapes of their tensors."""
+"""Model configurations inferred from weights: from config.json, and from the tensors' shapes."""
 
 import math
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from arl2_jax.config import GatedDeltaConfig, ModelConfig, UMT5Config, VAEConfig
 from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.json_trees import differences
 from arl2_jax.storage import absolute
+from arl2_jax.weights.axes import fit_axes
 from arl2_jax.weights.layout import detect_layout
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
-from arl2_jax.weights.moves import fit_moves
 from arl2_jax.weights.release import transformer_of
 from arl2_jax.weights.tensors import open_tensors, read_json
 
 CONFIG = "config.json"
 # Fields of `ModelConfig` that belong to the weights; Wan's own config.json has the first of them.
-MODEL_FACTS = (
+MODEL_FIELDS = (
     "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim",
     "out_dim", "eps", "patch_size",
 )  # fmt: skip
-HYBRID_FACTS = (
+HYBRID_FIELDS = (
     "hybrid_layers", "lora_rank", "lora_alpha", "frames_per_block", "memory_gate", "memory_init",
     "delta", "memories",
 )  # fmt: skip
@@ -56,43 +56,43 @@ class Shapes:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in tensors.items():
             target, pattern = layout.to_path(name) or ("", "")
-            moves = fit_moves(pattern, tensor.shape, None, layout.sizes)
+            axes = fit_axes(pattern, tensor.shape, None, layout.sizes)
             if target:
-                self._shapes[target] = moves.shape if moves else ()
+                self._shapes[target] = axes.shape if axes else ()
 
     def paths(self, part: str = "") -> list[str]:
-        """Paths that have the part in them."""
+        """Return the paths that contain the part."""
         return [path for path in self._shapes if part in path]
 
     def of(self, path: str, axis: int) -> int:
-        """Size of one axis."""
+        """Return the size of one axis."""
         shape = self._shapes.get(path, ())
         if not -len(shape) <= axis < len(shape):
             raise WeightsError(
-                f"{self._where} does not tell its model: {path} is missing or has another "
+                f"{self._where} does not determine its model: {path} is missing or has another "
                 "number of axes",
                 remedy="name other weights",
             )
         return shape[axis]
 
     def layers(self, part: str = "") -> list[int]:
-        """Indices of the layers that have parameters with the part in their path."""
+        """Return the indices of the layers that have parameters with the part in their path."""
         return sorted({int(p.split("/")[1]) for p in self.paths(part) if p.startswith("blocks/")})
 
 
 def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: Any) -> ModelConfig:
-    """The model of a transformer's weights.
+    """Infer the model of a transformer's weights.
 
     Args:
-      path: what `load_params` reads.
+      path: any path that `load_params` reads.
       entry: which of the models in a .pt.
-      **choices: fields of the result that go before what is found, e.g. dtype or hybrid_layers.
+      **choices: fields of the result that take precedence, e.g. dtype or hybrid_layers.
 
     Returns:
-      The model. Heads have 128 dimensions where nothing tells their number.
+      The model. head_dim defaults to 128 if the number of heads is unknown.
 
     Raises:
-      WeightsError: config.json and the tensors disagree, or neither tells a field.
+      WeightsError: config.json and the tensors disagree, or neither has a field.
     """
     path = transformer_of(path)
     stated = stated_fields(path)
@@ -123,7 +123,7 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
         found = {"num_heads": found["dim"] // _HEAD_DIM} | found
     elif "num_heads" not in stated | found | choices:
         raise WeightsError(
-            f"{path} has no {CONFIG} that tells num_heads, and its width "
+            f"{path} has no {CONFIG} with num_heads, and its width "
             f"dim={found['dim']} is no multiple of {_HEAD_DIM}",
             remedy="name num_heads",
         )
@@ -131,7 +131,7 @@ def model_config(path: epath.PathLike, *, entry: str | None = None, **choices: A
 
 
 def umt5_config(path: epath.PathLike, **choices: Any) -> UMT5Config:
-    """The text encoder of weights in one of its layouts; as `model_config`."""
+    """Infer the text encoder of weights in one of its layouts; as `model_config`."""
     stated = stated_fields(path, _UMT5_NAMES)
     shapes = Shapes(path, umt5.LAYOUTS)
     heads = shapes.of("blocks/0/attn/relative_bias", 1)
@@ -149,9 +149,9 @@ def umt5_config(path: epath.PathLike, **choices: Any) -> UMT5Config:
 
 
 def vae_config(path: epath.PathLike, **choices: Any) -> VAEConfig:
-    """The VAE of weights in one of its layouts; as `model_config`.
+    """Infer the VAE of weights in one of its layouts; as `model_config`.
 
-    Multiples and strides of the levels are those of Wan2.1 where config.json does not tell them.
+    Multiples and strides of the levels are those of Wan2.1 if config.json does not state them.
     """
     stated = stated_fields(path, _VAE_NAMES)
     cfg = VAEConfig(**stated | choices)
@@ -165,11 +165,11 @@ def vae_config(path: epath.PathLike, **choices: Any) -> VAEConfig:
 
 
 def stated_fields(path: epath.PathLike, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Fields that config.json beside weights tells, under our names; none if there is no such file.
+    """Return the fields in config.json next to weights, under our names; none without that file.
 
     Args:
-      path: weights. A .pt's neighbours are not its own.
-      names: their names of fields, and ours; by default those of a transformer.
+      path: weights. A config.json next to a .pt is ignored.
+      names: the file's names of fields -> ours; by default those of a transformer.
     """
     source = absolute(path)
     if source.suffix in (".pt", ".pth"):
@@ -179,7 +179,7 @@ def stated_fields(path: epath.PathLike, names: Mapping[str, str] | None = None) 
         return {}
     content = read_json(Path(file))
     if names is None:
-        names = {name: name for name in (*MODEL_FACTS, *HYBRID_FACTS)} | _MODEL_NAMES
+        names = {name: name for name in (*MODEL_FIELDS, *HYBRID_FIELDS)} | _MODEL_NAMES
         if "attention_head_dim" in content and "num_attention_heads" in content:
             content["dim"] = content["num_attention_heads"] * content["attention_head_dim"]
     stated = {names[name]: value for name, value in content.items() if name in names}
@@ -197,13 +197,13 @@ def _delta_config(stored: Any, file: object) -> GatedDeltaConfig:
         return GatedDeltaConfig(**values)
     except (AttributeError, TypeError, ConfigError) as error:
         raise WeightsError(
-            f"{file} has delta={stored}, which is no memory of this program: {error}",
+            f"{file} has delta={stored}, which are not settings of this memory: {error}",
             remedy="copy the file from the same place as the weights",
         ) from None
 
 
 def check_stated(path: epath.PathLike, stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises WeightsError if config.json and the tensors disagree on a field."""
+    """Raise WeightsError if config.json and the tensors disagree on a field."""
     common = sorted(stated.keys() & found.keys())
     problems = differences({n: stated[n] for n in common}, {n: found[n] for n in common})
     if problems:

@@ -1,4 +1,4 @@
-"""Folders of final weights: what a finished phase leaves, and `load_params` reads."""
+"""Folders of final weights: written by a finished phase, read by `load_params`."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ _CONFIG = "config.json"
 def save_params(
     folder: epath.PathLike, params: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> None:
-    """Writes final weights: an Orbax folder `params` and `config.json`, both or neither.
+    """Write final weights atomically: an Orbax folder `params` and `config.json`.
 
     Args:
       folder: destination; weights that are already there are replaced.
@@ -65,7 +65,7 @@ def load_params_folder(
     shardings: Mapping[str, Any] | None = None,
     paths: Collection[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a folder written by `save_params`.
+    """Read a folder written by `save_params`.
 
     Args:
       folder: the folder.
@@ -105,7 +105,7 @@ def load_params_folder(
 
 
 def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes (`.shape`) by path and stored fields of the model, without reading the weights.
+    """Return shapes (`.shape`) by path and the stored model fields, without reading the weights.
 
     Raises:
       WeightsError: as in `load_params_folder`.
@@ -115,7 +115,7 @@ def saved_shapes(folder: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]
         if not (path / name).exists():
             raise WeightsError(
                 f"{path / name} is missing: {path} is not a folder of saved weights",
-                remedy=f"name one that holds {_CONFIG} and {_WEIGHTS}/",
+                remedy=f"name one that contains {_CONFIG} and {_WEIGHTS}/",
             )
     try:
         config = json.loads((path / _CONFIG).read_text())
@@ -138,7 +138,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def replace_folder(source: epath.Path, target: epath.Path) -> None:
-    """Renames a folder over another; what was there is removed afterwards."""
+    """Renames a folder over another; the old one is removed afterwards."""
     old = target.parent / f".{target.name}.old"
     if old.exists():
         old.rmtree()

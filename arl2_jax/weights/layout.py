@@ -12,13 +12,13 @@ _PLACEHOLDER = re.compile(r"\{([^}]*)\}")
 _NONE: Mapping[str, str] = MappingProxyType({})
 # Axes of a linear layer's weight.
 LINEAR = "o i -> i o"
-# Wan2.1's patch: what a flattened patch kernel cannot tell by its shape.
+# Wan2.1's patch, which the shape of a flattened patch kernel does not determine.
 _PATCH: Mapping[str, int] = MappingProxyType({"t": 1, "h": 2, "w": 2})
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which tensors of a file are which parameters; it can be read in both directions.
+    """A map between names of tensors in a file and paths of parameters, in both directions.
 
         Rule("blocks.{i}.{self|cross}_attn.{qkvo}.weight",
              "blocks/{i}/{self|cross}_attn/{qkvo}/kernel", "o i -> i o")
@@ -27,12 +27,12 @@ class Rule:
       source: template of the name in the file. A placeholder stands for digits ({i}, {j}), for one
         of some words ({self|cross}) or for one of some letters ({qkvo}).
       path: template of the path in our tree, with the same placeholders.
-      moves: the file's axes and ours in einops' notation; "" if they are the same.
+      axes: the file's axes and ours in einops' notation; "" if they are the same.
     """
 
     source: str
     path: str
-    moves: str = ""
+    axes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Layout:
 
     Attributes:
       name: what the layout is called in messages.
-      rules: where several make one parameter, the first one names it in files that we write.
+      rules: if several match one parameter, the first one names it in files that we write.
       aliases: second name of a tied tensor -> its first name.
-      sizes: size of axes in `moves` that no shape tells, because they are part of a product.
+      sizes: sizes of names in `Rule.axes` that no shape determines: they are part of a product.
     """
 
     name: str
@@ -52,25 +52,25 @@ class Layout:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=lambda: _PATCH)
 
     def to_path(self, name: str) -> tuple[str, str] | None:
-        """(path, moves) of a tensor in a file, or None if it is unknown."""
+        """Return (path, axes) of a tensor in a file, or None if it is unknown."""
         name = self.aliases.get(name, name)
         for rule in self.rules:
             path = _translate(name, rule.source, rule.path)
             if path is not None:
-                return path, rule.moves
+                return path, rule.axes
         return None
 
     def to_source(self, path: str) -> tuple[str, str] | None:
-        """(name in a file, moves) of a parameter, or None if the layout has no place for it."""
+        """Return (name in a file, axes) of a parameter, or None if the layout does not have it."""
         for rule in self.rules:
             name = _translate(path, rule.path, rule.source)
             if name is not None:
-                return name, rule.moves
+                return name, rule.axes
         return None
 
 
 def linear_rules(source: str, path: str) -> tuple[Rule, Rule]:
-    """The rules of a linear layer with bias; its weight is [out, in] in the file."""
+    """Return the rules of a linear layer with bias; its weight is [out, in] in the file."""
     return (
         Rule(f"{source}.weight", f"{path}/kernel", LINEAR),
         Rule(f"{source}.bias", f"{path}/bias"),
@@ -78,7 +78,7 @@ def linear_rules(source: str, path: str) -> tuple[Rule, Rule]:
 
 
 def detect_layout(names: Iterable[str], layouts: Sequence[Layout], where: object) -> Layout:
-    """The layout that knows most of the names; of equals the first.
+    """Return the layout that knows most of the names; among equals the first.
 
     Args:
       names: names of tensors, without wrapper prefixes.

@@ -1,7 +1,7 @@
-"""Loading of weights, whatever their layout."""
+"""Loading of weights in any known layout."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -31,17 +31,17 @@ from arl2_jax.models import (
 from arl2_jax.models.umt5 import umt5_shapes
 from arl2_jax.models.vae import vae_shapes
 from arl2_jax.parameters import facts_of
-from arl2_jax.weights.facts import MODEL_FACTS, stated_fields
+from arl2_jax.weights.facts import MODEL_FIELDS, stated_fields
 from arl2_jax.weights.folder import load_params_folder, saved_shapes
 from arl2_jax.weights.layout import detect_layout
 from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.read import read_tree
 from arl2_jax.weights.release import transformer_of
-from arl2_jax.weights.tensors import StoredTensor, open_tensors
+from arl2_jax.weights.tensors import FileTensor, open_tensors
 
-# What weights may lack and a model have: all that ARL2 adds; its low-rank updates, before stage 2;
-# those of the FFN, where they were merged. Initialised low-rank updates are zero.
+# Parameters of a model that weights may lack: all that ARL2 adds; its low-rank updates, before
+# stage 2; those of the FFN, if they were merged. Initialised low-rank updates are zero.
 _MAY_LACK = (is_added, lambda path: is_added(path) and facts_of(path).low_rank, is_ffn_update)
 _CASTS = {"master": lambda params, cfg: params, "compute": cast_params, "training": cast_backbone}
 
@@ -55,17 +55,17 @@ def load_params(
     shardings: Any = None,
     entry: str | None = None,
 ) -> Params:
-    """Reads weights of a transformer into the tree of `init_params`.
+    """Read weights of a transformer into the tree of `init_params`.
 
     Args:
       path: a folder of `save_params`; or a file or folder in the layout of Wan2.1, ARL2 or
         Diffusers: safetensors (one, or shards and their index) or .pt; or a release's folder.
       cfg: the model. Weights that lack all that ARL2 adds, or its low-rank updates, may be loaded
-        into a model with hybrid layers: what is missing is initialised.
+        into a model with hybrid layers: missing parameters are initialised.
       key: for that initialisation; `jax.random.key(0)` by default.
-      precision: "master" is float32; "compute" has the matrices in cfg.dtype, as they are computed
-        with, and takes half the memory in bfloat16; "training" has those of the pretrained network
-        in cfg.dtype, and all that conversion adds in float32.
+      precision: "master" is float32; "compute" has the matrices in the compute type cfg.dtype,
+        which takes half the memory in bfloat16; "training" has those of the pretrained network in
+        cfg.dtype, and all that conversion adds in float32.
       shardings: a tree of `jax.sharding.Sharding` with the structure of the result; every device
         then gets its slice from the file.
       entry: which of the models in a .pt, e.g. "generator"; by default the averaged one.
@@ -88,15 +88,15 @@ def load_params(
     missing = targets.keys() - values.keys()
     if missing:
         key = jax.random.key(0) if key is None else key
-        made = _initial_additions(cfg, key)
+        initial = _initial_additions(cfg, key)
         for path in missing:
-            value = np.asarray(made[path]).astype(targets[path].dtype)
+            value = np.asarray(initial[path]).astype(targets[path].dtype)
             values[path] = value if places is None else jax.device_put(value, places[path])
     return _nested({path: values[path] for path in targets})
 
 
 def load_text_encoder(path: epath.PathLike, cfg: UMT5Config, *, shardings: Any = None) -> Params:
-    """Reads weights of the text encoder into the tree of `init_umt5`.
+    """Read weights of the text encoder into the tree of `init_umt5`.
 
     Args:
       path: models_t5_*.pth of Wan2.1, or the text_encoder folder of Diffusers; or a file of them.
@@ -109,7 +109,7 @@ def load_text_encoder(path: epath.PathLike, cfg: UMT5Config, *, shardings: Any =
 
 
 def load_vae(path: epath.PathLike, cfg: VAEConfig, *, shardings: Any = None) -> Params:
-    """Reads weights of the VAE into the tree of `init_vae`.
+    """Read weights of the VAE into the tree of `init_vae`.
 
     Args:
       path: Wan2.1_VAE.pth, or the vae folder of Diffusers; or a file of them.
@@ -131,24 +131,24 @@ def _read_layout(
     source: epath.Path, cfg: ModelConfig, targets: Mapping[str, Any], places, entry: str | None
 ) -> dict[str, Any]:
     tensors = open_tensors(source, entry)
-    held = _held_paths(tensors, source)
+    paths = _paths_in(tensors, source)
     stated = stated_fields(source)
-    hybrid = sorted({int(path.split("/")[1]) for path in held if is_added(path)})
+    hybrid = sorted({int(path.split("/")[1]) for path in paths if is_added(path)})
     if hybrid:
         stated["hybrid_layers"] = hybrid
     _check_facts(source, stated, cfg)
-    wanted = _without_additions(targets, held)
+    wanted = _without_absent(targets, paths)
     return read_tree(tensors, LAYOUTS, wanted, where=source, shardings=places)
 
 
-def _held_paths(tensors: Mapping[str, StoredTensor], where: object) -> list[str]:
+def _paths_in(tensors: Mapping[str, FileTensor], where: object) -> list[str]:
     layout = detect_layout(tensors, LAYOUTS, where)
     return [found[0] for name in tensors if (found := layout.to_path(name))]
 
 
-def _without_additions(targets: Mapping[str, Any], held) -> dict[str, Any]:
-    """The targets less those groups of additions of which the weights hold nothing."""
-    absent = [part for part in _MAY_LACK if not any(part(path) for path in held)]
+def _without_absent(targets: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Return the targets without those groups of additions that are absent from the weights."""
+    absent = [part for part in _MAY_LACK if not any(part(path) for path in paths)]
     return {path: leaf for path, leaf in targets.items() if not any(part(path) for part in absent)}
 
 
@@ -157,7 +157,7 @@ def _read_saved(
 ) -> dict[str, Any]:
     shapes, config = saved_shapes(source)
     _check_facts(source, config, cfg)
-    wanted = _without_additions(targets, shapes)
+    wanted = _without_absent(targets, shapes)
     there, here = ({n: list(x.shape) for n, x in tree.items()} for tree in (shapes, wanted))
     problems = differences(there, here)
     if problems:
@@ -170,11 +170,11 @@ def _read_saved(
 
 
 def _check_facts(source: epath.PathLike, stated: Mapping[str, Any], cfg: ModelConfig) -> None:
-    """Compares what decides the meaning of weights; a teacher may start any hybrid of it."""
-    facts, stated, ours = MODEL_FACTS, dict(stated), to_config_dict(cfg)
+    """Check that model and weights agree on what decides their meaning; teachers fit any hybrid."""
+    facts, stated, ours = MODEL_FIELDS, dict(stated), to_config_dict(cfg)
     if stated.get("hybrid_layers"):
-        facts = (*MODEL_FACTS, "hybrid_layers", "lora_alpha", *RULE_FIELDS)
-        # Weights of before these fields have the published rule.
+        facts = (*MODEL_FIELDS, "hybrid_layers", "lora_alpha", *RULE_FIELDS)
+        # Weights from before these fields have the published rule.
         stated |= _rule(stated.get("delta", GatedDeltaConfig()))
         ours |= _rule(cfg.delta)
     common = [name for name in facts if name in stated]
@@ -188,14 +188,14 @@ def _check_facts(source: epath.PathLike, stated: Mapping[str, Any], cfg: ModelCo
 
 
 def _rule(delta: GatedDeltaConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a memory's settings that decide what its weights mean."""
+    """Return the fields of a memory's settings that decide what its weights mean."""
     values = delta if isinstance(delta, Mapping) else to_config_dict(delta)
     return {name: values[name] for name in RULE_FIELDS if name in values}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _initial_additions(cfg: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
-    """What the hybrid layers add, as `init_params` makes it; XLA leaves the rest out."""
+    """Return the additions of `init_params` alone; XLA removes the rest of the computation."""
     params = _flat(init_params(cfg, key))
     return {path: leaf for path, leaf in params.items() if is_added(path)}
 

@@ -1,11 +1,11 @@
-"""What Orbax logs."""
+"""Filter of Orbax's log messages."""
 
 import logging
 import os
 
 
 def quiet_orbax() -> None:
-    """Drop Orbax's progress notes and tracebacks: errors reach the caller as exceptions."""
+    """Drop Orbax's progress messages and tracebacks: errors reach the caller as exceptions."""
     logging.getLogger("absl").addFilter(_not_orbax)
 
 

@@ -1,4 +1,4 @@
-"""Reading of a layout's tensors into our tree: strictly, lean and each device its own slice."""
+"""Strict reading of a layout's tensors into our tree, with little memory and slices per device."""
 
 import functools
 import os
@@ -13,12 +13,12 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from arl2_jax.errors import WeightsError
+from arl2_jax.weights.axes import AxisMap, Index, fit_axes
 from arl2_jax.weights.layout import Layout, detect_layout
-from arl2_jax.weights.moves import Index, Moves, fit_moves
-from arl2_jax.weights.safetensors_file import Placed, stored
-from arl2_jax.weights.tensors import StoredTensor
+from arl2_jax.weights.safetensors_file import ExportTensor, to_file_array
+from arl2_jax.weights.tensors import FileTensor
 
-# Rows that are cast and transposed together: the block stays in the processor's cache.
+# Rows that are cast and transposed together, few enough for the processor's cache.
 _ROWS = 256
 _CACHE_LINE = 64
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -30,24 +30,24 @@ _EXPONENTS = {
 
 
 class Source(NamedTuple):
-    """Where a parameter comes from: the tensor's name, the tensor, and how its axes move."""
+    """The source of a parameter: name of the tensor, the tensor, and the map of its axes."""
 
     name: str
-    tensor: StoredTensor
-    moves: Moves
+    tensor: FileTensor
+    axes: AxisMap
 
 
 def read_tree(
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, FileTensor],
     layouts: Sequence[Layout],
     targets: Mapping[str, Any],
     *,
     where: object,
     shardings: Mapping[str, Sharding] | None = None,
 ) -> dict[str, Any]:
-    """Reads tensors into parameters: each tensor is used once, each parameter filled once.
+    """Read tensors into parameters: each tensor is used once, each parameter filled once.
 
-    Beside the result, host memory holds a block of rows a thread (a whole tensor where axes are
+    Besides the result, host memory holds a block of rows per thread (a whole tensor if axes are
     merged or split); with shardings, one parameter's slices.
 
     Args:
@@ -55,7 +55,7 @@ def read_tree(
       layouts: the layouts that they may be in.
       targets: shape and dtype of every parameter, by path ("blocks/0/ffn/fc1/kernel").
       where: the file or folder, for messages.
-      shardings: by path; each device then gets its slice, read from the file alone.
+      shardings: by path; each device then gets its slice, and only slices are read.
 
     Returns:
       By path, numpy arrays; or jax arrays if shardings are given.
@@ -74,7 +74,7 @@ def read_tree(
         if shardings is None:
             whole = lambda path: read(path, tuple(slice(0, size) for size in targets[path].shape))
             return dict(zip(targets, pool.map(whole, targets), strict=True))
-        # One after another, each by all threads: what is on its way is one parameter at most.
+        # One after another, each by all threads: at most one parameter is in host memory.
         read_blocks = functools.partial(read, run=pool.map)
         return {
             path: _sharded(functools.partial(read_blocks, path), targets[path], shardings[path])
@@ -83,13 +83,13 @@ def read_tree(
 
 
 def match(
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, FileTensor],
     layout: Layout,
     targets: Mapping[str, Any],
     *,
     where: object,
 ) -> dict[str, Source]:
-    """Finds the tensor of every parameter, by names and shapes alone.
+    """Find the tensor of every parameter, by names and shapes alone.
 
     Args, Raises: as in `read_tree`.
 
@@ -108,8 +108,8 @@ def match(
             continue
         used.add(path)
         wanted = tuple(targets[path].shape)
-        moves = fit_moves(pattern, tensor.shape, wanted, layout.sizes)
-        if moves is None:
+        axes = fit_axes(pattern, tensor.shape, wanted, layout.sizes)
+        if axes is None:
             misshaped.append(f"{name} {list(tensor.shape)} (for {path} {list(wanted)})")
         elif tensor.dtype not in _FLOATS:
             raise WeightsError(
@@ -118,7 +118,7 @@ def match(
                 remedy="name weights that are not quantised",
             )
         else:
-            sources[path] = Source(name, tensor, moves)
+            sources[path] = Source(name, tensor, axes)
     missing = [path for path in targets if path not in used]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     problems = [f"{len(n)} {kind}: {', '.join(sorted(n))}" for kind, n in kinds.items() if n]
@@ -132,7 +132,7 @@ def match(
 
 
 def tree_tensors(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
-    """Parameters as the tensors of a layout; the inverse of `read_tree`.
+    """Convert parameters to the tensors of a layout; the inverse of `read_tree`.
 
     Args:
       params: nested dict of arrays.
@@ -145,39 +145,39 @@ def tree_tensors(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndar
       WeightsError: the layout has no place for some parameters.
     """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    return {tensor.name: stored(tensor) for tensor in placed(flat, layout)}
+    return {tensor.name: to_file_array(tensor) for tensor in export_tensors(flat, layout)}
 
 
-def placed(flat: Mapping[str, Any], layout: Layout) -> list[Placed]:
-    """The place of every parameter in a file, in the order of the tree; see `tree_tensors`."""
+def export_tensors(flat: Mapping[str, Any], layout: Layout) -> list[ExportTensor]:
+    """Return every parameter as a tensor of a file, in the tree's order; see `tree_tensors`."""
     places = {path: layout.to_source(path) for path in flat}
-    homeless = [path for path, place in places.items() if place is None]
-    if homeless:
+    unknown = [path for path, place in places.items() if place is None]
+    if unknown:
         raise WeightsError(
-            f"the {layout.name} layout has no place for {len(homeless)} parameters: "
-            f"{', '.join(homeless[:8])}",
+            f"the {layout.name} layout has no place for {len(unknown)} parameters: "
+            f"{', '.join(unknown[:8])}",
             remedy="choose another layout",
         )
     result = []
     for path, leaf in flat.items():
         name, pattern = places[path] or ("", "")
-        moves = fit_moves(pattern, None, leaf.shape, layout.sizes)
-        if moves is None:
+        axes = fit_axes(pattern, None, leaf.shape, layout.sizes)
+        if axes is None:
             raise WeightsError(
                 f"{path} {list(leaf.shape)} does not fit the {layout.name} layout ({pattern})"
             )
-        result.append(Placed(name, leaf, moves))
+        result.append(ExportTensor(name, leaf, axes))
     return result
 
 
 def _read_slice(
     source: Source, index: Index, dtype: np.dtype, where: object, run: Callable
 ) -> np.ndarray:
-    """A slice of a parameter, filled block by block; `run` maps a function over the blocks."""
-    moves, within, rest = source.moves.slices(index)
-    out = np.empty(moves.shape, dtype)
-    target = moves.as_stored(out)
-    if not moves.by_rows:
+    """Read a slice of a parameter block by block; `run` maps a function over the blocks."""
+    axes, within, rest = source.axes.slices(index)
+    out = np.empty(axes.shape, dtype)
+    target = axes.to_file_axes(out)
+    if not axes.by_rows:
         _fill(target, source, within, where)
         return out[rest]
     first, *others = within
@@ -193,14 +193,14 @@ def _read_slice(
 
 
 def _fill(place: np.ndarray, source: Source, index: Index, where: object) -> None:
-    """Reads, checks and casts one block."""
+    """Read, check and cast one block."""
     try:
         block = _cast(source.tensor.read(index), place)
     except Exception as error:
         raise WeightsError(
             f"{where}: {source.name} cannot be read: {error}", remedy="download it again"
         ) from None
-    if place.dtype in _EXPONENTS:  # whole numbers are faster to compare and to copy
+    if place.dtype in _EXPONENTS:  # integers are faster to compare and to copy
         unsigned, exponent = _EXPONENTS[place.dtype]
         block, place = block.view(unsigned), place.view(unsigned)
         finite = (block & unsigned(exponent)).max(initial=0) < exponent
@@ -216,12 +216,12 @@ def _fill(place: np.ndarray, source: Source, index: Index, where: object) -> Non
 
 
 def _cast(block: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The block in the shape and type of its place."""
+    """Cast the block to the shape and type of its place."""
     block = block.reshape(place.shape)
     if place.ndim != 2 or place.flags.c_contiguous:
         return block.astype(place.dtype, copy=False)
-    # To be transposed: rows one cache line apart from their natural length, so that the values of a
-    # column do not share a few sets of the cache. This makes it two to four times faster.
+    # To be transposed: rows are padded by one cache line, so that the values of a column do not
+    # share a few sets of the cache. This is two to four times as fast.
     rows, columns = block.shape
     spare = np.empty((rows, columns + _CACHE_LINE // place.itemsize), place.dtype)
     spare[:, :columns] = block
@@ -229,7 +229,7 @@ def _cast(block: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def _sharded(read: Callable[[Index], np.ndarray], target: Any, sharding: Sharding) -> jax.Array:
-    """One parameter on its devices; a slice that several devices hold is read once."""
+    """Put one parameter on its devices; a slice for several devices is read once."""
     slices: dict[tuple, np.ndarray] = {}
 
     def slice_at(index: Index | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where the parts of a released model lie."""
+"""Paths of the parts of a released model."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from arl2_jax.storage import absolute, is_remote
 
 
 class Release(NamedTuple):
-    """Paths of a release's parts; None where there is none.
+    """Paths of a release's parts; None for a missing part.
 
     Attributes:
       transformer: file or folder for `load_params`.
@@ -25,10 +25,10 @@ class Release(NamedTuple):
 
 
 def find_release(folder: epath.PathLike) -> Release:
-    """Looks into a folder of Wan's release, of a Diffusers pipeline, or of `save_params`.
+    """Find the parts in a folder of Wan's release, of a Diffusers pipeline, or of `save_params`.
 
     Args:
-      folder: the folder; a file counts as a transformer alone.
+      folder: the folder; a file is taken as a transformer alone.
     """
     source = absolute(folder)
     if is_remote(source) or not source.is_dir():
@@ -47,5 +47,5 @@ def find_release(folder: epath.PathLike) -> Release:
 
 
 def transformer_of(path: epath.PathLike) -> epath.Path:
-    """The transformer in a release's folder; another path is returned as it is."""
+    """Return the transformer in a release's folder; another path is returned unchanged."""
     return epath.Path(find_release(path).transformer or absolute(path))

@@ -1,4 +1,4 @@
-"""Writing of safetensors files tensor by tensor, so that memory holds a block of rows alone."""
+"""Writing of safetensors files tensor by tensor, with only a block of rows in memory."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arl2_jax.weights.moves import Moves
+from arl2_jax.weights.axes import AxisMap
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -16,28 +16,28 @@ _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 _ROWS = 256
 
 
-class Placed(NamedTuple):
-    """A parameter and its place in a file: name there, our array, and how its axes move."""
+class ExportTensor(NamedTuple):
+    """A parameter to be written: name in the file, our array, and the map of its axes."""
 
     name: str
     array: Any
-    moves: Moves
+    axes: AxisMap
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.array.size * np.dtype(self.array.dtype).itemsize
 
 
-def stored(tensor: Placed) -> np.ndarray:
-    """A parameter as the tensor of a file."""
-    moved = np.ascontiguousarray(tensor.moves.as_stored(np.asarray(tensor.array)))
-    return moved.reshape(tensor.moves.stored_shape)
+def to_file_array(tensor: ExportTensor) -> np.ndarray:
+    """Convert a parameter to the file's tensor."""
+    moved = np.ascontiguousarray(tensor.axes.to_file_axes(np.asarray(tensor.array)))
+    return moved.reshape(tensor.axes.file_shape)
 
 
-def write_shards(folder: Path, tensors: Sequence[Placed], shard_size: float) -> None:
-    """Writes one file, or shards and their index if it would be larger than `shard_size` bytes."""
-    shards: list[list[Placed]] = [[]]
+def write_shards(folder: Path, tensors: Sequence[ExportTensor], shard_size: float) -> None:
+    """Write one file, or shards and their index if it would be larger than `shard_size` bytes."""
+    shards: list[list[ExportTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.size > shard_size:
@@ -60,8 +60,8 @@ def write_shards(folder: Path, tensors: Sequence[Placed], shard_size: float) -> 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_file(file: Path, tensors: Iterable[Placed]) -> None:
-    """Writes one file: the length of the header, the header, then the tensors one after another.
+def write_file(file: Path, tensors: Iterable[ExportTensor]) -> None:
+    """Write one file: the length of the header, the header, then the tensors in order.
 
     Source: the format's description in the documentation of the safetensors library.
     """
@@ -72,7 +72,7 @@ def write_file(file: Path, tensors: Iterable[Placed]) -> None:
         start, end = end, end + tensor.size
         header[tensor.name] = {
             "dtype": _CODES[np.dtype(tensor.array.dtype).name],
-            "shape": tensor.moves.stored_shape,
+            "shape": tensor.axes.file_shape,
             "data_offsets": (start, end),
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -84,11 +84,11 @@ def write_file(file: Path, tensors: Iterable[Placed]) -> None:
                 opened.write(block.data)
 
 
-def _blocks(tensor: Placed) -> Iterable[np.ndarray]:
+def _blocks(tensor: ExportTensor) -> Iterable[np.ndarray]:
     array = np.asarray(tensor.array)
-    # Whole numbers of the same size are faster to copy than bfloat16.
+    # Integers of the same size are faster to copy than bfloat16.
     bits = array.view(f"u{array.dtype.itemsize}")
-    rows = tensor.moves.as_stored(bits)
+    rows = tensor.axes.to_file_axes(bits)
     if rows.ndim < 2:
         yield np.ascontiguousarray(rows)
         return

@@ -1,4 +1,4 @@
-"""Tensors in files, opened without being read: safetensors, and PyTorch's .pt and .pth."""
+"""Lazy access to tensors in files: safetensors, and PyTorch's .pt and .pth."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from arl2_jax.errors import WeightsError
 from arl2_jax.storage import absolute, is_remote, reason
-from arl2_jax.weights.moves import Index
+from arl2_jax.weights.axes import Index
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SINGLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -27,15 +27,15 @@ _DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
 }  # fmt: skip
-# What trainers wrap modules in; it says nothing about a tensor.
+# Name parts of trainers' module wrappers, which are dropped.
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
-# Under which keys a .pt holds its tensors, the best first.
+# Keys of a .pt that may contain its tensors, the preferred first.
 _ENTRIES = ("generator_ema", "generator", "ema", "model", "state_dict")
 _SAMPLE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class FileTensor:
     """A tensor in a file.
 
     Attributes:
@@ -50,30 +50,31 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: Index = ()) -> np.ndarray:
-        """Reads a slice alone; axes past the index are whole."""
+        """Read one slice; axes past the index are whole."""
         return self.read_slice((*index, *(slice(0, size) for size in self.shape[len(index) :])))
 
 
-def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, StoredTensor]:
-    """Opens the tensors of a file or folder without reading them.
+def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, FileTensor]:
+    """Open the tensors of a file or folder without reading them.
 
     Args:
-      path: a .safetensors, .pt or .pth file, the index of shards, or a folder that holds one of
+      path: a .safetensors, .pt or .pth file, the index of shards, or a folder that contains one of
         these. A .pt is read without running any code in it.
-      entry: key of a .pt's tensors, e.g. "generator"; by default "generator_ema" or what is there.
+      entry: key of a .pt's tensors, e.g. "generator"; by default "generator_ema", else another that
+        it has.
 
     Returns:
       Tensors by name, without the prefixes of wrappers ("model.", "_fsdp_wrapped_module.", ...).
 
     Raises:
-      WeightsError: one line: a file is missing, damaged or of an unknown kind, a tensor is there
+      WeightsError: one line: a file is missing, damaged or of an unknown kind, a tensor occurs
         twice, or torch is needed and missing.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     files = weight_files(path)
     for file in files:
         if file.suffix in _PT:
@@ -83,7 +84,7 @@ def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, St
                 f"names a model of a .pt, which {file} is not",
                 field="entry",
                 value=entry,
-                remedy="leave it out",
+                remedy="omit it",
             )
         else:
             found = _open_safetensors(file)
@@ -99,7 +100,7 @@ def open_tensors(path: epath.PathLike, entry: str | None = None) -> dict[str, St
 
 
 def weight_files(path: epath.PathLike) -> list[Path]:
-    """The files that hold the weights named by a path; see `open_tensors`.
+    """Return the files of the weights at a path; see `open_tensors`.
 
     Raises:
       WeightsError: one line naming the first file that is missing.
@@ -125,14 +126,14 @@ def weight_files(path: epath.PathLike) -> list[Path]:
 
 
 def fingerprint(path: epath.PathLike) -> str:
-    """Tells files apart by their contents, in milliseconds.
+    """Return a fingerprint of a file's contents, in milliseconds.
 
     Args:
-      path: any file, or a folder of weights. Its place and name do not count.
+      path: any file, or a folder of weights. Its location and name have no influence.
 
     Returns:
-      64 hex digits made of sizes, beginnings (which name and shape all tensors), ends, and samples
-      between. Files that differ in a few bytes alone may be equal to it.
+      64 hex digits, a hash of sizes, beginnings (which name and shape all tensors), ends, and
+      samples between. Files that differ only in a few bytes may have the same fingerprint.
     """
     source = Path(path).expanduser()
     if (source / "params").is_dir():
@@ -149,7 +150,7 @@ def fingerprint(path: epath.PathLike) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON file that comes with weights; a damaged one is a WeightsError."""
+    """Read a JSON file that comes with weights; raise WeightsError if it is damaged."""
     try:
         return json.loads(file.read_text())
     except (ValueError, OSError) as error:
@@ -157,7 +158,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _main_file(folder: Path) -> Path:
-    """The one file of a folder that holds its weights, or the index of them."""
+    """Return the one file of a folder's weights, or their index."""
     for pattern in (f"*{INDEX_SUFFIX}", *_SINGLE, "*.safetensors", "*.pt", "*.pth"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
@@ -190,7 +191,7 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _open_safetensors(file: Path) -> Iterator[tuple[str, FileTensor]]:
     try:
         with safe_open(file, framework="numpy"):  # checks the header against the file's size
             pass
@@ -206,7 +207,7 @@ def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             continue
         if entry["dtype"] not in _DTYPES:
             raise WeightsError(
-                f"{file}: {name} is of type {entry['dtype']}, which numpy has not",
+                f"{file}: {name} is of type {entry['dtype']}, which numpy does not have",
                 remedy="name weights of bfloat16, float16 or float32",
             )
         start, stop = (begin + offset for offset in entry["data_offsets"])
@@ -214,22 +215,22 @@ def _open_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         yield name, _in_file(file, start, mapped.view(np.ndarray))
 
 
-def _in_file(file: Path, start: int, mapped: np.ndarray) -> StoredTensor:
-    """A tensor whose bytes begin at `start`, and whose memory is mapped."""
+def _in_file(file: Path, start: int, mapped: np.ndarray) -> FileTensor:
+    """Return a tensor whose bytes begin at `start`, and whose memory is mapped."""
     row_size = math.prod(mapped.shape[1:])
 
     def read_slice(index: Index) -> np.ndarray:
         block = np.asarray(mapped[index])  # of a scalar, too
         if block.shape[1:] != mapped.shape[1:] or not block.ndim:
             return block
-        # Whole rows are read: twice as fast as the faults of mapped pages, and it holds no pages.
+        # Whole rows are read: twice as fast as page faults, and no pages stay in memory.
         first = start + index[0].start * row_size * mapped.itemsize
         return np.fromfile(file, mapped.dtype, block.size, offset=first).reshape(block.shape)
 
-    return StoredTensor(mapped.shape, mapped.dtype, read_slice)
+    return FileTensor(mapped.shape, mapped.dtype, read_slice)
 
 
-def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]]:
+def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, FileTensor]]:
     try:
         import torch  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
@@ -262,11 +263,11 @@ def _open_pt(file: Path, entry: str | None) -> Iterator[tuple[str, StoredTensor]
                 f"{file}: {name} is of type {kind}, not a tensor", remedy="name other weights"
             )
         array = _as_numpy(torch, tensor)
-        yield name, StoredTensor(array.shape, array.dtype, array.__getitem__)
+        yield name, FileTensor(array.shape, array.dtype, array.__getitem__)
 
 
 def _find_entry(file: Path, content: Any, entry: str | None) -> Mapping[str, Any]:
-    """The mapping of names to tensors inside the content of a .pt."""
+    """Return the mapping of names to tensors inside the content of a .pt."""
     nested = lambda: [k for k, v in content.items() if isinstance(v, Mapping) and v]
     if not isinstance(content, Mapping):
         kind = type(content).__name__
@@ -289,7 +290,7 @@ def _find_entry(file: Path, content: Any, entry: str | None) -> Mapping[str, Any
 
 
 def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    """The tensor's memory as numpy's; types that numpy has not go through their bits."""
+    """View the tensor's memory in numpy; types that numpy lacks are viewed by their bits."""
     bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
     for name in ("float8_e4m3fn", "float8_e5m2"):
         bits[getattr(torch, name)] = (torch.int8, getattr(ml_dtypes, name))

@@ -1,4 +1,4 @@
-"""From a file on disk to another: import into our folder, export out of it."""
+"""Conversion of weights on disk: import into our folder, export to other layouts."""
 
 import time
 from collections.abc import Iterable
@@ -21,14 +21,14 @@ from arl2_jax.weights.tensors import open_tensors
 
 
 class Imported(NamedTuple):
-    """What was imported.
+    """Facts about an import.
 
     Attributes:
-      layout: its name.
+      layout: name of the layout.
       tensors: number of tensors that were read.
       bytes_read: their size in the file.
       parameters: number of parameters that were written.
-      read_seconds, write_seconds: time that both took.
+      read_seconds, write_seconds: time of reading and of writing.
     """
 
     layout: str
@@ -48,18 +48,18 @@ def import_weights(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> Imported:
-    """Reads a transformer in any layout and writes a folder of `save_params`.
+    """Read a transformer in any layout and write a folder of `save_params`.
 
     Args:
       path, entry: as in `load_params`.
       out: the folder to write.
-      hybrid_layers: layers to be hybrid; by default those that are in the file.
+      hybrid_layers: layers to be hybrid; by default those that are hybrid in the file.
       dtype: of the matrices, float32 or bfloat16; small parameters stay float32.
-      overwrite: whether to replace a folder that is there.
+      overwrite: whether to replace an existing folder.
 
     Raises:
       WeightsError: as `load_params`.
-      StorageError: the folder is there already, or cannot be written.
+      StorageError: the folder exists already, or cannot be written.
     """
     target = absolute(out)
     if target.exists() and not overwrite:
@@ -69,7 +69,7 @@ def import_weights(
     source = transformer_of(path)
     if (source / "params").exists():
         raise WeightsError(
-            f"{source} is such a folder already", remedy="name weights in another layout"
+            f"{source} is a folder of this program already", remedy="name weights in another layout"
         )
     choices = {} if hybrid_layers is None else {"hybrid_layers": tuple(hybrid_layers)}
     tensors = open_tensors(source, entry)
@@ -100,7 +100,7 @@ def export_weights(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Reads a transformer in any layout and writes it in another; see `export_params`.
+    """Read a transformer in any layout and write it in another; see `export_params`.
 
     Args:
       path, entry: as in `load_params`.

@@ -16,7 +16,7 @@ from arl2_jax.models import umt5
 from arl2_jax.models.umt5 import encode_tokens, init_umt5, relative_buckets, umt5_shapes
 from arl2_jax.weights.layouts.umt5 import LAYOUTS, TRANSFORMERS, WAN
 from arl2_jax.weights.read import detect_layout, match
-from arl2_jax.weights.tensors import StoredTensor
+from arl2_jax.weights.tensors import FileTensor
 
 CFG = UMT5Config.tiny(text_len=24, num_buckets=12, max_distance=20)
 # Float32 sums in another order: some 1e-7 in every layer.
@@ -49,7 +49,7 @@ def test_layouts_at_true_size(layout):
     cfg = UMT5Config()
     names = (wan_shapes if layout is WAN else transformers_shapes)(cfg)
     opened = {
-        name: StoredTensor(shape, np.dtype("float32"), lambda index: pytest.fail("it was read"))
+        name: FileTensor(shape, np.dtype("float32"), lambda index: pytest.fail("it was read"))
         for name, shape in names.items()
     }
     targets = traverse_util.flatten_dict(umt5_shapes(cfg), sep="/")

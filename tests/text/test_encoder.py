@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_written_only_warns(encode, warnings, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     found = encode([FOX], cache=tmp_path / "file" / "cache")
     np.testing.assert_array_equal(found, encode([FOX]))
-    assert "is not kept" in warnings[-1] and all("\n" not in text for text in warnings)
+    assert "is not cached" in warnings[-1] and all("\n" not in text for text in warnings)
 
 
 def all_deleted(params):

@@ -196,7 +196,7 @@ def test_import_and_export_of_files(tmp_path, cfg):
     assert model_config(tmp_path / "ours") == cfg
     with pytest.raises(StorageError, match="is there already"):
         import_weights(source, tmp_path / "ours")
-    with pytest.raises(WeightsError, match="such a folder already"):
+    with pytest.raises(WeightsError, match="a folder of this program already"):
         import_weights(tmp_path / "ours", tmp_path / "again")
     export_weights(tmp_path / "ours", tmp_path / "theirs")
     found = load_file(tmp_path / "theirs" / SINGLE)

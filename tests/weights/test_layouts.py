@@ -17,8 +17,8 @@ from arl2_jax.weights.layouts import umt5, vae
 from arl2_jax.weights.layouts.diffusers import DIFFUSERS
 from arl2_jax.weights.layouts.transformer import LAYOUTS
 from arl2_jax.weights.layouts.wan import ARL2, WAN
-from arl2_jax.weights.read import match, placed
-from arl2_jax.weights.tensors import StoredTensor
+from arl2_jax.weights.read import export_tensors, match
+from arl2_jax.weights.tensors import FileTensor
 
 HYBRID = ModelConfig.wan1p3b(hybrid_layers=tuple(range(22)))
 MODELS = {"1.3B": ModelConfig.wan1p3b(), "14B": ModelConfig.wan14b(), "hybrid 1.3B": HYBRID}
@@ -51,7 +51,7 @@ def flat(tree):
 def unread(kinds):
     """Tensors that fail if anybody reads them."""
     return {
-        name: StoredTensor(tuple(shape), np.dtype(np.float32), lambda index: 1 / 0)
+        name: FileTensor(tuple(shape), np.dtype(np.float32), lambda index: 1 / 0)
         for name, shape in kinds.items()
     }
 
@@ -65,12 +65,12 @@ def in_diffusers(name):
 
 def assert_bijective(layout, shapes):
     """Every parameter has one name in the file, whose parameter it is again."""
-    tensors = placed(flat(shapes), layout)
+    tensors = export_tensors(flat(shapes), layout)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     for tensor, path in zip(tensors, flat(shapes), strict=True):
         assert layout.to_path(tensor.name)[0] == path
     found = match(
-        unread({tensor.name: tensor.moves.stored_shape for tensor in tensors}),
+        unread({tensor.name: tensor.axes.file_shape for tensor in tensors}),
         layout,
         flat(shapes),
         where="",
@@ -137,7 +137,7 @@ def test_foreign_tensors_are_one_line():
 
 def test_a_parameter_without_a_place_is_one_line():
     with pytest.raises(WeightsError) as error:
-        placed(
+        export_tensors(
             flat({"blocks": {"0": {"delta": {"A_log": jax.ShapeDtypeStruct((2,), "float32")}}}}),
             WAN,
         )

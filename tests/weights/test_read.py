@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from arl2_jax.errors import WeightsError
 from arl2_jax.weights import fingerprint
+from arl2_jax.weights.axes import fit_axes
 from arl2_jax.weights.layout import Layout, Rule
-from arl2_jax.weights.moves import fit_moves
 from arl2_jax.weights.read import read_tree, tree_tensors
-from arl2_jax.weights.safetensors_file import Placed, stored, write_file, write_shards
-from arl2_jax.weights.tensors import StoredTensor, open_tensors
+from arl2_jax.weights.safetensors_file import ExportTensor, to_file_array, write_file, write_shards
+from arl2_jax.weights.tensors import FileTensor, open_tensors
 
 ROWS = 600  # more than two blocks of rows, and not a multiple of them
 LAYOUT = Layout(
@@ -60,7 +60,7 @@ def targets(dtype=np.float32):
     }
 
 
-def stored_in_memory(tensors, log=None):
+def tensors_in_memory(tensors, log=None):
     """Stored tensors that note the bytes of every reading."""
 
     def tensor(name, array):
@@ -70,7 +70,7 @@ def stored_in_memory(tensors, log=None):
                 log.setdefault(name, []).append(block.nbytes)
             return block
 
-        return StoredTensor(array.shape, array.dtype, read_slice)
+        return FileTensor(array.shape, array.dtype, read_slice)
 
     return {name: tensor(name, array) for name, array in tensors.items()}
 
@@ -89,7 +89,7 @@ def test_axes_and_types(tmp_path, source, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_the_inverse(dtype):
     tensors = make(dtype)
-    read = read_tree(stored_in_memory(tensors), [LAYOUT], targets(dtype), where="")
+    read = read_tree(tensors_in_memory(tensors), [LAYOUT], targets(dtype), where="")
     for name, value in tree_tensors(read, LAYOUT).items():
         assert value.dtype == dtype and value.flags.c_contiguous
         np.testing.assert_array_equal(value, tensors[name], name)
@@ -99,9 +99,9 @@ def test_the_inverse(dtype):
 def test_our_files_are_those_of_the_library(tmp_path, dtype):
     """Read by the safetensors library, whole and in shards."""
     tensors = make(dtype)
-    moves = {rule.source: rule.moves for rule in LAYOUT.rules}
+    axes = {rule.source: rule.axes for rule in LAYOUT.rules}
     ours = [
-        Placed(n, EXPECTED[n](x), fit_moves(moves[n], None, EXPECTED[n](x).shape, LAYOUT.sizes))
+        ExportTensor(n, EXPECTED[n](x), fit_axes(axes[n], None, EXPECTED[n](x).shape, LAYOUT.sizes))
         for n, x in tensors.items()
     ]
     write_file(tmp_path / "one.safetensors", ours)
@@ -119,7 +119,7 @@ def test_our_files_are_those_of_the_library(tmp_path, dtype):
             assert value.dtype == dtype
             np.testing.assert_array_equal(value, tensors[name], name)
     for tensor in ours:
-        np.testing.assert_array_equal(stored(tensor), tensors[tensor.name])
+        np.testing.assert_array_equal(to_file_array(tensor), tensors[tensor.name])
     index = json.loads(
         (tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json").read_text()
     )
@@ -136,7 +136,7 @@ def test_devices_read_their_slices_alone():
     places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     tensors, log = make(), {}
     found = read_tree(
-        stored_in_memory(tensors, log), [LAYOUT], targets(), where="", shardings=places
+        tensors_in_memory(tensors, log), [LAYOUT], targets(), where="", shardings=places
     )
     for name, value in found.items():
         assert value.sharding == places[name]
@@ -162,10 +162,10 @@ def test_a_tied_tensor_counts_once():
     twice = tensors | {"tied": tensors["as_is"]}
     only = {name: x for name, x in twice.items() if name != "as_is"}
     for given in (twice, only):
-        found = read_tree(stored_in_memory(given), [LAYOUT], targets(), where="")
+        found = read_tree(tensors_in_memory(given), [LAYOUT], targets(), where="")
         np.testing.assert_array_equal(found["as_is"], tensors["as_is"])
     with pytest.raises(WeightsError, match="1 unexpected: tied"):
-        other = stored_in_memory(tensors | {"tied": np.zeros(3, np.float32)})
+        other = tensors_in_memory(tensors | {"tied": np.zeros(3, np.float32)})
         read_tree(other, [LAYOUT], targets(), where="")
 
 
@@ -176,7 +176,7 @@ def test_nan_is_named(name, value, dtype):
     tensors = make()
     tensors[name].reshape(-1)[-1] = value
     with pytest.raises(WeightsError) as error:
-        read_tree(stored_in_memory(tensors), [LAYOUT], targets(dtype), where="file.pt")
+        read_tree(tensors_in_memory(tensors), [LAYOUT], targets(dtype), where="file.pt")
     assert_one_line(error, "file.pt", name, "NaN or infinity")
 
 

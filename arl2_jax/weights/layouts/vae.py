@@ -11,7 +11,7 @@ _POINTWISE_2D = "o i 1 1 -> i o"
 _SCALE = "c 1 1 1 -> c"
 _SCALE_2D = "c 1 1 -> c"
 
-# Parts of a layer: (name in the original, in Diffusers, in our tree, how the axes move).
+# Parts of a layer: (name in the original, in Diffusers, in our tree, map of the axes).
 _RESIDUAL = (
     ("residual.0.gamma", "norm1.gamma", "norm1/scale", _SCALE),
     ("residual.2", "conv1", "conv1", _CONV),
@@ -43,21 +43,21 @@ _MIDDLE = "{encoder|decoder}/middle"
 
 
 def layouts(cfg: VAEConfig) -> tuple[Layout, ...]:
-    """The original layout and Diffusers', whose numbers of the decoder's blocks depend on `cfg`."""
+    """Return the original layout and Diffusers', whose decoder block numbers depend on `cfg`."""
     return WAN, Layout("Diffusers VAE", _diffusers_rules(cfg))
 
 
 def _rules(column: int, parts, source: str = "", path: str = "") -> tuple[Rule, ...]:
-    """The rules of one layer or, with placeholders, of many; `column` chooses the layout."""
+    """Return the rules of one layer or, with placeholders, of many; `column` chooses the layout."""
     rules = []
     for names in parts:
-        name, ours, moves = ".".join(filter(None, (source, names[column]))), names[2], names[3]
+        name, ours, axes = ".".join(filter(None, (source, names[column]))), names[2], names[3]
         ours = "/".join(filter(None, (path, ours)))
         if ours.endswith("/scale"):
-            rules.append(Rule(name, ours, moves))
+            rules.append(Rule(name, ours, axes))
         else:
             rules += [
-                Rule(f"{name}.weight", f"{ours}/kernel", moves),
+                Rule(f"{name}.weight", f"{ours}/kernel", axes),
                 Rule(f"{name}.bias", f"{ours}/bias"),
             ]
     return tuple(rules)
@@ -89,7 +89,8 @@ def _diffusers_rules(cfg: VAEConfig) -> tuple[Rule, ...]:
         *_rules(1, _RESIDUAL, "encoder.down_blocks.{i}", "encoder/downsamples/{i}"),
         *_rules(1, _RESAMPLE, "encoder.down_blocks.{i}", "encoder/downsamples/{i}"),
     ]
-    # The decoder's layers are numbered level by level there; ours, as the original's, all through.
+    # Diffusers numbers the decoder's layers within each level; we number them consecutively, as
+    # the original does.
     blocks = cfg.num_res_blocks + 1
     for level in range(len(cfg.dim_mult)):
         source, start = f"decoder.up_blocks.{level}", level * (blocks + 1)

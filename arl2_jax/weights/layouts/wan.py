@@ -34,9 +34,9 @@ _MEMORY = (
         LINEAR,
     ),
     Rule("blocks.{i}.self_attn.{A_log|dt_bias}", "blocks/{i}/delta/{A_log|dt_bias}"),
-    # Not in published files: the constant part of the strength, of a memory that starts by block.
+    # Not in published files: the bias of the strength, with memory_init="by_block".
     Rule("blocks.{i}.self_attn.b_proj.bias", "blocks/{i}/delta/beta_bias"),
-    # A grouped convolution of width 1: head h owns the rows h D to h D + D.
+    # A grouped convolution of width 1: head h has the rows h D to h D + D.
     Rule(
         "blocks.{i}.self_attn.phi_{qkv}.weight", "blocks/{i}/delta/phi_{qkv}", "(h o) i 1 -> h i o"
     ),
@@ -55,7 +55,7 @@ ARL2 = Layout("ARL2", (*_BACKBONE, *_FFN, *_WRAPPED_FFN, *_MEMORY, *_LOW_RANK))
 
 
 def wrapped_name(name: str) -> str:
-    """Name of an FFN tensor of a hybrid layer, where the low-rank updates lie beside it."""
+    """Return the name of an FFN tensor of a hybrid layer with separate low-rank updates."""
     for part in (".ffn.0.", ".ffn.2."):
         if name.endswith((f"{part}weight", f"{part}bias")):
             return name.replace(part, f"{part}linear.")

@@ -10,7 +10,7 @@ from arl2_jax.models.vae import vae_shapes
 from arl2_jax.weights.layout import detect_layout
 from arl2_jax.weights.layouts.vae import layouts
 from arl2_jax.weights.read import match
-from arl2_jax.weights.tensors import StoredTensor
+from arl2_jax.weights.tensors import FileTensor
 
 
 @pytest.mark.parametrize("cfg", [VAEConfig(), GOLDEN], ids=["released", "odd"])
@@ -18,7 +18,7 @@ from arl2_jax.weights.tensors import StoredTensor
 def test_every_name_and_shape_has_its_place(cfg, names):
     published = published_shapes(cfg, names)
     tensors = {
-        name: StoredTensor(shape, np.dtype("float32"), read_slice=lambda index: np.empty(0))
+        name: FileTensor(shape, np.dtype("float32"), read_slice=lambda index: np.empty(0))
         for name, shape in published.items()
     }
     layout = detect_layout(published, layouts(cfg), "a file")

@@ -1,4 +1,4 @@
-"""How the axes of a stored tensor become ours, for whole tensors and for slices of them."""
+"""Maps between the axes of a file's tensor and ours, for whole tensors and for slices."""
 
 import dataclasses
 import math
@@ -13,23 +13,23 @@ _Axes = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Moves:
+class AxisMap:
     """A pattern such as "(h o) i 1 -> h i o", with the size of every name.
 
     Attributes:
-      stored: the names in each axis of the file's tensor.
+      file: the names in each axis of the file's tensor.
       ours: the names in each axis of our array.
       sizes: size of every name.
     """
 
-    stored: _Axes
+    file: _Axes
     ours: _Axes
     sizes: Mapping[str, int]
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
+    def file_shape(self) -> tuple[int, ...]:
         """Shape of the file's tensor."""
-        return tuple(self._size(axis) for axis in self.stored)
+        return tuple(self._size(axis) for axis in self.file)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,63 +38,63 @@ class Moves:
 
     @property
     def by_rows(self) -> bool:
-        """Whether rows of the file's first axis can be filled in one by one."""
-        return bool(self.stored) and all(len(axis) == 1 for axis in self.stored)
+        """Whether rows of the file's first axis can be filled separately."""
+        return bool(self.file) and all(len(axis) == 1 for axis in self.file)
 
-    def as_stored(self, ours: np.ndarray) -> np.ndarray:
-        """Our array with one axis for each name in the order of the file; a view of it."""
+    def to_file_axes(self, ours: np.ndarray) -> np.ndarray:
+        """Return a view of our array with one axis for each name, in the order of the file."""
         names = _names(self.ours)
-        apart = ours.reshape([self.sizes[name] for name in names])
-        return apart.transpose([names.index(name) for name in _names(self.stored)])
+        split = ours.reshape([self.sizes[name] for name in names])
+        return split.transpose([names.index(name) for name in _names(self.file)])
 
-    def slices(self, index: Index) -> tuple["Moves", Index, Index]:
-        """What to read for a slice of our array.
+    def slices(self, index: Index) -> tuple["AxisMap", Index, Index]:
+        """Return what to read for a slice of our array.
 
         Args:
-          index: one slice an axis of ours, with bounds.
+          index: one slice with bounds for each of our axes.
 
         Returns:
-          (moves of what is read, index of the file's tensor, index that is left to apply to ours).
-          Axes that are parts of a product, here or there, are read whole.
+          (map of what is read, index of the file's tensor, index still to be applied to ours).
+          Axes that are parts of a product, ours or the file's, are read whole.
         """
-        sizes, stored, rest = dict(self.sizes), [slice(0, size) for size in self.stored_shape], []
+        sizes, file_index, rest = dict(self.sizes), [slice(0, size) for size in self.file_shape], []
         for axis, wanted in zip(self.ours, index, strict=True):
-            if len(axis) == 1 and axis in self.stored:
-                stored[self.stored.index(axis)] = wanted
+            if len(axis) == 1 and axis in self.file:
+                file_index[self.file.index(axis)] = wanted
                 sizes[axis[0]] = wanted.stop - wanted.start
                 rest.append(slice(None))
             else:
                 rest.append(wanted)
-        return dataclasses.replace(self, sizes=sizes), tuple(stored), tuple(rest)
+        return dataclasses.replace(self, sizes=sizes), tuple(file_index), tuple(rest)
 
     def _size(self, axis: tuple[str, ...]) -> int:
         return math.prod(self.sizes[name] for name in axis)
 
 
-def fit_moves(
+def fit_axes(
     pattern: str,
-    stored_shape: Sequence[int] | None,
+    file_shape: Sequence[int] | None,
     shape: Sequence[int] | None,
     sizes: Mapping[str, int],
-) -> Moves | None:
-    """Fits a pattern to shapes.
+) -> AxisMap | None:
+    """Fit a pattern to shapes.
 
     Args:
       pattern: the file's axes and ours in einops' notation; "" if both are the same.
-      stored_shape: shape of the file's tensor, if known.
+      file_shape: shape of the file's tensor, if known.
       shape: shape of our array, if known.
-      sizes: sizes of names that a shape cannot tell.
+      sizes: sizes of names that no shape determines.
 
     Returns:
-      The moves; or None if the pattern does not fit the shapes.
+      The map; or None if the pattern does not fit the shapes.
     """
     if not pattern:
-        names = " ".join(f"axis{i}" for i in range(len(stored_shape or shape or ())))
+        names = " ".join(f"axis{i}" for i in range(len(file_shape or shape or ())))
         pattern = f"{names} -> {names}"
     sides = [_parse(side) for side in pattern.split("->")]
     known: dict[str, int] = {}
     axes = []
-    for side, lengths in zip(sides, (stored_shape, shape), strict=True):
+    for side, lengths in zip(sides, (file_shape, shape), strict=True):
         if lengths is not None:
             if len(side) != len(lengths):
                 return None
@@ -111,7 +111,7 @@ def fit_moves(
             rest *= known[missing[0]]
         if rest != length:
             return None
-    return Moves(sides[0], sides[1], known)
+    return AxisMap(sides[0], sides[1], known)
 
 
 def _parse(side: str) -> _Axes:
