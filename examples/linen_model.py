@@ -1,4 +1,4 @@
-"""HybridAttention inside a model of your own, in flax.linen.
+"""HybridAttention inside your own model, in flax.linen.
 
     python examples/linen_model.py
 
@@ -22,19 +22,19 @@ class Model(linen.Module):
     """A residual layer of hybrid attention between two linear ones."""
 
     def setup(self):
-        """Names the parts."""
+        """Create the parts."""
         self.embed = linen.Dense(WIDTH)
         self.norm = linen.RMSNorm()
         self.attention = bridge.to_linen(HybridAttention, WIDTH, num_heads=2)
         self.head = linen.Dense(VALUES)
 
     def __call__(self, tokens):
-        """All blocks at once, for training."""
+        """Compute all blocks at once, for training."""
         x = self.embed(tokens)
         return self.head(x + self.attention(self.norm(x), BLOCK, nnx_method="clip"))
 
     def step(self, tokens, state):
-        """One block and the state that it leaves behind, for generation."""
+        """Compute one block and the state after it, for generation."""
         x = self.embed(tokens)
         attended, state = self.attention(self.norm(x), state, nnx_method="step")
         return self.head(x + attended), state
@@ -45,7 +45,7 @@ class Model(linen.Module):
 
 
 def make_batch(rng: np.random.Generator, size: int = 64):
-    """Tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
+    """Return tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
     values = rng.integers(VALUES, size=(size, PAIRS))
     asked = rng.permuted(np.tile(np.arange(PAIRS), (size, 1)), axis=1)
     shown = np.concatenate([np.tile(np.eye(PAIRS), (size, 1, 1)), np.eye(VALUES)[values]], axis=2)
@@ -55,7 +55,7 @@ def make_batch(rng: np.random.Generator, size: int = 64):
 
 
 def main():
-    """Trains, then answers block by block."""
+    """Train, then answer block by block."""
     model, rng = Model(), np.random.default_rng(0)
     params = jax.jit(model.init)(jax.random.key(0), make_batch(rng)[0])
     optimizer = optax.adam(5e-3)

@@ -1,4 +1,4 @@
-"""HybridAttention inside a model of your own, in Flax NNX.
+"""HybridAttention inside your own model, in Flax NNX.
 
     python examples/nnx_model.py
 
@@ -27,19 +27,19 @@ class Model(nnx.Module):
         self.head = nnx.Linear(WIDTH, VALUES, rngs=rngs)
 
     def __call__(self, tokens):
-        """All blocks at once, for training."""
+        """Compute all blocks at once, for training."""
         x = self.embed(tokens)
         return self.head(x + self.attention.clip(self.norm(x), BLOCK))
 
     def step(self, tokens, state):
-        """One block and the state that it leaves behind, for generation."""
+        """Compute one block and the state after it, for generation."""
         x = self.embed(tokens)
         attended, state = self.attention.step(self.norm(x), state)
         return self.head(x + attended), state
 
 
 def make_batch(rng: np.random.Generator, size: int = 64):
-    """Tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
+    """Return tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
     values = rng.integers(VALUES, size=(size, PAIRS))
     asked = rng.permuted(np.tile(np.arange(PAIRS), (size, 1)), axis=1)
     shown = np.concatenate([np.tile(np.eye(PAIRS), (size, 1, 1)), np.eye(VALUES)[values]], axis=2)
@@ -49,7 +49,7 @@ def make_batch(rng: np.random.Generator, size: int = 64):
 
 
 def main():
-    """Trains, then answers block by block."""
+    """Train, then answer block by block."""
     graph, params = nnx.split(Model(nnx.Rngs(0)))
     optimizer = optax.adam(5e-3)
     opt_state, rng = optimizer.init(params), np.random.default_rng(0)

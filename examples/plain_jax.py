@@ -3,7 +3,7 @@
     python examples/plain_jax.py
 
 The task is that of nnx_model.py. Tokens write to a state by the gated delta rule; every token reads
-the state as it stood before its block. There is no attention at all.
+the state before its block. There is no attention at all.
 """
 
 import jax
@@ -17,7 +17,7 @@ PAIRS, VALUES, WIDTH, HEADS, BLOCK = 8, 6, 64, 2, 8
 
 
 def init(key):
-    """Weights of the projections: q, k, v, decay, writing strength, output."""
+    """Return weights of the projections: q, k, v, decay, writing strength, output."""
     shapes = {
         "q": (PAIRS + VALUES, WIDTH),
         "k": (PAIRS + VALUES, WIDTH),
@@ -32,7 +32,7 @@ def init(key):
 
 
 def apply(params, tokens):
-    """Logits of every token: what it reads of the blocks before its own."""
+    """Return the logits of every token, from its read of the blocks before its own."""
     heads = lambda x: x.reshape(*x.shape[:2], HEADS, -1)
     unit = lambda x: x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
     q, k, v = (heads(tokens @ params[name]) for name in ("q", "k", "v"))
@@ -46,7 +46,7 @@ def apply(params, tokens):
 
 
 def make_batch(rng: np.random.Generator, size: int = 64):
-    """Tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
+    """Return tokens [B, 2 * BLOCK, PAIRS + VALUES] and the values asked for, [B, BLOCK]."""
     values = rng.integers(VALUES, size=(size, PAIRS))
     asked = rng.permuted(np.tile(np.arange(PAIRS), (size, 1)), axis=1)
     shown = np.concatenate([np.tile(np.eye(PAIRS), (size, 1, 1)), np.eye(VALUES)[values]], axis=2)
@@ -56,7 +56,7 @@ def make_batch(rng: np.random.Generator, size: int = 64):
 
 
 def main():
-    """Trains and tests."""
+    """Train and test."""
     rng, params = np.random.default_rng(0), init(jax.random.key(0))
     optimizer = optax.adam(2e-2)
     opt_state = optimizer.init(params)

@@ -1,4 +1,4 @@
-"""What the commands share: groups of flags, and errors of one line that name flags."""
+"""Shared parts of the commands: groups of flags, and one-line errors that name flags."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from arl2_jax.generation.release_paths import ReleasePaths
     from arl2_jax.generation.released import Resolution
 
-# The library's names of what the groups of flags below set, where they are others than the flags'.
+# The library's fields that the groups of flags below set, where their names differ from the flags'.
 SAMPLER_NAMES = {f"sampler.{field.name}": field.name for field in dataclasses.fields(SamplerConfig)}
 MODEL_NAMES = {
     "model.frames_per_block": "frames_per_block",
@@ -34,19 +34,19 @@ _NAME = re.compile(r"(?<![\w./-])(?:(?:\w+\.)+\w+(?![\w/\[])|\w+(?==))")
 
 
 def config_flag() -> flags.FlagHolder:
-    """Defines the flag that names a configuration file; --config.NAME=VALUE sets a field."""
+    """Define the flag that names a configuration file; --config.NAME=VALUE sets a field."""
     return config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=False)
 
 
 def parse_flags(argv: Sequence[str], config: flags.FlagHolder | None = None) -> Sequence[str]:
-    """Parse flags; a wrong one ends the program with one line.
+    """Parse flags; exit with a one-line error if one is wrong.
 
     Args:
       argv: arguments of the command.
-      config: the result of `config_flag`, where the command has such a flag.
+      config: the result of `config_flag`, if the command has such a flag.
 
     Returns:
-      The arguments that are no flags.
+      The arguments that are not flags.
     """
     try:
         rest = flags.FLAGS(argv)
@@ -71,14 +71,14 @@ def parse_flags(argv: Sequence[str], config: flags.FlagHolder | None = None) -> 
 
 
 def entry_flag() -> flags.FlagHolder:
-    """Defines the flag that chooses between the models of a .pt file."""
+    """Define the flag that chooses between the models of a .pt file."""
     return flags.DEFINE_enum(
         "entry", None, ["generator", "generator_ema"], "Which model of a .pt file."
     )
 
 
 def resolution_flags() -> Callable[[], "Resolution"]:
-    """Defines the flags of a video's size; the result makes it of their values."""
+    """Define the flags of a video's size; return a function that reads it from them."""
     height = flags.DEFINE_integer("height", 480, "Rows of pixels.")
     width = flags.DEFINE_integer("width", 832, "Columns of pixels.")
 
@@ -91,7 +91,7 @@ def resolution_flags() -> Callable[[], "Resolution"]:
 
 
 def sampler_flags() -> Callable[[], SamplerConfig]:
-    """Defines the flags of a sampler; the result makes it of their values."""
+    """Define the flags of a sampler; return a function that makes it from them."""
     default = SamplerConfig()
     method = flags.DEFINE_enum("method", default.method, ["few_step", "euler"], "Sampler.")
     timesteps = flags.DEFINE_list(
@@ -126,7 +126,7 @@ def sampler_flags() -> Callable[[], SamplerConfig]:
 
 
 def release_flags() -> Callable[[], "ReleasePaths"]:
-    """Defines the flags that name text encoder, tokenizer and VAE; the result holds the paths."""
+    """Define the flags of text encoder, tokenizer and VAE; return a function for their paths."""
     release = flags.DEFINE_string("release", None, "Folder with text encoder, tokenizer and VAE.")
     text_encoder = flags.DEFINE_string("text_encoder", None, "Weights of the text encoder.")
     tokenizer = flags.DEFINE_string("tokenizer", None, "tokenizer.json, or its folder.")
@@ -150,7 +150,7 @@ def release_flags() -> Callable[[], "ReleasePaths"]:
 
 
 def layers_flag() -> Callable[[], tuple[int, ...] | None]:
-    """Defines the flag that names layers, such as 0-13,20; the result lists them, or is None."""
+    """Define the flag of layers, such as 0-13,20; return a function that lists them, or None."""
     chosen = flags.DEFINE_list("hybrid_layers", None, "Layers to be converted, such as 0-13,20.")
 
     def make() -> tuple[int, ...] | None:
@@ -180,7 +180,7 @@ def _layers(values: Sequence[str]) -> tuple[int, ...]:
 
 
 def latent_shape_flag() -> Callable[[], tuple[int, int]]:
-    """Defines the flag of a latent frame's size; the result is (rows, columns)."""
+    """Define the flag of a latent frame's size; return a function for (rows, columns)."""
     size = flags.DEFINE_list("latent_shape", ["60", "104"], "Rows,columns of random latents.")
 
     def make() -> tuple[int, int]:
@@ -212,7 +212,7 @@ def _tile(values: Sequence[str]) -> tuple[int, int]:
 
 
 def is_config_field(name: str) -> bool:
-    """Return whether a name such as "model.delta.leak" is a field of `Config`."""
+    """Tell whether a name such as "model.delta.leak" is a field of `Config`."""
     kind: Any = Config
     for part in name.split("."):
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -227,7 +227,7 @@ def name_flags(error: UserError, flag_of: Callable[[str], str | None]) -> str:
 
     Args:
       error: the error.
-      flag_of: field or argument -> name of its flag, or None where no flag sets it.
+      flag_of: field or argument -> name of its flag, or None if no flag sets it.
     """
     field = error.field
     if field and (flag := flag_of(field)):
@@ -255,12 +255,12 @@ def run(
 
     Args:
       main: called without arguments once the flags have values.
-      one_of: names of flags of which exactly one must be given.
+      one_of: names of flags, exactly one of which must be given.
       required: names of flags that must be given.
-      config: the flag of a configuration file, where the command has one. A field of it is set
-        by --config.FIELD.
+      config: the flag of a configuration file, if the command has one. Its fields are set by
+        --config.FIELD.
       names: field or argument of the library -> flag that sets it, where their names differ.
-      save_memory: what to do where the device is out of memory.
+      save_memory: remedy if the device is out of memory.
     """
 
     def parse(argv):

@@ -1,12 +1,12 @@
-"""Writes weights in the layout of another program, as safetensors with config.json.
+"""Write weights in the layout of another program, as safetensors with config.json.
 
     python launch/export_weights.py --run=runs/wan1p3b --model=stage2 --out=arl2
     python launch/export_weights.py --weights=weights/wan1p3b --layout=diffusers --out=transformer
 
-The layouts of Wan2.1 and Diffusers have no place for hybrid layers. With --lora=merged the low-rank
-updates of the FFN go into its kernels; those of q, k and v act on the memory alone and stay. A
-memory that started by block has a bias that ARL2's files do not have: --extras=write adds it as
-b_proj.bias.
+The layouts of Wan2.1 and Diffusers cannot represent hybrid layers. With --lora=merged the low-rank
+updates of the FFN are added to its kernels; those of q, k and v act on the memory alone and stay
+separate. A memory that was initialised by block has a bias that ARL2's files do not have:
+--extras=write adds it as b_proj.bias.
 """
 
 from absl import flags
@@ -28,7 +28,7 @@ _EXTRAS = flags.DEFINE_enum(
     "extras",
     "refuse",
     ["refuse", "write"],
-    "What to do with parts of a memory that ARL2's files have no place for.",
+    "What to do with parts of a memory that ARL2's files cannot represent.",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the matrices.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
@@ -36,7 +36,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is 
 
 
 def main():
-    """Flags -> the folder."""
+    """Write the folder that the flags name."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.weights.transfer import export_weights
 

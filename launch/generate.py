@@ -1,4 +1,4 @@
-"""Generates a video, with released weights or with a model of a finished run.
+"""Generate a video, with released weights or with a model of a finished run.
 
     python launch/generate.py --weights=FOLDER --prompt="a corgi surfing" --out=video.mp4
     python launch/generate.py --run=runs/tiny-synthetic --model=stage2 \
@@ -11,8 +11,8 @@ are sampled with, for example, --method=euler --steps=50 --guidance=6 --shift=8,
 was never made causal takes the whole video as one block: --frames_per_block=21.
 
 With --condition=clip.mp4 the beginning of that video comes first and is continued. The video may be
-longer than any clip of training. In one that is more than ten times as long the states of hybrid
-layers may fill up and remember less; --leak=0.02 is meant to prevent that.
+longer than any training clip. If it is more than ten times as long, the states of hybrid layers may
+fill up and remember less; --leak=0.02 is meant to prevent that.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ _resolution = command_line.resolution_flags()
 
 
 def main():
-    """Flags -> the video."""
+    """Generate the video that the flags describe."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.generation.finished_run import write_from_run
     from arl2_jax.generation.released import write_from_weights

@@ -1,10 +1,10 @@
-"""Reads a transformer's weights in any layout and writes a folder that every command reads.
+"""Read a transformer's weights in any layout and write a folder that every command reads.
 
     python launch/import_weights.py --weights=Wan2.1-T2V-1.3B --out=weights/wan1p3b
     python launch/import_weights.py --weights=causal_forcing.pt --out=weights/hybrid \
         --hybrid_layers=0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21
 
-A layer that is made hybrid here, and was not in the file, gets ARL2's published initial values.
+A layer that becomes hybrid here, and was not in the file, gets ARL2's published initial values.
 """
 
 from absl import flags
@@ -20,7 +20,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it is 
 
 
 def main():
-    """Flags -> the folder."""
+    """Write the folder that the flags name."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.errors import ConfigError
     from arl2_jax.weights.transfer import import_weights

@@ -1,12 +1,13 @@
-"""Tells what the linear memory of a model keeps, layer by layer and head by head.
+"""Measure what the linear memory of a model keeps, by layer and head.
 
     python launch/inspect_memory.py --weights=runs/wan1p3b/stage2/weights --data=latents
     python launch/inspect_memory.py --run=runs/wan1p3b --model=stage1 --out=stage1.json
     python launch/inspect_memory.py --weights=weights/wan1p3b --hybrid_layers=0-21
 
-Weights without hybrid layers are measured as a conversion would begin with them. Without --data the
-clips are standard normal latents of --latent_shape, without a text. --out gets all measures, and a
-picture beside it; a table and a warning about layers that forget a block are printed.
+Weights without hybrid layers are measured as they would be at the start of a conversion. Without
+--data the clips are standard normal latents of --latent_shape, without text. All measures are
+written to --out, with a picture next to it; a table and a warning about layers that forget a block
+are printed.
 """
 
 from absl import flags
@@ -27,7 +28,7 @@ _CLIPS = flags.DEFINE_integer("clips", 1, "Clips to measure on.")
 _BLOCKS = flags.DEFINE_integer(
     "blocks", None, "Blocks of each clip; all of stored ones by default, 4 of random ones."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of what is random.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Compute type; float32 on CPUs, else bfloat16."
 )
@@ -35,7 +36,7 @@ _OUT = flags.DEFINE_string("out", "memory.json", "File to write; the picture end
 
 
 def main():
-    """Flags -> table, file and picture."""
+    """Print the table, and write the file and the picture."""
     layers, shape = _layers(), _latent_shape()
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.evaluation.inspect_memory import ClipChoice, inspect_memory

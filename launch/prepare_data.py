@@ -1,14 +1,14 @@
-"""Stores latents and text embeddings for training; started again, it goes on where it stopped.
+"""Store latents and text embeddings for training; a second start resumes where the first stopped.
 
-Clips that the teacher makes, one for each line of a text file:
+Clips that the teacher generates, one for each line of a text file:
 
     python launch/prepare_data.py --prompts=prompts.txt --weights=FOLDER --out=data/latents
 
-Clips cut from videos; the text in a.txt beside a.mp4, or else its name, is the caption:
+Clips cut from videos; the text in a.txt next to a.mp4, or else its name, is the caption:
 
     python launch/prepare_data.py --videos=FOLDER --release=FOLDER --out=data/latents
 
-A look at a folder of stored latents, whoever wrote it (the format: docs/latents.md):
+A summary of any folder of stored latents (the format: docs/latents.md):
 
     python launch/prepare_data.py --check=data/latents
 """
@@ -19,14 +19,14 @@ from absl import flags
 
 import command_line
 
-_PROMPTS = flags.DEFINE_string("prompts", None, "Text file, one prompt a line.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "Text file, one prompt per line.")
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
-_CHECK = flags.DEFINE_string("check", None, "Folder of stored latents to look at.")
+_CHECK = flags.DEFINE_string("check", None, "Folder of stored latents to summarize.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write, with --prompts and --videos.")
 _LATENT_FRAMES = flags.DEFINE_integer("latent_frames", 21, "Latent frames of a clip.")
 _resolution = command_line.resolution_flags()
 _STORED = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type that is stored."
+    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type of the stored arrays."
 )
 _PER_SHARD = flags.DEFINE_integer("records_per_shard", 64, "Clips in a file.")
 _paths = command_line.release_flags()
@@ -45,7 +45,7 @@ _sampler = command_line.sampler_flags()
 
 
 def main():
-    """Flags -> a folder of stored latents, or what is to be said of one."""
+    """Write a folder of stored latents, or print a summary of one."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax import preparation
 

@@ -1,4 +1,4 @@
-"""Ranks the layers of a softmax model by how much they need softmax, and chooses those to convert.
+"""Rank the layers of a softmax model by how much they need softmax, and choose those to convert.
 
     python launch/rank_layers.py --run=runs/tiny-synthetic
     python launch/rank_layers.py --run=runs/tiny-synthetic --share=0.67 --by=swap --stage2_steps=50
@@ -9,13 +9,14 @@
 does. Stage 1 converts all layers, and each is measured, cheapest first:
 
   layer_error        relative error of the layer's attention after stage 1
-  retention          share of its state that is left after a block, median over heads
+  retention          share of its state that survives a block, median over heads
   swap               change of the model's x0 when this layer alone is hybrid
-  exchange           synthetic clips alone: drawings that show the twin's sprite when this layer
-                     alone reads the twin's softmax cache
+  exchange           only with synthetic clips: drawings that show the twin's sprite when only this
+                     layer reads the twin's softmax cache
   swap_after_stage2  as swap, after --stage2_steps of stage 2 for each layer alone
 
-A table and the flag for launch/train.py are printed; --out gets ranking.json and ranking.png.
+A table and the flag for launch/train.py are printed; ranking.json and ranking.png are written to
+--out.
 """
 
 from absl import flags
@@ -33,7 +34,7 @@ _STAGE2 = flags.DEFINE_integer("stage2_steps", 0, "Steps of stage 2 for each lay
 
 
 def main():
-    """Flags -> table, file and picture."""
+    """Print the table, and write the file and the picture."""
     # Imported late: a mistyped flag should not wait for jax.
     import dataclasses
 

@@ -1,9 +1,9 @@
-"""Trains: teacher, conversion in two stages, and the report at the end.
+"""Train: teacher, conversion in two stages, and the report at the end.
 
     python launch/train.py --config=configs/tiny.py
     python launch/train.py --config=configs/tiny.py --config.stage2.steps=500
 
-The run lives in --config.train.workdir. Started again with the same configuration, it goes on
+The run writes to --config.train.workdir. Started again with the same configuration, it resumes
 where it stopped.
 """
 
@@ -17,7 +17,7 @@ _CONFIG = command_line.config_flag()
 
 
 def main():
-    """Flags -> config -> the run."""
+    """Run the configuration that the flags describe."""
     # Imported late: a mistyped flag should not wait for jax.
     from arl2_jax.config import from_config_dict
     from arl2_jax.evaluation.report import write_report

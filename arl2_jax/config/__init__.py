@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses, presets of released models, strict conversion.
 
-Facts of a released model stand in the presets of `ModelConfig`; choices stand in the files under
-`configs/`. Every rule is checked when an object is made, before anything is compiled.
+Facts of a released model are in the presets of `ModelConfig`; choices are in the files under
+`configs/`. Every rule is checked when an object is created, before anything is compiled.
 """
 
 from arl2_jax.config.convert import from_config_dict, to_config_dict

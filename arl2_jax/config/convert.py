@@ -15,7 +15,7 @@ from arl2_jax.errors import ConfigError
 
 
 def from_config_dict(tree: Mapping[str, Any]) -> Config:
-    """Turns a ConfigDict (or nested dict) into a checked `Config`.
+    """Convert a ConfigDict (or nested dict) to a checked `Config`.
 
     Raises:
       ConfigError: one line naming the first field that is unknown, missing or of the wrong type.
@@ -24,7 +24,7 @@ def from_config_dict(tree: Mapping[str, Any]) -> Config:
 
 
 def to_config_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as a nested dict of plain values; the inverse of `from_config_dict`."""
+    """Convert a dataclass to a nested dict of plain values; the inverse of `from_config_dict`."""
     return dataclasses.asdict(config)
 
 
@@ -50,14 +50,14 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     try:
         return cls(**built)
     except ConfigError as error:
-        # The rules of these do not know where in the run they stand.
+        # The rules of these classes do not know the path of their fields in the run.
         nested = issubclass(cls, PhaseConfig | MemorySpec)
         known = error.field and error.field.startswith(path)
         raise (error.within(path) if nested and not known else error) from None
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    """Checks a value against a field's type; lists become tuples, whole numbers floats."""
+    """Check a value against a field's type; lists become tuples, whole numbers floats."""
     origin = get_origin(kind)
     if kind is Any:  # the settings of a memory, which checks them
         return dict(value.items()) if hasattr(value, "items") else value

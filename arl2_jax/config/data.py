@@ -1,4 +1,4 @@
-"""Where clips come from."""
+"""Sources of clips."""
 
 import dataclasses
 from typing import Literal
@@ -20,11 +20,11 @@ class SpriteConfig:
       occluder_width: width of each in pixels.
       pause: frames that a sprite rests each time it passes behind an occluder (drawn uniformly
         from this inclusive range).
-      lamp: frames before a hidden sprite is seen again in which a lamp on the occluder shows where;
-        0 is no lamp. With one, when and where a sprite comes out can be seen, and what it looks
-        like must be remembered.
-      only_reveals: leave out clips in which no hidden sprite comes out again, so that each of them
-        asks something of the memory.
+      lamp: number of frames before a hidden sprite is seen again in which a lamp on the occluder
+        shows where; 0 is no lamp. With a lamp, when and where a sprite comes out is visible, and
+        only its appearance must be remembered.
+      only_reveals: omit clips in which no hidden sprite comes out again, so that every clip needs
+        the memory.
     """
 
     count: tuple[int, int] = (2, 2)
@@ -63,12 +63,12 @@ class SpriteConfig:
 class ShortClipsConfig:
     """Short clips, which a phase may begin with (its `short_steps`).
 
-    Attention over the past costs less a frame in them, and with short rests they ask more of the
-    memory.
+    Attention over the past costs less per frame in them, and with short rests they have more
+    reveals per frame.
 
     Attributes:
-      frames: latent frames; a multiple of model.frames_per_block that divides data.frames. Of
-        stored latents these are the first.
+      frames: latent frames; a multiple of model.frames_per_block that divides data.frames. With
+        stored latents, the first ones are used.
       pause: data.sprites.pause of short clips.
     """
 
@@ -86,7 +86,7 @@ def _check_pause(name: str, pause: tuple[int, int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where clips come from.
+    """Source of clips.
 
     Attributes:
       source: "synthetic" makes sprite videos on the fly; "video" decodes a folder of video files;
@@ -97,10 +97,10 @@ class DataConfig:
       fps: frames a second of the decoded video.
       codec: pixels <-> latents; "space_to_depth" is lossless and keeps the frame rate, "wan_vae" is
         Wan's autoencoder, whose latents are stored before training.
-      codec_factor: rows and columns of pixels that make one latent; 8 for Wan's autoencoder.
+      codec_factor: rows and columns of pixels per latent; 8 for Wan's autoencoder.
       vae: file or folder with the weights of "wan_vae", which decodes the report's pictures and
         videos; without it the report has none.
-      held_out: clips kept apart for evaluation.
+      held_out: clips reserved for evaluation.
       sprites: the procedural videos.
       short: short clips, for the start of a phase.
       workers: grain worker processes; 0 reads in the training process.

@@ -11,13 +11,13 @@ from arl2_jax.errors import ConfigError
 if TYPE_CHECKING:
     from arl2_jax.config.model import ModelConfig
 
-# Fields that decide what weights mean; the others set where training starts.
+# Fields that decide what weights mean; the others set initial values.
 RULE_FIELDS = ("rule", "decay", "beta_max", "read", "span")
 
 
 @dataclasses.dataclass(frozen=True)
 class MemorySettings:
-    """Base of the settings of a memory kind; a kind without any uses it as it is.
+    """Base class of the settings of a memory kind; kinds without settings use it directly.
 
     Attributes:
       converts: whether conversion trains what the memory adds to a layer. Such a layer also has
@@ -36,30 +36,30 @@ class MemorySettings:
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig(MemorySettings):
-    """How the gated delta memory starts, and variants of its rule.
+    """Initial values of the gated delta memory, and variants of its rule.
 
-    The first group is read where `model.memory_init` is "by_block". Its constants count in blocks
-    of n tokens and in heads of D dimensions, so that a state keeps the same share of the past
-    whatever n and D are. The second group holds ablations; the defaults are ARL2's. `leak` may be
-    set for weights that were trained without it.
+    The first group is used if `model.memory_init` is "by_block". Its constants count in blocks of n
+    tokens and in heads of D dimensions, so that a state keeps the same share of the past for any n
+    and D. The second group has ablations; the defaults are ARL2's. `leak` may be set for weights
+    that were trained without it.
 
     Attributes:
       block_tokens: tokens n of a frame block; 0 takes those of the run's clips.
-      time_constants: shortest and longest time in which a state decays to 1 / e, in blocks; heads
-        are spread between them, evenly in the logarithm.
+      time_constants: shortest and longest time in which a state decays to 1 / e, in blocks; those
+        of the heads lie between them, evenly in the logarithm.
       write_load: n beta / D at the start. The writes of a block leave exp(-write_load) of a state,
         in the root mean square and for keys in random directions.
-      read_gain: size of the read at the start; P_v begins as read_gain sqrt(D) I, where sqrt(D)
+      read_gain: scale of the read at the start; P_v begins as read_gain sqrt(D) I, where sqrt(D)
         undoes the read's division by it.
-      rule: "delta" replaces what a key has held; "additive" adds to it (gated linear attention).
+      rule: "delta" replaces the value of a key; "additive" adds to it (gated linear attention).
       decay: "learned", or "none" (g = 0).
-      beta_max: largest strength of a write, in (0, 2]; above 1 a write may turn a direction round.
-      read: "block" reads the state before the block; "token" reads the state after the tokens
-        before, those of the block included.
-      span: "video" keeps the state from block to block; "block" begins every block with nothing
-        but the block before.
+      beta_max: largest strength of a write, in (0, 2]; above 1 a write may reverse a direction.
+      read: "block" reads the state before the block; "token" reads the state after the token,
+        with the earlier tokens of the block.
+      span: "video" keeps the state from block to block; "block" begins every block with the
+        previous block alone.
       leak: share of a state, in [0, 1), that every block loses in addition to decay and writes;
-        ARL2 has 0. Heads whose decay training has closed fill up in videos far longer than its
+        ARL2 has 0. Heads that training leaves without decay fill up in videos far longer than its
         clips, and then remember less; in the study a leak of 0.02 prevents that (docs/study.md).
     """
 
@@ -79,7 +79,7 @@ class GatedDeltaConfig(MemorySettings):
     leak: float = 0.0
 
     def rule_changes(self) -> dict[str, object]:
-        """What ARL2's code would compute differently: fields that are not its own, and values."""
+        """Return fields and values that differ from ARL2's, whose code would ignore them."""
         defaults = GatedDeltaConfig()
         values = {name: getattr(self, name) for name in (*RULE_FIELDS, "leak")}
         return {name: v for name, v in values.items() if v != getattr(defaults, name)}
@@ -114,11 +114,11 @@ class GatedDeltaConfig(MemorySettings):
 
 @dataclasses.dataclass(frozen=True)
 class WindowConfig(MemorySettings):
-    """Softmax over the first frames of a video and the last ones.
+    """Softmax over the first and the last frames of a video.
 
     Attributes:
-      sink: latent frames at the start of a video that stay visible for good.
-      frames: last latent frames that a block sees, those of the block included.
+      sink: latent frames at the start of a video that always stay visible.
+      frames: last latent frames that a block sees, including its own.
     """
 
     sink: int = 3
@@ -143,7 +143,7 @@ class WindowConfig(MemorySettings):
             "frames",
             self.frames,
             f"must be at least model.frames_per_block={model.frames_per_block}: a window "
-            "holds the block itself",
+            "includes the block itself",
             "raise it",
         )
 
@@ -162,7 +162,7 @@ class MemorySpec:
 
     Attributes:
       kind: name of the memory, see `arl2_jax.memory`.
-      settings: settings of that kind; a mapping of fields is turned into them, None is the default.
+      settings: settings of that kind, or a mapping of their fields; None is the default.
       layers: indices of the layers; () is every layer that nothing else names.
     """
 

@@ -1,4 +1,4 @@
-"""What is generated with: the network, with presets of released models, and the sampler."""
+"""Configuration of generation: the network, with presets of released models, and the sampler."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from arl2_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """What a self-attention layer and its memory need to know of a model.
+    """The fields of a model that a self-attention layer and its memory need.
 
     Attributes:
       dim: model width C.
@@ -45,9 +45,9 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A causal Wan video transformer, some of whose layers remember linearly.
+    """A causal Wan video transformer, some of whose layers have a linear memory.
 
-    The first group of fields carries the names of Wan's own config.json.
+    The first group of fields has the names of Wan's own config.json.
 
     Attributes:
       dim: model width C.
@@ -57,7 +57,7 @@ class ModelConfig:
       in_dim, out_dim: latent channels in and out.
       num_heads, num_layers: attention heads and transformer layers.
       eps: epsilon of every norm.
-      patch_size: (frames, rows, columns) of latents that make one token; frames must be 1.
+      patch_size: (frames, rows, columns) of latents per token; frames must be 1.
       hybrid_layers: indices of the layers whose memory is the gated delta state; the others keep
         the softmax cache, unless `memories` says otherwise.
       memories: other memories, each a `MemorySpec` or a mapping of its fields; for example
@@ -67,17 +67,18 @@ class ModelConfig:
       lora_rank, lora_alpha: low-rank updates of the hybrid layers (memory branch and FFN), scaled
         by alpha / rank; with rank 0 there are none.
       lora_init: bound of the uniform factor A at the start: 1 / sqrt(in) for "fan_in",
-        1 / sqrt(rank) for "published". Under Adam the latter trains many times faster at one rate.
-      memory_init: how a new memory starts: "published" is ARL2's code, which forgets a block of
-        many tokens; "by_block" sets decay, strength and read for blocks of the size at hand, and
-        gives the strength a bias, which ARL2's files have no place for.
-      memory_gate: "learned" is ARL2. The other two are controls without memory: "zero" closes the
-        memory branch, "local" lets its projections act on the softmax inside the block.
+        1 / sqrt(rank) for "published". Under Adam the latter trains many times as fast at the same
+        learning rate.
+      memory_init: initial values of a new memory: "published" is ARL2's code, which forgets a block
+        of many tokens; "by_block" sets decay, strength and read for the actual size of a block, and
+        gives the strength a bias, which ARL2's files cannot represent.
+      memory_gate: "learned" is ARL2. The other two are controls without memory: "zero" turns the
+        memory branch off, "local" applies its projections to the softmax inside the block.
       delta: settings of the gated delta memory.
       dtype: compute type of activations; parameters and memory states stay float32.
-      remat: what training keeps of a layer: "none" keeps everything, "dots" the results of the
-        weight products, "attention" the layer's input and the results of its attention where a
-        kernel computes it (GPUs in half precision, TPUs), "layer" only the layer's input.
+      remat: what training saves of a layer: "none" saves everything, "dots" the results of the
+        weight products, "attention" the layer's input and the results of its attention if a kernel
+        computes it (GPUs in half precision, TPUs), "layer" only the layer's input.
     """
 
     dim: int
@@ -144,7 +145,7 @@ class ModelConfig:
         return [(f"memories[{i}].layers", spec.layers) for i, spec in enumerate(self.memories)]
 
     def _check_memories(self) -> None:
-        """Every layer has one memory, which suits the model."""
+        """Check that every layer has one memory, which suits the model."""
         owner = dict.fromkeys(self.hybrid_layers, "hybrid_layers")
         for name, layers in self._named_layers():
             for layer in layers:
@@ -204,12 +205,12 @@ class ModelConfig:
 
     @property
     def attention(self) -> AttentionConfig:
-        """What self-attention layers and their memories need to know."""
+        """The fields that self-attention layers and their memories need."""
         names = [field.name for field in dataclasses.fields(AttentionConfig)]
         return AttentionConfig(**{name: getattr(self, name) for name in names})
 
     def memory_of(self, layer: int) -> MemorySpec:
-        """Kind and settings of a layer's memory, without its layers (see `arl2_jax.memory`)."""
+        """Return kind and settings of a layer's memory, without its layers."""
         if layer in self.hybrid_layers:
             return MemorySpec("gated_delta", self.delta)
         for spec in self.memories:
@@ -221,7 +222,7 @@ class ModelConfig:
         return MemorySpec("softmax_cache")
 
     def phases(self) -> "tuple[tuple[int, ModelConfig], ...]":
-        """Models by which a video is generated, each with the latent frame at which it begins.
+        """Return the models that generate a video, each with its first latent frame.
 
         The first is (0, this model). There are more if a memory has a second phase
         (`MemorySettings.next_phase`); they differ in `memories` alone.
@@ -248,7 +249,7 @@ class ModelConfig:
         return tuple(i for i in layers if self.memory_of(i).settings.converts)
 
     def layer_runs(self) -> list[tuple[int, int]]:
-        """Maximal runs [start, stop) of neighbouring layers with the same memory."""
+        """Return the maximal runs [start, stop) of neighbouring layers with the same memory."""
         runs = []
         for layer in range(self.num_layers):
             if runs and self.memory_of(runs[-1][0]) == self.memory_of(layer):
@@ -258,9 +259,9 @@ class ModelConfig:
         return runs
 
     def teacher(self) -> "ModelConfig":
-        """The model that conversion begins with: a full softmax cache in every layer.
+        """Return the model that conversion begins with: a softmax cache in every layer.
 
-        A model of which no layer is converted is its own teacher, whatever its memories.
+        A model without converted layers is its own teacher, with any memories.
         """
         if not self.converted_layers:
             return self
@@ -268,7 +269,7 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> "ModelConfig":
-        """A model for tests and for the example that runs on a laptop."""
+        """Return a model for tests and for the example that runs on a laptop."""
         values: dict[str, Any] = dict(
             dim=128, ffn_dim=256, num_heads=4, num_layers=3, freq_dim=64, text_dim=32, text_len=8,
             in_dim=12, out_dim=12, frames_per_block=2, lora_rank=32, lora_alpha=64.0,
@@ -278,7 +279,7 @@ class ModelConfig:
 
     @classmethod
     def wan1p3b(cls, **changes: Any) -> "ModelConfig":
-        """Wan2.1 T2V 1.3B: 1,418,996,800 parameters; 480 x 832 pixels are 1560 tokens a frame."""
+        """Return Wan2.1 T2V 1.3B: 1,418,996,800 parameters; 1560 tokens a frame at 480 x 832."""
         values: dict[str, Any] = dict(
             dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, dtype="bfloat16", remat="attention"
         )
@@ -286,7 +287,7 @@ class ModelConfig:
 
     @classmethod
     def wan14b(cls, **changes: Any) -> "ModelConfig":
-        """Wan2.1 T2V 14B."""
+        """Return Wan2.1 T2V 14B."""
         values: dict[str, Any] = dict(
             dim=5120,
             ffn_dim=13824,
@@ -308,13 +309,13 @@ def _check_rank(field: str, rank: int) -> None:
 
 
 def _memory_at(spec: MemorySpec, frame: int) -> MemorySpec:
-    """The memory of the same layers from a latent frame on."""
+    """Return the memory of the same layers from a latent frame on."""
     end, following = spec.settings.next_phase() or (None, spec)
     return dataclasses.replace(following, layers=spec.layers) if end == frame else spec
 
 
 def _memory_spec(index: int, spec: Any) -> MemorySpec:
-    """A spec as it is, or from a mapping of its fields."""
+    """Return a spec unchanged, or make it from a mapping of its fields."""
     if isinstance(spec, MemorySpec):
         return spec
     names = [field.name for field in dataclasses.fields(MemorySpec)]
@@ -332,11 +333,11 @@ def _memory_spec(index: int, spec: Any) -> MemorySpec:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How a block is denoised (flow matching), and how clean it is remembered.
+    """Sampler of a block (flow matching), and the noise of what is remembered.
 
     Attributes:
       method: "few_step" predicts x0 and re-noises with fresh noise; "euler" integrates the flow.
-      timesteps: the few-step list, in 0..1000 before the shift, falling.
+      timesteps: timesteps of the few-step sampler, in 0..1000 before the shift, falling.
       steps: number of Euler steps.
       shift: levels are shifted to s' = shift s / (1 + (shift - 1) s); training draws its noise
         levels with the same shift.

@@ -1,4 +1,4 @@
-"""Rules of the configuration."""
+"""Checks of configuration values."""
 
 from typing import Any
 

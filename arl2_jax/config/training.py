@@ -1,4 +1,4 @@
-"""How the phases train, and where a run writes."""
+"""Settings of the training phases and of a run's output."""
 
 import dataclasses
 from typing import Literal
@@ -12,22 +12,22 @@ class PhaseConfig:
 
     Attributes:
       steps: optimizer steps.
-      short_steps: the first of them, which see data.short clips: data.frames / data.short.frames
-        times as many, so that a step has as many frames.
+      short_steps: the first of these steps, on data.short clips: data.frames / data.short.frames
+        times as many, so that a step has the same number of frames.
       batch_size: clips in one optimizer step, over all devices.
       accumulation: micro-batches that a step is split into; their gradients are averaged.
       optimizer: "adamw", or "muon" for the matrices inside the layers and AdamW for the rest;
-        both read the settings below, and their updates have one size.
+        both use the settings below, and their updates have the same scale.
       learning_rate: peak of the warm-up + cosine schedule.
       warmup: optimizer steps of linear warm-up.
       final_learning_rate: last value of the schedule, as a fraction of the peak.
       learning_rates: (pattern, factor) pairs; a parameter takes the factor of the first regular
-        expression that is found in its path, or 1.
+        expression that matches in its path, or 1.
       weight_decay: AdamW's decoupled decay (never applied to A_log, dt_bias, biases and norms).
       b2: decay of AdamW's second moment.
       clip_norm: largest global norm of a step's gradient.
-      ema_decay: decay of the averaged copy of the trained parameters, which is what the phase
-        hands on; 0 hands on the parameters themselves.
+      ema_decay: decay of the averaged copy (EMA) of the trained parameters, which is the result of
+        the phase; with 0 the result is the parameters themselves.
     """
 
     steps: int = 1000
@@ -77,7 +77,7 @@ class TeacherConfig(PhaseConfig):
     Attributes:
       weights: "random" initialises; otherwise a release's folder, or a file or folder that
         `load_params` reads.
-      text_dropout: share of clips whose text is dropped, so that guidance has its other side.
+      text_dropout: share of clips whose text is dropped, for classifier-free guidance.
     """
 
     weights: str = "random"
@@ -91,8 +91,8 @@ class Stage1Config(PhaseConfig):
     Attributes:
       start: what the stage begins with: "random", the initial values; "least_squares", P_q, P_v and
         the gate fitted to the teacher's attention on some clips (`arl2_jax.training.start`).
-      start_clips: clips of the fit, a multiple of those in a micro-batch. Devices hold what one
-        layer reads of all of them.
+      start_clips: clips of the fit, a multiple of those in a micro-batch. The inputs of one layer
+        for all of them must fit in device memory.
     """
 
     start: Literal["random", "least_squares"] = "random"
@@ -118,9 +118,9 @@ class Stage2Config(PhaseConfig):
 
     Attributes:
       layer_loss: weight of the stage-1 loss next to the end-to-end loss.
-      self_rollout: share of the steps (the last ones) whose clean context is the student's own.
+      self_rollout: share of the steps (the last ones) whose clean context the student generated.
       control_share: steps of each control as a share of the student's. Without memory there is less
-        to learn; the curves of a run tell whether a control has stopped to improve.
+        to learn; the curves of a run show whether a control still improves.
     """
 
     layer_loss: float = 0.1
@@ -146,13 +146,13 @@ class Stage2Config(PhaseConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (at most once) takes all that are left.
+    """Devices along each mesh axis; -1 (at most once) takes all remaining devices.
 
     Attributes:
       data: copies of the model, each with its part of the batch.
-      fsdp: parts of the batch whose devices also share out the parameters.
-      tensor: devices that share out heads and FFN columns.
-      context: devices that share out the frame blocks of a clip; divides their number.
+      fsdp: parts of the batch; the parameters are sharded along this axis too.
+      tensor: devices over which heads and FFN columns are sharded.
+      context: devices over which the frame blocks of a clip are sharded; divides their number.
     """
 
     data: int = -1

@@ -8,15 +8,15 @@ from arl2_jax.config.rules import require
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """The encoder of UMT5; the defaults are UMT5-XXL, which Wan's prompts go through.
+    """The encoder of UMT5; the defaults are UMT5-XXL, which encodes Wan's prompts.
 
     Attributes:
-      vocab_size: tokens that have an embedding.
+      vocab_size: number of tokens that have an embedding.
       dim: model width.
       ffn_dim: inner width of the gated feed-forward network.
       num_heads, head_dim: attention heads and the width of each.
       num_layers: transformer layers.
-      num_buckets, max_distance: buckets of the relative positions, and the distance from which on
+      num_buckets, max_distance: buckets of the relative positions, and the distance from which
         all share the last one.
       eps: epsilon of the norms.
       text_len: tokens of a prompt, padding included.
@@ -57,7 +57,7 @@ class UMT5Config:
 
     @classmethod
     def tiny(cls, **changes: Any) -> "UMT5Config":
-        """An encoder for tests, of the width that `ModelConfig.tiny` takes."""
+        """Return an encoder for tests, of the width that `ModelConfig.tiny` takes."""
         values: dict[str, Any] = dict(
             vocab_size=384, dim=32, ffn_dim=48, num_heads=4, head_dim=8, num_layers=2, text_len=8,
             num_buckets=8, max_distance=16, dtype="float32",

@@ -62,17 +62,17 @@ class VAEConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Rows and columns of pixels that make one latent."""
+        """Rows and columns of pixels per latent."""
         return 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_factor(self) -> int:
-        """Pixel frames of every latent frame but the first, which is one pixel frame."""
+        """Pixel frames per latent frame, except for the first, which is one pixel frame."""
         return 2 ** sum(self.temporal_downsample)
 
     @classmethod
     def tiny(cls, **changes: Any) -> "VAEConfig":
-        """An autoencoder for tests: the same strides, few channels."""
+        """Return an autoencoder for tests: the same strides, few channels."""
         z_dim = changes.get("z_dim", 4)
         values: dict[str, Any] = dict(
             dim=8, dim_mult=(1, 1, 2, 2), num_res_blocks=1, z_dim=z_dim, dtype="float32",
