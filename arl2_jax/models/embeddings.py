@@ -60,7 +60,7 @@ class Head(nnx.Module):
         normal_init = nnx.initializers.normal(cfg.dim**-0.5)
         self.modulation = nnx.Param(normal_init(rngs.params(), (2, cfg.dim)))
         self.norm = layer_norm(cfg.dim, cfg.eps, affine=False, rngs=rngs)
-        # Zero: the untrained network predicts no flow, whatever its input.
+        # Zero: the untrained network predicts zero flow for any input.
         self.linear = nnx.Linear(
             cfg.dim,
             math.prod(cfg.patch_size) * cfg.out_dim,
