@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from arl2_jax import sharding
 from arl2_jax.config import Config, ModelConfig
 from arl2_jax.data import ClipData, open_short_data
+from arl2_jax.errors import WeightsError
 from arl2_jax.models import Params, cast_backbone, is_added, stack_params
 from arl2_jax.training.checkpoint import FROZEN, Checkpointer
 from arl2_jax.training.metrics import JsonLinesWriter, MultiWriter, ProgressBar, TensorBoardWriter
@@ -285,6 +286,35 @@ def teacher_checksum(params: Params) -> str:
     seed determines, but not bit for bit on every kind of device.
     """
     return checksum(split_params(params, is_added)[1])
+
+
+def check_same_teacher(
+    config: Config, phase_folder: epath.Path, there: str | None, start: Params
+) -> None:
+    """Reject results of a phase whose frozen weights differ from those it would start with now.
+
+    Args:
+      config: the run.
+      phase_folder: folder of the phase, or of its fit.
+      there: checksum of the frozen weights that is kept with the results; None in older ones.
+      start: parameters that the phase would start with.
+
+    Raises:
+      WeightsError: one line with both checksums.
+    """
+    here = teacher_checksum(start)
+    if there is None:
+        logging.warning(
+            "%s does not name its frozen weights; those of this run are taken to be the same",
+            phase_folder,
+        )
+    elif there != here:
+        raise WeightsError(
+            f"{phase_folder} was trained with other frozen weights than "
+            f"teacher.weights={config.teacher.weights} gives now: checksum {there} there "
+            f"and {here} here",
+            remedy="put the teacher's weights back, or start in another folder",
+        )
 
 
 def data_seed(config: Config, phase: str) -> int:

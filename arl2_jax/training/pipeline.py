@@ -12,12 +12,12 @@ from etils import epath
 from arl2_jax import models, sharding
 from arl2_jax.config import Config, ModelConfig, to_config_dict, with_steps
 from arl2_jax.data import ClipData, open_data, open_short_data
-from arl2_jax.errors import ConfigError, WeightsError
+from arl2_jax.errors import ConfigError
 from arl2_jax.json_trees import as_json
 from arl2_jax.models import Params
 from arl2_jax.storage import check_writable, write_whole
 from arl2_jax.training.checkpoint import FROZEN
-from arl2_jax.training.loop import phase_model, read_json, run_phase, teacher_checksum
+from arl2_jax.training.loop import check_same_teacher, phase_model, read_json, run_phase
 from arl2_jax.training.partition import TRAINED, merge_params, split_params
 from arl2_jax.training.retention import record_retention
 from arl2_jax.training.start import start_stage1
@@ -126,7 +126,7 @@ def convert(config: Config, folder: epath.Path, data: ClipData, params: Params) 
                 "%s is finished in %s; its weights are read from there", title, phase_folder
             )
             if name != "teacher":
-                _check_same_teacher(config, phase_folder, summary.get(FROZEN), start)
+                check_same_teacher(config, phase_folder, summary.get(FROZEN), start)
             trained = merge_params(
                 start, _read_trained(config, name, phase_folder / "weights", mesh)
             )
@@ -306,32 +306,6 @@ def _is_amid_phase(folder: epath.Path) -> bool:
     # A ranking of layers trains a phase for each of them, one folder deeper.
     found = _checkpoints(folder, "*") + _checkpoints(folder, "*/*")
     return any(not (step.parents[1] / _SUMMARY).exists() for step in found)
-
-
-def _check_same_teacher(
-    config: Config, phase_folder: epath.Path, there: str | None, start: Params
-) -> None:
-    """Reject a finished phase whose frozen weights differ from those it would start with now.
-
-    Args:
-      config: the run.
-      phase_folder: folder of the phase.
-      there: checksum of the frozen weights in its summary; None in older summaries.
-      start: parameters that the phase would start with.
-    """
-    here = teacher_checksum(start)
-    if there is None:
-        logging.warning(
-            "%s does not name its frozen weights; those of this run are taken to be the same",
-            phase_folder,
-        )
-    elif there != here:
-        raise WeightsError(
-            f"{phase_folder} was trained with other frozen weights than "
-            f"teacher.weights={config.teacher.weights} gives now: checksum {there} there "
-            f"and {here} here",
-            remedy="put the teacher's weights back, or start in another folder",
-        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

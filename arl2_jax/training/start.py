@@ -35,8 +35,14 @@ from arl2_jax.nn.norm import rms_norm
 from arl2_jax.sharding import BLOCKS, CLIPS, constrain
 from arl2_jax.storage import write_whole
 from arl2_jax.training import closed_form
+from arl2_jax.training.checkpoint import FROZEN
 from arl2_jax.training.closed_form import Readings, Readout
-from arl2_jax.training.loop import data_seed
+from arl2_jax.training.loop import (
+    check_same_teacher,
+    data_seed,
+    read_json,
+    teacher_checksum,
+)
 from arl2_jax.training.losses import NoisedClip, embed_noised, noise_clip
 from arl2_jax.training.partition import TRAINED, merge_params
 from arl2_jax.weights.folder import load_params_folder, save_params
@@ -254,6 +260,8 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
     fit_folder = folder / "start"
     if (fit_folder / "config.json").exists():
         logging.info("stage1 starts from the fit in %s", fit_folder)
+        facts = read_json(folder / "start.json") or {}
+        check_same_teacher(config, fit_folder, facts.get(FROZEN), params)
         return merge_params(params, _stacked_on(mesh, load_params_folder(fit_folder)[0], config))
     began = time.perf_counter()
     # The numbers below are those of the phases.
@@ -265,6 +273,7 @@ def start_stage1(config: Config, params: Params, data: ClipData, mesh: Mesh, fol
         "clips": config.stage1.start_clips,
         "seconds": time.perf_counter() - began,
         "errors": {layer: found._asdict() for layer, found in errors.items()},
+        FROZEN: teacher_checksum(params),
     }
     save_params(fit_folder, fitted, to_config_dict(config.model))
     if jax.process_index() == 0:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import traverse_util
+from one_line import assert_one_line
 
 from arl2_jax import sharding
 from arl2_jax.config import (
@@ -18,7 +19,7 @@ from arl2_jax.config import (
     from_config_dict,
     to_config_dict,
 )
-from arl2_jax.errors import ConfigError
+from arl2_jax.errors import ConfigError, WeightsError
 from arl2_jax.models import init_stacked, layer_of
 from arl2_jax.nn.rope import video_rope
 from arl2_jax.training import closed_form, losses, start
@@ -206,6 +207,12 @@ def test_a_resumed_run_starts_from_the_same_fit(config, make_clip, tmp_path, unc
     assert facts["clips"] == 16 and facts["errors"]["0"]["after"] <= facts["errors"]["0"]["before"]
     value = lambda tree: layer_of(tree, 0)["delta"]["phi_v"]
     assert np.any(value(first) != value(params))
+    other = params | {"head": jax.tree.map(lambda x: x + 1, params["head"])}
+    with pytest.raises(WeightsError) as error:
+        start_stage1(config, other, data, mesh, folder)
+    assert_one_line(
+        error, folder / "start", "other frozen weights", "put the teacher's weights back"
+    )
     plain = dataclasses.replace(config, stage1=dataclasses.replace(stage1, start="random"))
     assert start_stage1(plain, params, data, mesh, folder) is params
 
