@@ -208,7 +208,7 @@ def test_what_it_gathers_decides_and_sees(cfg, make_params):
         np.testing.assert_array_equal(run["layers"], 3.0 * 4)
         np.testing.assert_allclose(run["text"], np.mean(texts.k, axis=(2, 3, 4)), rtol=1e-5)
     _, written = models.apply(
-        params, counting, np.zeros((2, 2, 4, 6, 4)), np.zeros((2, 2)), text,
+        params, counting, jnp.zeros((2, 2, 4, 6, 4)), jnp.zeros((2, 2)), jnp.asarray(text),
         memory=models.init_memory(counting, batch=2, frames=None, tokens_per_frame=6), write=True,
     )  # fmt: skip
     np.testing.assert_array_equal(written[0]["passes"], 1.0)
