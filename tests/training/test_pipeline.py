@@ -73,6 +73,20 @@ def changed(before, after):
     return {path for path in before if np.any(before[path] != after[path])}
 
 
+def assert_one_backbone(converted):
+    """All models of a run have the teacher's arrays in common, and their own additions."""
+    place = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()
+    names = ("untrained", "stage1", "stage2", "control", "control_local")
+    teachers = [jax.tree.map(place, without_delta(getattr(converted, name))) for name in names]
+    assert all(teacher == teachers[0] for teacher in teachers)
+    added = [place(getattr(converted, name)["blocks"]["0-0"]["delta"]["phi_v"]) for name in names]
+    assert len(set(added)) == len(names)
+
+
+def test_models_of_a_run_share_the_teacher(converted):
+    assert_one_backbone(converted)
+
+
 def test_everything_is_there(converted, config):
     assert set(converted.seconds) == set(converted.compile_seconds) == set(PHASES)
     assert all(seconds > 0 for seconds in converted.seconds.values())
@@ -173,6 +187,7 @@ def test_finished_run_is_read_not_trained(converted, config, monkeypatch, mesh):
     assert found.seconds == converted.seconds
     for name in ("untrained", "stage1", "stage2", "control", "control_local"):
         assert_equal(getattr(found, name), getattr(converted, name))
+    assert_one_backbone(found)
 
 
 CHANGES = {
