@@ -67,7 +67,9 @@ def test_additions_stay_float32(gaps, make_params):
     params = models.cast_backbone(make_params(half), half)
     kernel = params["blocks"]["0"]["self_attn"]["q"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
-    assert {x.dtype for x in jax.tree.leaves(params["blocks"]["0"]["delta"])} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(params["blocks"]["0"]["delta"])} == {
+        jnp.dtype("float32")
+    }
     again = models.compute_params(params, half)
     wanted = models.compute_params(make_params(half), half)
     chex.assert_trees_all_equal(again, wanted)
