@@ -59,7 +59,7 @@ class WanTransformer(nnx.Module):
         memory: list,
         position: int | Int[Array, ""] = 0,
         write: bool = False,
-    ) -> tuple[Float[Array, "b f rows columns channels"], list]:
+    ) -> tuple[Float[Array, "b f rows columns out_channels"], list]:
         """Run one frame block as `apply` does; memory is a list with one state per layer."""
         rows, columns = check_latents(self.cfg, latents, timestep)
         x = self.stem.embed_patches(latents)
@@ -78,7 +78,7 @@ class WanTransformer(nnx.Module):
         noisy: Float[Array, "b t rows columns channels"],
         timestep: Float[Array, "b t"],
         text: Float[Array, "b l text_dim"],
-    ) -> tuple[Float[Array, "b t rows columns channels"], list[dict[str, Array]]]:
+    ) -> tuple[Float[Array, "b t rows columns out_channels"], list[dict[str, Array]]]:
         """Run all blocks of a clip as `apply_clip` does; diagnostics are one dict per layer."""
         tokens = embed_clip(self.stem, self.cfg, clean, noisy, timestep, text)
         x, diagnostics = tokens.x, []

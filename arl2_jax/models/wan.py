@@ -74,7 +74,7 @@ def apply(
     position: int | Int[Array, ""] = 0,
     write: bool = False,
     read: tuple | None = None,
-) -> tuple[Float[Array, "b f rows columns channels"], tuple]:
+) -> tuple[Float[Array, "b f rows columns out_channels"], tuple]:
     """Apply the network to one frame block.
 
     Args:
@@ -112,7 +112,7 @@ def apply_pass(
     write: bool = False,
     read: tuple | None = None,
     aux: tuple | None = None,
-) -> tuple[Float[Array, "b f rows columns channels"], tuple, tuple]:
+) -> tuple[Float[Array, "b f rows columns out_channels"], tuple, tuple]:
     """Run `apply` as one of several passes over a block, for memories that gather aux in each pass.
 
     Args:
@@ -250,7 +250,7 @@ def apply_clip(
     timestep: Float[Array, "b t"],
     text: Float[Array, "b l text_dim"],
     context_timestep: Float[Array, "b t"] | None = None,
-) -> tuple[Float[Array, "b t rows columns channels"], tuple[dict[str, Array], ...]]:
+) -> tuple[Float[Array, "b t rows columns out_channels"], tuple[dict[str, Array], ...]]:
     """Apply the network to all blocks of a clip at once, for training (teacher forcing).
 
     Noisy block i sees clean blocks before i and itself: what `apply` sees block by block when it
