@@ -142,7 +142,7 @@ def release_flags() -> Callable[[], "ReleasePaths"]:
         from arl2_jax.generation.release_paths import ReleasePaths
 
         folder = os.path.expanduser(cache.value) if cache.value else None
-        size = None if tile.value is None else _tile(tile.value)
+        size = None if tile.value is None else _pair(tile.value, "vae_tile", 2, "30,52")
         own = ReleasePaths(text_encoder.value, tokenizer.value, vae.value, folder, size)
         return own.within(release.value)
 
@@ -183,29 +183,19 @@ def latent_shape_flag() -> Callable[[], tuple[int, int]]:
     """Define the flag of a latent frame's size; return a function for (rows, columns)."""
     size = flags.DEFINE_list("latent_shape", ["60", "104"], "Rows,columns of random latents.")
 
-    def make() -> tuple[int, int]:
-        try:
-            rows, columns = (int(value) for value in size.value)
-        except ValueError:
-            raise ConfigError(
-                "must be two whole numbers, such as 60,104",
-                field="latent_shape",
-                value=",".join(size.value),
-            ) from None
-        return rows, columns
-
-    return make
+    return lambda: _pair(size.value, "latent_shape", 1, "60,104")
 
 
-def _tile(values: Sequence[str]) -> tuple[int, int]:
+def _pair(values: Sequence[str], field: str, least: int, example: str) -> tuple[int, int]:
+    """Return the two whole numbers of a list flag."""
     try:
         rows, columns = (int(value) for value in values)
     except ValueError:
-        rows = columns = 0
-    if min(rows, columns) < 2:
+        rows = columns = least - 1
+    if min(rows, columns) < least:
         raise ConfigError(
-            "must be two whole numbers of at least 2, such as 30,52",
-            field="vae_tile",
+            f"must be two whole numbers of at least {least}, such as {example}",
+            field=field,
             value=",".join(values),
         )
     return rows, columns

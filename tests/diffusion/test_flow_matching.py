@@ -35,7 +35,7 @@ def test_shift_keeps_the_ends_and_rises(shift):
     s = np.linspace(0, 1, 101)
     shifted = shift_noise_levels(s, shift)
     assert shifted[0] == 0 and shifted[-1] == pytest.approx(1) and np.all(np.diff(shifted) > 0)
-    # Odds s / (1 - s) are multiplied by the shift.
+    # Odds s / (1 - s) are multiplied by the shift; float64, less what 1 - s loses near 1.
     np.testing.assert_allclose(
         shifted[1:-1] / (1 - shifted[1:-1]), shift * s[1:-1] / (1 - s[1:-1]), rtol=1e-9
     )

@@ -128,6 +128,7 @@ def test_states_go_over_at_the_frame(cfg, make_params, text):
     # The same sums in other programs, fed back through four blocks.
     np.testing.assert_allclose(found, by_definition(warm, params, text, 4), rtol=1e-3, atol=1e-4)
     plain = generate(dataclasses.replace(warm, memories=()), params, text, 4, frames=8)
+    # The first phase is a softmax cache: the same sums, with a cache of another size.
     np.testing.assert_allclose(found[:, :4], plain[:, :4], rtol=1e-4, atol=1e-5)
     assert np.max(np.abs(found[:, 4:] - plain[:, 4:])) > 1e-2
     other = generate(model(cfg, share=0.0), params, text, 4)
@@ -150,6 +151,7 @@ def test_stream_and_rollout_agree(cfg, make_params, text, past, guidance):
     wanted = rollout(
         params, warm, sampler, text, jax.random.key(1), blocks=blocks, shape=SHAPE, past=past
     )
+    # The same sums in other programs, fed back through three blocks.
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 

@@ -41,7 +41,7 @@ def test_splash_attention_keeps_output_and_log_sum_exp():
 
 
 def test_cudnn_is_known_by_name():
-    """JAX may rename it; then nothing would be kept, and nobody told."""
+    """If JAX renames it, nothing would be kept, without any error."""
     for primitive in (
         cudnn._dot_product_attention_fwd_p_wrapper,
         cudnn._dot_product_attention_fwd_p,
