@@ -42,7 +42,7 @@ ARROWS = {
         "generation", "codecs", "data", "text", "training", "weights",
     },
 }  # fmt: skip
-KERNELS = {"arl2_jax.nn", "arl2_jax.memory"}
+KERNELS = {"arl2_jax.nn", "arl2_jax.memory", "arl2_jax.models"}
 
 
 def python_files(*folders):

@@ -19,8 +19,8 @@ from arl2_jax.models.embeddings import Stem
 from arl2_jax.models.layer import Conditions, Params, TransformerLayer, from_public
 from arl2_jax.models.memories import memory_of
 from arl2_jax.models.params import compute_params, runs_of, stacked_runs, stem_of
-from arl2_jax.nn.attention import keep_attention
 from arl2_jax.nn.positions import TokenGrid, video_grid
+from pallas_kernels import save_attention
 
 
 @functools.lru_cache
@@ -294,7 +294,7 @@ def rematerialize(step: Callable, cfg: ModelConfig) -> Callable:
     if cfg.remat == "none":
         return step
     policies: dict[str, Any] = {
-        "attention": keep_attention,
+        "attention": save_attention,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "layer": None,
     }

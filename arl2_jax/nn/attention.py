@@ -5,14 +5,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from arl2_jax.sharding import BLOCKS, CLIPS, HEADS, per_device
-from pallas_kernels import dot_product_attention, save_attention
+from pallas_kernels import dot_product_attention
 
 _QUERIES = PartitionSpec(CLIPS, BLOCKS, HEADS)
 _KEYS = PartitionSpec(CLIPS, None, HEADS)
 _STACK = PartitionSpec(None, *_KEYS)
-
-# Policy for `jax.checkpoint`; see `pallas_kernels.save_attention`.
-keep_attention = save_attention
 
 Partial = tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]
 
